@@ -1,0 +1,61 @@
+"""Matrix products whose result is wider than their operands.
+
+bfloat16 and float16 operands are multiplied at their own speed, but the library rounds the result
+to their dtype. A second product that starts from minus the rounded result returns what the
+rounding lost (the library accumulates in float32), and the sum of both is exact to about 2^-17
+for bfloat16 and 2^-20 for float16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of `dtype` are summed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class WideProduct:
+    """``out = beta * out + a @ b`` with `out` in the accumulation dtype of `a` and `b`.
+
+    Args:
+        dtype: of the operands.
+        capacity: elements of the largest `out`; scratch for it is allocated once, and only when
+            `dtype` is narrower than its accumulation dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype, capacity: int, device: torch.device):
+        wide = accumulation_dtype(dtype)
+        self.exact = dtype == wide
+        elements = 0 if self.exact else capacity
+        self._rounded = torch.empty(elements, dtype=dtype, device=device)
+        self._widened = torch.empty(elements, dtype=wide, device=device)
+
+    @staticmethod
+    def scratch_itemsize(dtype: torch.dtype) -> int:
+        """Bytes of scratch for each element of the largest `out`."""
+        wide = accumulation_dtype(dtype)
+        return 0 if dtype == wide else dtype.itemsize + wide.itemsize
+
+    def __call__(self, out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
+        """`out` is [m, n], changed in place and with ``beta=0`` not read; a [m, k]; b [k, n]."""
+        if self.exact:
+            if beta:
+                out.addmm_(a, b)
+            else:
+                torch.mm(a, b, out=out)
+            return
+        rounded = self._rounded[: out.numel()].view(out.shape)
+        widened = self._widened[: out.numel()].view(out.shape)
+        torch.mm(a, b, out=rounded)
+        if beta:
+            out.add_(widened.copy_(rounded))
+        else:
+            out.copy_(rounded)
+        rounded.addmm_(a, b, beta=-1)
+        if not bool(rounded.sum().isfinite()):
+            # An infinite product lost nothing: inf - inf must not make it nan.
+            rounded.nan_to_num_(0.0, 0.0, 0.0)
+        out.add_(widened.copy_(rounded))

@@ -1,0 +1,1 @@
+"""Operations that reduce logits to a loss."""

@@ -1,0 +1,1 @@
+"""Operations that make logits: a matrix product with a [vocabulary, hidden] weight."""

@@ -1,0 +1,46 @@
+"""``torch.einsum("bsh,vh->bsv", input, weight)`` in any letters and either operand order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..logits import Logits
+from ..rules import Site, projection, tensor_example
+from .product import product
+
+
+@projection(torch.einsum, torch.functional.einsum)
+def einsum(site: Site, equation: Any, *operands: Any) -> Logits | None:
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    subscripts, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        return None
+    pairs = list(zip(subscripts.split(","), operands, strict=False))
+    for (input, input_node), (weight, weight_node) in (pairs, pairs[::-1]):
+        transposed = _is_projection(input, weight, result)
+        if transposed is not None and _ranks_fit(input, input_node):
+            return product(site, input_node, weight_node, transposed=transposed)
+    return None
+
+
+def _is_projection(input: str, weight: str, result: str) -> bool | None:
+    """Whether the weight is [hidden, vocabulary]; None if the equation is no projection."""
+    if len(weight) != 2 or not input or len(set(input)) != len(input):
+        return None
+    rows, hidden = input[:-1], input[-1]
+    if hidden not in weight or hidden == weight.replace(hidden, ""):
+        return None
+    vocabulary = weight.replace(hidden, "", 1)
+    if vocabulary in input or result != rows + vocabulary:
+        return None
+    return weight[0] == hidden
+
+
+def _ranks_fit(subscript: str, node: Any) -> bool:
+    """An ellipsis stands for any rank; the rows must be the same on both sides anyway."""
+    return "..." in subscript or tensor_example(node).dim() == len(subscript)

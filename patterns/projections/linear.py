@@ -1,0 +1,16 @@
+"""``F.linear(input, weight, bias)`` and `torch.nn.Linear`, which a graph shows as the former."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+
+from ..logits import Logits
+from ..rules import Site, projection
+from .product import product
+
+
+@projection(F.linear)
+def linear(site: Site, input: Any, weight: Any, bias: Any = None) -> Logits | None:
+    return product(site, input, weight, transposed=False, bias=bias)

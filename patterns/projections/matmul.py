@@ -1,0 +1,26 @@
+"""``input @ weight.T`` by ``@``, `matmul`, `mm` and, with a bias, `addmm`."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from ..logits import Logits
+from ..rules import Site, projection
+from .product import product
+
+
+@projection(operator.matmul, torch.matmul, "matmul", "__matmul__", torch.mm, "mm")
+def matmul(site: Site, input: Any, other: Any) -> Logits | None:
+    return product(site, input, other, transposed=True)
+
+
+@projection(torch.addmm, "addmm")
+def addmm(
+    site: Site, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1
+) -> Logits | None:
+    if beta != 1 or alpha != 1:
+        return None
+    return product(site, mat1, mat2, transposed=True, bias=input)

@@ -1,0 +1,23 @@
+"""``.float()``, ``.to(dtype)``, ``.type(dtype)``: a dtype is remembered by the node's example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..logits import Logits
+from ..rules import Site, tensor_example, transform
+
+
+@transform("float", "double", "half", "bfloat16", "to", "type", "type_as")
+def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
+    logits = site.logits(input)
+    before, after = tensor_example(input), site.example
+    if after.device != before.device:
+        site.unsupported(f"it moves the logits from {before.device} to {after.device}")
+    if not after.is_floating_point():
+        site.unsupported(f"it casts the logits to {after.dtype}")
+    if after.dtype == torch.float64:
+        return logits.replace(compute_dtype=torch.float64)
+    return logits
