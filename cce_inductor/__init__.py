@@ -1,1 +1,60 @@
-from .ops import row_statistics
+"""Cut Cross-Entropy for `torch.compile`: linear -> cross_entropy without storing the logits.
+
+    import cce_inductor
+    cce_inductor.install()      # before torch.compile; the model stays as it is
+
+See `install`, `explain`, `reports` and `linear_cross_entropy`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .explanation import Explanation, explain
+    from .functional import linear_cross_entropy
+    from .hook import install, installed, is_installed, uninstall
+    from .options import Options
+    from .report import LossReport, clear_reports, reports
+
+__version__ = "0.1.0"
+
+# Imported on first use: the compiler's modules take a second that `import torch` does not.
+_HOME = {
+    "Explanation": "explanation",
+    "LossReport": "report",
+    "Options": "options",
+    "clear_reports": "report",
+    "explain": "explanation",
+    "install": "hook",
+    "installed": "hook",
+    "is_installed": "hook",
+    "linear_cross_entropy": "functional",
+    "reports": "report",
+    "uninstall": "hook",
+}
+
+__all__ = [
+    "Explanation",
+    "LossReport",
+    "Options",
+    "clear_reports",
+    "explain",
+    "install",
+    "installed",
+    "is_installed",
+    "linear_cross_entropy",
+    "reports",
+    "uninstall",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_HOME[name]}", __name__)
+    globals()[name] = value = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

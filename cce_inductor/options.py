@@ -35,9 +35,7 @@ class Options:
         _check_bytes("min_logits_bytes", self.min_logits_bytes, at_least=0)
         _check_bytes("workspace_bytes", self.workspace_bytes, at_least=1)
         if self.on_error not in get_args(OnError):
-            raise ValueError(
-                f"on_error must be one of {get_args(OnError)}, got {self.on_error!r}"
-            )
+            raise ValueError(f"on_error must be one of {get_args(OnError)}, got {self.on_error!r}")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from .modification import Modification
 from .product import WideProduct, accumulation_dtype
 
 TILE = 1024
-"""Vocabulary entries per tile: wide enough for full GEMM speed, and 1/1024 of the logits is small."""
+"""Vocabulary entries per tile: wide enough for products to run at full speed."""
 
 
 def tile_count(vocabulary: int) -> int:
@@ -278,7 +278,9 @@ def row_statistics_backward(
     shift = kept_lse.to(head.logit_dtype)
     probability_scale = (select(grads.lse, rows) * (shift - kept_lse).exp()).to(head.logit_dtype)
     grad_target_logit = select(grads.target_logit, rows).to(head.logit_dtype)
-    grad_logit_sum = select(grads.logit_sum, rows).to(head.logit_dtype) if head.with_logit_sum else None
+    grad_logit_sum = (
+        select(grads.logit_sum, rows).to(head.logit_dtype) if head.with_logit_sum else None
+    )
 
     d_input = d_weight = d_bias = None
     like_logit = {"dtype": head.logit_dtype, "device": input.device}

@@ -99,3 +99,5 @@ _STEPS = {
     "div": lambda logits, constant: logits.div_(constant),
     "tanh": lambda logits, _: logits.tanh_(),
 }
+
+IDENTITY = Modification()

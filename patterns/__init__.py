@@ -10,7 +10,7 @@ import pkgutil
 
 from . import losses, projections, transforms
 from .logits import HERE, CrossEntropy, Logits, RowOperation
-from .rules import Site, Unsupported, example, loss, projection, transform
+from .rules import Site, UnsupportedError, example, loss, projection, transform
 
 for _folder in (projections, transforms, losses):
     for _file in pkgutil.iter_modules(_folder.__path__, _folder.__name__ + "."):
@@ -22,7 +22,7 @@ __all__ = [
     "Logits",
     "RowOperation",
     "Site",
-    "Unsupported",
+    "UnsupportedError",
     "example",
     "loss",
     "projection",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..kernels.modification import Modification
+from ..kernels.modification import IDENTITY, Modification
 
 
 class Here:
@@ -50,6 +50,7 @@ class Logits:
         vocabulary_dim: the dimension that counts the vocabulary, from the front.
         modification: what happened to each logit.
         compute_dtype: dtype of the matrix product.
+        absorbed: nodes that a rule looked through, of no use once their users are gone.
         path: the operations so far as a person would write them, for reports.
     """
 
@@ -61,7 +62,8 @@ class Logits:
     vocabulary_dim: int
     compute_dtype: torch.dtype
     row_operations: tuple[RowOperation, ...] = ()
-    modification: Modification = Modification()
+    modification: Modification = IDENTITY
+    absorbed: tuple[Node, ...] = ()
     path: tuple[str, ...] = ()
 
     def replace(self, **changes: Any) -> Logits:
@@ -73,9 +75,7 @@ class Logits:
         """After one more operation on rows, which leaves the vocabulary in `vocabulary_dim`."""
         operation = RowOperation(target, args, kwargs)
         dim = self.vocabulary_dim if vocabulary_dim is None else vocabulary_dim
-        return self.replace(
-            row_operations=(*self.row_operations, operation), vocabulary_dim=dim
-        )
+        return self.replace(row_operations=(*self.row_operations, operation), vocabulary_dim=dim)
 
     @property
     def captured(self) -> tuple[Node, ...]:

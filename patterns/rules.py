@@ -8,13 +8,12 @@ themselves, methods by name.
 - *transform* keeps logits logits: returns the `Logits` after the operation.
 - *loss* consumes them: returns what replaces the node.
 
-A rule raises `Unsupported` with a sentence that says why the operation cannot be followed.
+A rule raises `UnsupportedError` with a sentence that says why the operation cannot be followed.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -27,7 +26,7 @@ Spelling = str | Callable[..., Any]
 Rule = Callable[..., Any]
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """An operation on logits that has a rule, in a form that the rule cannot follow."""
 
 
@@ -76,22 +75,22 @@ class Site:
         """Calls `rule` with the node's arguments.
 
         Raises:
-            Unsupported: the rule's own, or the arguments do not fit its signature.
+            UnsupportedError: the rule's own, or the arguments do not fit its signature.
         """
         try:
             bound = inspect.signature(rule).bind(self, *self.node.args, **self.node.kwargs)
         except TypeError as error:
-            raise Unsupported(f"it is called in an unknown way ({error})") from None
+            raise UnsupportedError(f"it is called in an unknown way ({error})") from None
         return rule(*bound.args, **bound.kwargs)
 
     def logits(self, argument: Any) -> Logits:
         """The logits that `argument` holds.
 
         Raises:
-            Unsupported: it holds none, so the logits are another argument.
+            UnsupportedError: it holds none, so the logits are another argument.
         """
         if not self.is_logits(argument):
-            raise Unsupported("the logits are not its first operand")
+            raise UnsupportedError("the logits are not its first operand")
         return self._logits[argument]
 
     def is_logits(self, argument: Any) -> bool:
@@ -103,7 +102,7 @@ class Site:
         return tensor_example(self.node)
 
     def unsupported(self, why: str) -> NoReturn:
-        raise Unsupported(why)
+        raise UnsupportedError(why)
 
 
 def example(argument: Any) -> Any:
@@ -117,11 +116,11 @@ def tensor_example(argument: Any) -> torch.Tensor:
     """The example of a node that must hold a tensor.
 
     Raises:
-        Unsupported: it holds something else, or nobody knows what.
+        UnsupportedError: it holds something else, or nobody knows what.
     """
     value = example(argument)
     if not isinstance(value, torch.Tensor):
-        raise Unsupported(f"{argument} is not a tensor")
+        raise UnsupportedError(f"{argument} is not a tensor")
     return value
 
 
@@ -133,13 +132,13 @@ def constant(argument: Any) -> float:
     """A Python number, also one that `dynamic=True` made symbolic (which then is guarded on).
 
     Raises:
-        Unsupported: `argument` is not a number.
+        UnsupportedError: `argument` is not a number.
     """
     value = example(argument)
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Unsupported("it has an operand that is a tensor, not a number")
+        raise UnsupportedError("it has an operand that is a tensor, not a number")
     return float(value)
 
 
@@ -147,16 +146,8 @@ def dimension(dim: Any, rank: int) -> int:
     """A dimension counted from the front.
 
     Raises:
-        Unsupported: `dim` is not a plain int.
+        UnsupportedError: `dim` is not a plain int.
     """
     if isinstance(dim, bool) or not isinstance(dim, int):
-        raise Unsupported("its dimension is not a constant")
+        raise UnsupportedError("its dimension is not a constant")
     return dim + rank if dim < 0 else dim
-
-
-IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in (
-        "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor"
-    ).split()
-)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ..logits import Logits
+from ..product import product
 from ..rules import Site, projection, tensor_example
-from .product import product
 
 
-@projection(torch.einsum, torch.functional.einsum)
+@projection(torch.einsum)
 def einsum(site: Site, equation: Any, *operands: Any) -> Logits | None:
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])

@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 
 from ..logits import Logits
+from ..product import product
 from ..rules import Site, projection
-from .product import product
 
 
 @projection(F.linear)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..logits import Logits
+from ..product import product
 from ..rules import Site, projection
-from .product import product
 
 
 @projection(operator.matmul, torch.matmul, "matmul", "__matmul__", torch.mm, "mm")

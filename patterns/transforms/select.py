@@ -1,4 +1,4 @@
-"""Some of the rows: ``logits[:, :-1]``, ``logits[..., 1:, :]``, ``logits[:, -1]``, ``logits[i]``."""
+"""Some of the rows: ``logits[:, :-1]``, ``logits[:, -1]``, ``logits[i]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..logits import HERE, Logits
-from ..rules import Site, example, tensor_example, transform
+from ..rules import Site, UnsupportedError, example, tensor_example, transform
 
 
 @transform(operator.getitem)
@@ -48,14 +48,8 @@ def _gathered(
 
 def _is_tensor_like(entry: Any) -> bool:
     if isinstance(entry, (list, tuple)):
-        raise _not_understood()
+        raise UnsupportedError("it selects rows by a list")
     return isinstance(entry, Node) and isinstance(example(entry), torch.Tensor)
-
-
-def _not_understood() -> Exception:
-    from ..rules import Unsupported
-
-    return Unsupported("it selects rows by a list")
 
 
 def _without_ellipsis(entries: tuple[Any, ...], rank: int) -> tuple[Any, ...]:

@@ -34,9 +34,7 @@ def view(site: Site, input: Any, *shape: Any) -> Logits:
     if after.dim() == 0 or after.shape[-1] != before.shape[-1]:
         site.unsupported("it does not keep the vocabulary as the last dimension")
     new_shape = (*sizes[:-1], _hidden_size(logits))
-    return logits.with_row_operation(
-        torch.reshape, HERE, new_shape, vocabulary_dim=after.dim() - 1
-    )
+    return logits.with_row_operation(torch.reshape, HERE, new_shape, vocabulary_dim=after.dim() - 1)
 
 
 @transform("flatten", torch.flatten)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..logits import Logits
-from ..rules import Site, is_tensor, tensor_example
+from .logits import Logits
+from .rules import Site, is_tensor, tensor_example
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,7 +31,10 @@ def product(
         return None
     if not isinstance(tensor_example(weight).shape[int(not transposed)], int):
         return None
-    weight, transposed = _without_transpose(weight, transposed)
+    absorbed = []
+    while (source := _transpose_of(weight)) is not None:
+        absorbed.append(weight)
+        weight, transposed = source, not transposed
     return Logits(
         projection=site.node,
         input=input,
@@ -41,14 +43,8 @@ def product(
         linear_bias=bias,
         vocabulary_dim=result.dim() - 1,
         compute_dtype=result.dtype,
+        absorbed=tuple(absorbed),
     )
-
-
-def _without_transpose(weight: Node, transposed: bool) -> tuple[Node, bool]:
-    """The tensor that `weight` is the transpose of, if it is one."""
-    while (source := _transpose_of(weight)) is not None:
-        weight, transposed = source, not transposed
-    return weight, transposed
 
 
 def _transpose_of(node: Node) -> Node | None:
@@ -72,6 +68,3 @@ def _transpose_of(node: Node) -> Node | None:
     if node.target in ("permute", torch.permute) and [d % 2 for d in arguments] == [1, 0]:
         return source
     return None
-
-
-MATMULS = ("matmul", "__matmul__", torch.matmul, operator.matmul)

@@ -1,0 +1,92 @@
+"""Dynamo backends: ``torch.compile(model, backend="cce_inductor")`` installs nothing globally."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .fingerprint import fingerprint
+from .options import Options
+from .report import publish
+from .rewrite import rewrite
+
+
+def _split(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Our options, and the rest, which is Inductor's."""
+    given = dict(options or {})
+    ours = {name: given.pop(name) for name in Options.names() if name in given}
+    return Options.create(**ours), given
+
+
+def cce_inductor(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrites the losses, then compiles with Inductor.
+
+    Args:
+        module: what Dynamo captured; changed in place.
+        example_inputs: its inputs.
+        mode: as for `torch.compile` with Inductor.
+        options: those of `Options`, and any of Inductor's.
+
+    Raises:
+        TypeError, ValueError: an option with a wrong value.
+    """
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    ours, inductor_options = _split(options)
+    patches = {**(list_mode_options(mode) if mode else {}), **inductor_options}
+    publish(module, rewrite(module, ours))
+
+    # Inductor compiles the backward when it first runs: the key must be right then, too.
+    keyed = _with_cache_key(compile_fx_inner, ours)
+    compile_keyed = _with_cache_key(compile_fx, ours)
+    return compile_keyed(
+        module, example_inputs, inner_compile=keyed, config_patches=patches or None
+    )
+
+
+def _with_cache_key(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """`function`, run with this package's fingerprint in the compiler's cache keys."""
+    mark = fingerprint(options)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        tag: str = torch.compiler.config.cache_key_tag
+        if mark not in tag:
+            tag = " ".join(filter(None, (tag, mark)))
+        with torch.compiler.config.patch(cache_key_tag=tag):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def cce_inductor_eager(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrites the losses, then runs the graph as it is: for tests and debugging.
+
+    Args:
+        module: what Dynamo captured; changed in place.
+        example_inputs: not looked at.
+        options: those of `Options`.
+
+    Raises:
+        TypeError, ValueError: an option that does not exist or has a wrong value.
+    """
+    ours, unknown = _split(options)
+    Options.create(**unknown)
+    publish(module, rewrite(module, ours))
+    return module.forward

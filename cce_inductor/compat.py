@@ -1,0 +1,71 @@
+"""Everything that differs between the supported versions of torch (2.11 to 2.15), by feature.
+
+No version number is compared; each function looks for what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+
+def set_config(config: ModuleType, name: str, value: Any) -> Callable[[], None]:
+    """Sets an option of a torch config module for every thread.
+
+    From 2.13 an assignment holds for the current context only, so a thread that compiles on its
+    own, or a notebook's next cell, would not see it; there the fallback of all contexts, the
+    default, is set as well.
+
+    Returns:
+        A function that puts back what was there.
+    """
+    previous = getattr(config, name)
+    setattr(config, name, value)
+    entry = config._config[name]
+    fallbacks: dict[str, Any] = {}
+    if isinstance(getattr(entry, "user_override", None), ContextVar):
+        fallbacks["default"] = entry.default
+        if isinstance(getattr(entry, "env_value_default", None), str):
+            fallbacks["env_value_default"] = entry.env_value_default
+        for fallback in fallbacks:
+            setattr(entry, fallback, value)
+
+    def restore() -> None:
+        setattr(config, name, previous)
+        for fallback, old in fallbacks.items():
+            setattr(entry, fallback, old)
+
+    return restore
+
+
+def pass_list(value: Any) -> list[Any]:
+    """The passes in a custom-pass option: None, one, or (from 2.13) several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def may_choose_pass_timing(inductor_config: ModuleType) -> bool:
+    """Whether custom pre-grad passes could run before or after the cache lookup, and the user
+    left the choice open (``pre_grad_pass_timing``, from 2.13; before, they always run)."""
+    return getattr(inductor_config, "pre_grad_pass_timing", None) == "default"
+
+
+def forget_compiled(backend: Callable[..., Any]) -> None:
+    """Removes from Dynamo's caches what `backend` compiled, and nothing else.
+
+    Otherwise each capture would stay, and count against the recompile limit of the code.
+    """
+    from torch._dynamo.convert_frame import input_codes, output_codes
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    for reference in (*input_codes.seen, *output_codes.seen):
+        code = reference()
+        for entry in _debug_get_cache_entry_list(code) if code is not None else ():
+            manager = entry.guard_manager
+            if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
+                deleted = DeletedGuardManagerWrapper("captured for explain")
+                manager.extra_state.invalidate(entry, deleted)

@@ -1,0 +1,109 @@
+"""explain(): what the pass does to a function, without compiling it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import compat
+from .options import Options
+from .report import LossReport, readable
+from .rewrite import rewrite
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainedGraph:
+    """One graph that Dynamo captured.
+
+    Attributes:
+        before: its code as captured.
+        after: its code after the pass; the same where nothing was rewritten.
+        break_reason: why Dynamo ended the graph where it did; None if the function returned.
+    """
+
+    before: str
+    after: str
+    break_reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; print it.
+
+    Attributes:
+        losses: one record for each loss, in the order of execution.
+        graphs: the graphs that Dynamo captured, in that order.
+    """
+
+    losses: list[LossReport]
+    graphs: list[ExplainedGraph]
+
+    def __str__(self) -> str:
+        rewritten = sum(loss.rewritten for loss in self.losses)
+        lines = [
+            f"{len(self.losses)} loss(es) in {len(self.graphs)} graph(s), {rewritten} rewritten"
+        ]
+        lines += [str(loss) for loss in self.losses]
+        if not self.losses:
+            lines.append("no operation with a loss rule was found in what Dynamo captured")
+        for number, graph in enumerate(self.graphs[:-1], 1):
+            if graph.break_reason:
+                lines.append(f"graph {number} ends with a graph break: {graph.break_reason}")
+        return "\n".join(lines)
+
+
+class _Recorder:
+    """A Dynamo backend that keeps the graphs and runs the rewritten ones as they are."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.losses: list[LossReport] = []
+        self.graphs: list[ExplainedGraph] = []
+
+    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        before = readable(module)
+        self.losses += rewrite(module, self.options)
+        reason = getattr(module, "compile_subgraph_reason", None)
+        broken = reason is not None and reason.graph_break
+        self.graphs.append(
+            ExplainedGraph(before, readable(module), reason.reason if broken else None)
+        )
+        return module.forward
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Captures ``fn(*args, **kwargs)`` with Dynamo and runs the pass on what it captured.
+
+    Inductor is not used. The function runs once, eagerly with its losses rewritten, so its side
+    effects happen, except that the random number generators are put back. Nothing of it stays
+    behind: no entry in `reports`, none in Dynamo's caches. The options are those of `install` if
+    it is in force.
+
+    Args:
+        fn: a function or module, compiled or not.
+        *args, **kwargs: its arguments.
+
+    Raises:
+        Exception: whatever `fn` raises.
+    """
+    original = getattr(fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn))
+    recorder = _Recorder(_options_in_force())
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.compile(original, backend=recorder)(*args, **kwargs)
+    finally:
+        compat.forget_compiled(recorder)
+    return Explanation(recorder.losses, recorder.graphs)
+
+
+def _options_in_force() -> Options:
+    from . import hook
+
+    installation = hook._installation
+    options = installation.rewrite_pass.options if installation is not None else None
+    return options or Options()

@@ -1,0 +1,104 @@
+"""linear_cross_entropy(): the fused loss called by hand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
+from .kernels.modification import Modification
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
+
+    The arguments are those of `torch.nn.functional.linear_cross_entropy`, and those of
+    `torch.nn.functional.cross_entropy` that are named as there.
+
+    Args:
+        input: [tokens, hidden] or [hidden]; float16, bfloat16, float32 or float64.
+        linear_weight: [vocabulary, hidden], the dtype of `input`.
+        target: [tokens] or [], class indices in [0, vocabulary) or `ignore_index`; int64.
+        linear_bias: [vocabulary], the dtype of `input`.
+        weight: [vocabulary], a rescaling weight for each class, the dtype of `input`.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        ignore_index: rows with this target add nothing, and are neither read nor computed.
+        label_smoothing: in [0, 1].
+        softcap: if given, logits become ``softcap * tanh(logits / softcap)`` (Gemma 2,
+            arXiv 2408.00118).
+
+    Returns:
+        The loss in the dtype of `input`: a scalar, or [tokens] for ``reduction="none"``.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: what `linear` and `cross_entropy` raise for the same
+            arguments; a second derivative raises RuntimeError.
+        IndexError: a target out of bounds (CPU).
+        NotImplementedError: targets that are class probabilities; `cross_entropy` takes them.
+    """
+    if input.dim() not in (1, 2):
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() != 2:
+        raise RuntimeError(f"expected linear_weight of 2 dimensions, got {linear_weight.dim()}")
+    _raise_what_the_unfused_code_raises(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing
+    )
+    modification = Modification() if softcap is None else Modification.softcap(float(softcap))
+    return torch.ops.cce_inductor.linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        str(modification),
+    )
+
+
+def _raise_what_the_unfused_code_raises(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    """Runs it on no rows at all, so that its errors are PyTorch's own, and costs nothing."""
+    if target.is_floating_point():
+        raise NotImplementedError(
+            "linear_cross_entropy takes class indices; for targets that are class probabilities "
+            "use torch.nn.functional.cross_entropy on the logits"
+        )
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"Expected input batch_size ({input.shape[0] if input.dim() > 1 else 1}) to match "
+            f"target batch_size ({target.shape[0] if target.dim() else 1}); input is "
+            f"{tuple(input.shape)}, target is {tuple(target.shape)}"
+        )
+    no_input, no_target = input.reshape(-1, input.shape[-1])[:0], target.reshape(-1)[:0]
+    with torch.no_grad():
+        logits = F.linear(no_input, linear_weight, linear_bias)
+        F.cross_entropy(
+            logits,
+            no_target,
+            weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )

@@ -1,0 +1,142 @@
+"""install() and uninstall(): the pass in `torch._inductor.config.pre_grad_custom_pass`.
+
+Inductor runs it on the graph that Dynamo captured, before autograd. Three settings change, for
+every thread, and are put back by `uninstall`:
+
+- ``pre_grad_custom_pass``: this pass, which first runs the ones that were there;
+- ``pre_grad_pass_timing`` (from torch 2.13): before the cache lookup, so that a compilation that
+  a cache answers is reported like any other; its key is then that of the rewritten graph;
+- ``torch.compiler.config.cache_key_tag``: with the fingerprint of this package appended, because
+  cache keys do not see the sources of operators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from . import compat
+from .fingerprint import fingerprint
+from .options import Options
+from .report import publish
+from .rewrite import rewrite
+
+_log = logging.getLogger(__name__)
+
+
+class RewritePass(CustomGraphPass):
+    """The passes that were there before, then the rewrite; only the former once uninstalled."""
+
+    def __init__(self, options: Options, previous: Any):
+        self.options: Options | None = options
+        self.previous = compat.pass_list(previous)
+
+    def __call__(self, graph: Graph) -> None:
+        for previous in self.previous:
+            previous(graph)
+        module = graph.owning_module
+        if self.options is not None and isinstance(module, GraphModule):
+            publish(module, rewrite(module, self.options))
+
+    def uuid(self) -> Any | None:
+        """None when a previous pass has none: then only it knows what it depends on."""
+        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.previous]
+        if None in uuids:
+            return None
+        return (fingerprint(self.options) if self.options is not None else "", *uuids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewritePass:
+        """Itself: threads copy option values, and `uninstall` must reach every one of them."""
+        return self
+
+
+class _Installation:
+    def __init__(self, options: Options):
+        inductor = torch._inductor.config
+        self.rewrite_pass = RewritePass(options, inductor.pre_grad_custom_pass)
+        self.user_tag: str = torch.compiler.config.cache_key_tag
+        self.undo: list[Callable[[], None]] = [
+            compat.set_config(inductor, "pre_grad_custom_pass", self.rewrite_pass)
+        ]
+        if compat.may_choose_pass_timing(inductor):
+            self.undo.append(compat.set_config(inductor, "pre_grad_pass_timing", "early"))
+        self.undo_tag: Callable[[], None] = lambda: None
+        self.set_options(options)
+
+    def set_options(self, options: Options) -> None:
+        self.undo_tag()
+        self.rewrite_pass.options = options
+        tag = " ".join(filter(None, (self.user_tag, fingerprint(options))))
+        self.undo_tag = compat.set_config(torch.compiler.config, "cache_key_tag", tag)
+
+    def remove(self) -> None:
+        self.rewrite_pass.options = None
+        self.undo_tag()
+        if torch._inductor.config.pre_grad_custom_pass is not self.rewrite_pass:
+            _log.warning(
+                "torch._inductor.config.pre_grad_custom_pass was changed after "
+                "cce_inductor.install(); it is put back to what it was before install()."
+            )
+        for undo in reversed(self.undo):
+            undo()
+
+
+_lock = threading.RLock()
+_installation: _Installation | None = None
+
+
+def install(**options: Any) -> None:
+    """Makes every later `torch.compile` with Inductor rewrite its losses.
+
+    Functions that are compiled already stay as they are. Calling it again replaces the options.
+
+    Args:
+        **options: see `Options`.
+
+    Raises:
+        TypeError, ValueError: an option that does not exist or has a wrong value.
+    """
+    global _installation
+    chosen = Options.create(**options)
+    with _lock:
+        if _installation is None:
+            _installation = _Installation(chosen)
+        else:
+            _installation.set_options(chosen)
+
+
+def uninstall() -> None:
+    """Puts back what `install` changed; does nothing if it was not called."""
+    global _installation
+    with _lock:
+        if _installation is not None:
+            _installation.remove()
+            _installation = None
+
+
+def is_installed() -> bool:
+    """Whether `install` is in force."""
+    return _installation is not None
+
+
+@contextlib.contextmanager
+def installed(**options: Any) -> Iterator[None]:
+    """`install` for a with-block; afterwards things are as before, also if it was installed."""
+    with _lock:
+        before = None if _installation is None else _installation.rewrite_pass.options
+    install(**options)
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is None:
+                uninstall()
+            elif _installation is not None:
+                _installation.set_options(before)

@@ -1,0 +1,59 @@
+"""Where in the user's source a graph node comes from, and how to write it in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def location(node: Node) -> str | None:
+    """``file.py:line`` of the innermost frame outside PyTorch, None if the graph does not say."""
+    frames = [match.groups() for match in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+    outside = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    return "{}:{}".format(*outside[-1]) if outside else None
+
+
+def at(node: Node) -> str:
+    """`` at file.py:line``, or nothing, to end a sentence with."""
+    place = location(node)
+    return f" at {place}" if place else ""
+
+
+def operation(node: Node) -> str:
+    """The name of what the node does: ``view``, ``cross_entropy``, ``setitem``."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        if node.target is getattr:
+            return str(node.args[1])
+        return getattr(node.target, "__name__", str(node.target))
+    return node.op
+
+
+def describe(node: Node) -> str:
+    """The operation with its constants: ``view(-1, 32000)``, ``truediv(30.0)``, ``linear``."""
+    first, *rest = node.args or (None,)
+    shown = [] if isinstance(first, (Node, type(None))) else [_argument(first)]
+    shown += [_argument(argument) for argument in rest if argument is not None]
+    shown += [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
+    shown = [text for text in shown if not text.startswith("%") and not text.endswith("=%")]
+    return operation(node) + (f"({', '.join(shown)})" if shown else "")
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, Node):
+        number = value.meta.get("example_value")
+        return str(number) if isinstance(number, (torch.SymInt, torch.SymFloat)) else "%"
+    if isinstance(value, slice):
+        parts = ["" if part is None else _argument(part) for part in (value.start, value.stop)]
+        return ":".join(parts) + ("" if value.step is None else f":{_argument(value.step)}")
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_argument(item) for item in value) + "]"
+    return "..." if value is Ellipsis else repr(value)

@@ -1,0 +1,169 @@
+"""What was done about each loss, as records that a person or a program can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+
+import torch
+from torch.fx import GraphModule
+
+from .location import describe, location
+from .walk import FoundLoss
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossReport:
+    """One loss of one compiled graph.
+
+    Attributes:
+        rewritten: whether the fused operator took its place.
+        reason: why not, in one sentence; None if it was rewritten.
+        location: ``file.py:line`` of the loss in the user's code, None if unknown.
+        loss: the operations from the projection to the loss.
+        logits_shape: shape of the projection's result; a dynamic size is given by the value it
+            had at compilation. None if the projection was not found.
+        logits_dtype: dtype of the projection's result, None likewise.
+        bytes_saved: bytes of one copy of those logits, if rewritten, else 0. What a training step
+            saves is more: the gradient of the logits, and a float32 copy where there was one.
+    """
+
+    rewritten: bool
+    reason: str | None
+    location: str | None
+    loss: str
+    logits_shape: tuple[int, ...] | None
+    logits_dtype: torch.dtype | None
+    bytes_saved: int
+
+    def __str__(self) -> str:
+        head = "rewritten" if self.rewritten else "left alone"
+        lines = [f"{head}: {self.loss}"]
+        if self.location:
+            lines.append(f"  at {self.location}")
+        if self.logits_shape is not None:
+            shape = "x".join(map(str, self.logits_shape))
+            lines.append(f"  logits: {shape} {str(self.logits_dtype).removeprefix('torch.')}")
+        if self.rewritten:
+            lines.append(f"  not stored any more: {format_bytes(self.bytes_saved)}")
+        else:
+            lines.append(f"  because {self.reason}")
+        return "\n".join(lines)
+
+
+def loss_report(found: FoundLoss, reason: str | None) -> LossReport:
+    """The record of a loss that was rewritten (`reason` is None) or left alone."""
+    path = found.logits.path if found.logits is not None else ()
+    shape = dtype = None
+    if found.logits is not None:
+        result = found.logits.projection.meta["example_value"]
+        shape, dtype = tuple(size_hint(size) for size in result.shape), result.dtype
+    return LossReport(
+        rewritten=reason is None,
+        reason=reason,
+        location=location(found.node),
+        loss=" > ".join((*path, describe(found.node))),
+        logits_shape=shape,
+        logits_dtype=dtype,
+        bytes_saved=logits_bytes(found) if reason is None else 0,
+    )
+
+
+def logits_bytes(found: FoundLoss) -> int:
+    """Bytes of the projection's result, with dynamic sizes as they were at compilation."""
+    assert found.logits is not None
+    result = found.logits.projection.meta["example_value"]
+    return math.prod(size_hint(size) for size in result.shape) * result.dtype.itemsize
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size itself, what a dynamic one was at compilation, or 2^31-1 where only data tells."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if isinstance(hint, int) else 2**31 - 1
+
+
+def format_bytes(count: int) -> str:
+    """`count` in the largest binary unit that keeps it at least 1."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.4g} {unit}"
+
+
+class ReportLog:
+    """Records of real compilations, from any thread.
+
+    Dynamo may start a compilation over; what an abandoned attempt found is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: list[tuple[object, int, LossReport]] = []
+
+    def add(self, reports: list[LossReport]) -> None:
+        trace = torch._guards.CompileContext.current_trace_id()
+        compile_id, attempt = (trace.compile_id, trace.attempt) if trace else (object(), 0)
+        with self._lock:
+            while self._entries and self._entries[-1][0] == compile_id:
+                if self._entries[-1][1] >= attempt:
+                    break
+                self._entries.pop()
+            self._entries += [(compile_id, attempt, report) for report in reports]
+
+    def all(self) -> list[LossReport]:
+        with self._lock:
+            return [report for _, _, report in self._entries]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+
+log = ReportLog()
+
+
+def publish(module: GraphModule, found: list[LossReport]) -> None:
+    """Tells everybody who may ask what a compilation did: `reports`, the logger "cce_inductor"
+    (TORCH_LOGS), ``torch._dynamo.utils.counters["cce_inductor"]`` and the structured trace."""
+    log.add(found)
+    counters = torch._dynamo.utils.counters["cce_inductor"]
+    for report in found:
+        counters["rewritten" if report.rewritten else "left_alone"] += 1
+        _logger.info("%s", report)
+    if not any(report.rewritten for report in found):
+        return
+    if _logger.isEnabledFor(logging.DEBUG):
+        _logger.debug("rewritten graph:\n%s", readable(module))
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "cce_inductor_rewritten_graph", "encoding": "string"},
+        payload_fn=lambda: readable(module),
+    )
+
+
+def readable(module: GraphModule) -> str:
+    """The graph as Python code with shapes, dtypes and source lines."""
+    return module.print_readable(print_output=False)
+
+
+def reports() -> list[LossReport]:
+    """The losses found in every compilation so far, rewritten or not, oldest first.
+
+    A compilation is one of `torch.compile` with Inductor while `install` is in force, or one by a
+    backend of this package; a function that is compiled again for other shapes is in it again.
+    `explain` adds nothing.
+    """
+    return log.all()
+
+
+def clear_reports() -> None:
+    """Forgets what `reports` returned so far."""
+    log.clear()

@@ -1,0 +1,203 @@
+"""One walk over a graph in order, with logits as abstract values.
+
+The walk knows no operation by itself: `patterns` says what makes logits, what keeps them and what
+consumes them. Whatever has no rule is an escape, and keeps the projection as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.fx import Graph, Node
+
+from .location import at, describe, operation
+from .mutation import UNKNOWN, mutated_storages, storage_of
+from .patterns import (
+    CrossEntropy,
+    Logits,
+    Site,
+    UnsupportedError,
+    example,
+    loss,
+    projection,
+    transform,
+)
+
+
+@dataclasses.dataclass
+class FoundLoss:
+    """A node with a loss rule.
+
+    Attributes:
+        node: the loss in the user's graph.
+        logits: what its input was followed back to, None if that is no projection in this graph.
+        replacement: what may stand in its place, None if nothing may.
+        reason: why it is left alone, None while there is no reason to.
+    """
+
+    node: Node
+    logits: Logits | None
+    replacement: CrossEntropy | None
+    reason: str | None
+
+
+@dataclasses.dataclass
+class Walk:
+    """What a walk over a graph found.
+
+    Attributes:
+        losses: in the graph's order.
+        logits: every node that holds logits.
+    """
+
+    losses: list[FoundLoss] = dataclasses.field(default_factory=list)
+    logits: dict[Node, Logits] = dataclasses.field(default_factory=dict)
+
+
+def walk(graph: Graph) -> Walk:
+    """Finds every loss in `graph` and follows its logits back to their projection."""
+    return _Walker(graph).run()
+
+
+class _Walker:
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.found = Walk()
+        self.kept: dict[Node, str] = {}  # projection -> why it stays
+        self.lost: dict[Node, str] = {}  # node made from logits by an operation without a rule
+        self.mutations: list[tuple[int, object, Node]] = []
+        self.position: dict[Node, int] = {}
+        self.gradient_mode: dict[Node, object] = {}
+
+    def run(self) -> Walk:
+        gradient_mode: object = "ambient"
+        in_transform = any(_is_functorch(node) for node in self.graph.nodes)
+        for position, node in enumerate(self.graph.nodes):
+            self.position[node] = position
+            self.gradient_mode[node] = gradient_mode
+            if node.target is torch._C._set_grad_enabled:
+                gradient_mode = node.args[0]
+            used = [a for a in node.all_input_nodes if a in self.found.logits]
+            if loss.get(node) is not None:
+                self._visit_loss(node, used)
+            elif used:
+                self._visit_use(node, used)
+            else:
+                self._visit_other(node, in_transform)
+            self.mutations += [(position, storage, node) for storage in mutated_storages(node)]
+        for found in self.found.losses:
+            if found.reason is None and found.logits is not None:
+                found.reason = self.kept.get(found.logits.projection)
+        return self.found
+
+    def _visit_other(self, node: Node, in_transform: bool) -> None:
+        inherited = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
+        if inherited is not None:
+            self.lost[node] = inherited
+        rule = projection.get(node)
+        if rule is None:
+            return
+        try:
+            logits = Site(node, self.found.logits).apply(rule)
+        except UnsupportedError as why:
+            self.lost[node] = f"{operation(node)}{at(node)} is no projection that is known: {why}"
+            return
+        if logits is None:
+            return
+        if in_transform:
+            self.lost[node] = "the graph is inside a torch.func transform"
+            return
+        self.found.logits[node] = logits.replace(path=(describe(node),))
+
+    def _visit_use(self, node: Node, used: list[Node]) -> None:
+        """A transform, or an escape."""
+        try:
+            rule = transform.get(node)
+            if rule is None:
+                raise UnsupportedError("")
+            if len(used) > 1:
+                raise UnsupportedError("it combines logits with logits")
+            logits: Logits = Site(node, self.found.logits).apply(rule)
+            self._check_gradient(node, used)
+        except UnsupportedError as why:
+            self._escape(node, used, str(why))
+        else:
+            self.found.logits[node] = logits.replace(path=(*logits.path, describe(node)))
+
+    def _escape(self, node: Node, used: list[Node], why: str) -> None:
+        if node.op == "output":
+            reason = "the logits are returned by the compiled function, so they must be stored"
+        else:
+            reason = f"the logits are used by {operation(node)}{at(node)}"
+            if why:
+                reason += f": {why}"
+        self.lost[node] = reason
+        for argument in used:
+            self.kept.setdefault(self.found.logits[argument].projection, reason)
+
+    def _visit_loss(self, node: Node, used: list[Node]) -> None:
+        input = node.kwargs.get("input", node.args[0] if node.args else None)
+        logits = self.found.logits.get(input) if isinstance(input, Node) else None
+        found = FoundLoss(node, logits, None, None)
+        self.found.losses.append(found)
+        if logits is None:
+            found.reason = self._reason_without_logits(input)
+            if used:  # as the target, say
+                self._escape(node, used, "it is not the input of the loss")
+            return
+        try:
+            rule = loss.get(node)
+            assert rule is not None
+            found.replacement = Site(node, self.found.logits).apply(rule)
+            self._check_gradient(node, used)
+            self._check_captured(logits, node)
+        except UnsupportedError as why:
+            found.reason = f"{operation(node)} cannot be rewritten: {why}"
+            for argument in used:
+                self.kept.setdefault(self.found.logits[argument].projection, found.reason)
+
+    def _reason_without_logits(self, input: object) -> str:
+        if isinstance(input, Node) and input in self.lost:
+            return self.lost[input]
+        source = input
+        while isinstance(source, Node) and source.op != "placeholder" and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if isinstance(input, Node) and input.op == "placeholder":
+            return "its logits come into this graph from outside, so their projection is not in it"
+        if isinstance(source, Node) and transform.get(input) is not None:  # type: ignore[arg-type]
+            return (
+                "no projection was found behind its input: the logits come from "
+                f"{operation(source)} {source.name!r}"
+            )
+        made_by = operation(input) + at(input) if isinstance(input, Node) else repr(input)
+        return f"its input is made by {made_by}, which is no projection that is known"
+
+    def _check_gradient(self, node: Node, used: list[Node]) -> None:
+        """What the node makes of logits with a gradient must have one."""
+        if any(_requires_grad(argument) for argument in used) and not _requires_grad(node):
+            raise UnsupportedError("it cuts the gradient")
+
+    def _check_captured(self, logits: Logits, node: Node) -> None:
+        """What the loss will read must be what the projection read."""
+        if self.gradient_mode[node] != self.gradient_mode[logits.projection] and (
+            not _requires_grad(node) or not _requires_grad(logits.projection)
+        ):
+            raise UnsupportedError("gradients are enabled or disabled between projection and loss")
+        captured = {storage_of(argument): argument for argument in logits.captured}
+        start = self.position[logits.projection]
+        for position, storage, mutation in self.mutations:
+            if position > start and (storage in captured or storage is UNKNOWN):
+                raise UnsupportedError(
+                    f"{operation(mutation)}{at(mutation)} may change what the projection read"
+                )
+
+
+def _requires_grad(node: Node) -> bool:
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _is_functorch(node: Node) -> bool:
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and "functorch" in module
