@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from checks import rewritten_graph
+from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
 INPUT = torch.randn(6, 8, requires_grad=True)
@@ -11,15 +11,48 @@ BIAS = torch.randn(50, requires_grad=True)
 TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
 
 
-def test_graph():
-    def fn(input, weight, bias, target):
-        return F.cross_entropy(F.linear(input, weight, bias), target)
+def loss(input, weight, bias, target):
+    return F.cross_entropy(F.linear(input, weight, bias), target)
 
+
+def test_graph():
     assert_expected_inline(
-        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        rewritten_graph(loss, INPUT, WEIGHT, BIAS, TARGET),
         """\
 linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, linear_bias = l_bias_)
 return (linear_cross_entropy,)
-
 """,
     )
+
+
+def test_numbers():
+    assert_as_accurate_as_eager(loss, INPUT, WEIGHT, BIAS, TARGET)
+
+
+def test_module_without_bias():
+    head = torch.nn.Linear(8, 50, bias=False)
+    criterion = torch.nn.CrossEntropyLoss()
+
+    assert_expected_inline(
+        rewritten_graph(lambda input, target: criterion(head(input), target), INPUT, TARGET),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_head_parameters_weight_, l_target_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_keywords():
+    def fn(input, weight, bias, target):
+        return F.cross_entropy(target=target, input=F.linear(bias=bias, weight=weight, input=input))
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, BIAS, TARGET)
+    assert report.rewritten
+
+
+def test_bilinear_is_no_projection():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.bilinear(input, input, weight), target)
+
+    weight = torch.randn(50, 8, 8, requires_grad=True)
+    assert reason_against(fn, INPUT, weight, TARGET).startswith("its input is made by bilinear")
