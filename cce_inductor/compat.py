@@ -59,13 +59,20 @@ def forget_compiled(backend: Callable[..., Any]) -> None:
     Otherwise each capture would stay, and count against the recompile limit of the code.
     """
     from torch._dynamo.convert_frame import input_codes, output_codes
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     for reference in (*input_codes.seen, *output_codes.seen):
         code = reference()
-        for entry in _debug_get_cache_entry_list(code) if code is not None else ():
-            manager = entry.guard_manager
-            if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
-                deleted = DeletedGuardManagerWrapper("captured for explain")
-                manager.extra_state.invalidate(entry, deleted)
+        entries = _debug_get_cache_entry_list(code) if code is not None else []
+        of_backend = [
+            entry
+            for entry in entries
+            if getattr(entry.backend, "compiler_fn", entry.backend) is backend
+        ]
+        if of_backend and len(of_backend) == len(entries):
+            reset_code(code)
+            continue
+        for entry in of_backend:
+            deleted = DeletedGuardManagerWrapper("captured for explain")
+            entry.guard_manager.extra_state.invalidate(entry, deleted)

@@ -67,11 +67,9 @@ class _Recorder:
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = readable(module)
         self.losses += rewrite(module, self.options)
-        reason = getattr(module, "compile_subgraph_reason", None)
-        broken = reason is not None and reason.graph_break
-        self.graphs.append(
-            ExplainedGraph(before, readable(module), reason.reason if broken else None)
-        )
+        ended = getattr(module, "compile_subgraph_reason", None)
+        reason = ended.reason if ended is not None and ended.graph_break else None
+        self.graphs.append(ExplainedGraph(before, readable(module), reason))
         return module.forward
 
 
@@ -92,9 +90,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """
     original = getattr(fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn))
     recorder = _Recorder(_options_in_force())
+    no_limit = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), no_limit:
             torch.compile(original, backend=recorder)(*args, **kwargs)
     finally:
         compat.forget_compiled(recorder)

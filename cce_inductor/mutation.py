@@ -89,7 +89,7 @@ def _is_inplace(node: Node) -> bool:
     if len(node.args) < 2 or not any(argument is True for argument in node.args[1:]):
         return False
     try:
-        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        signature = inspect.signature(node.target)
         return signature.bind(*node.args, **node.kwargs).arguments.get("inplace") is True
     except (TypeError, ValueError):  # a builtin without signature
         return False
@@ -110,5 +110,5 @@ def _subgraph_mutates(node: Node) -> bool:
 
 def _nodes(arguments: object) -> list[Node]:
     found: list[Node] = []
-    torch.fx.map_arg(arguments, found.append)  # type: ignore[arg-type]
+    torch.fx.map_arg(arguments, found.append)
     return found

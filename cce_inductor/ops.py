@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ def row_statistics_backward(
     d_input, d_weight, d_bias = blockwise.row_statistics_backward(
         grads, input, target, lse, tile_lse, head, (need_input, need_weight, need_bias)
     )
-    return tuple(input.new_empty(0) if d is None else d for d in (d_input, d_weight, d_bias))  # type: ignore[return-value]
+    return tuple(input.new_empty(0) if d is None else d for d in (d_input, d_weight, d_bias))
 
 
 @row_statistics_backward.register_fake
@@ -151,10 +152,10 @@ def _(
     return tuple(
         input.new_empty(0) if primal is None or not wanted else primal.new_empty(primal.shape)
         for primal, wanted in zip((input, linear_weight, linear_bias), output_mask, strict=True)
-    )  # type: ignore[return-value]
+    )
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         input,
         linear_weight,
@@ -174,7 +175,13 @@ def _save_for_backward(ctx, inputs, output) -> None:
     )
 
 
-def _backward(ctx, grad_lse, grad_target_logit, grad_logit_sum, _grad_tile_lse):
+def _backward(
+    ctx: Any,
+    grad_lse: Tensor,
+    grad_target_logit: Tensor,
+    grad_logit_sum: Tensor,
+    _grad_tile_lse: Tensor,
+) -> tuple[Tensor | None, ...]:
     input, linear_weight, linear_bias, target, logit_sum_weight, lse, tile_lse = ctx.saved_tensors
     output_mask = ctx.needs_input_grad[:3]
     gradients = torch.ops.cce_inductor.row_statistics_backward(
@@ -202,7 +209,7 @@ def _backward(ctx, grad_lse, grad_target_logit, grad_logit_sum, _grad_tile_lse):
 row_statistics.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _refuse_double_backward(ctx, *grads):
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError(
         "cce_inductor: the fused linear cross-entropy has no second derivative; compute the "
         "logits and torch.nn.functional.cross_entropy without cce_inductor for a double backward"

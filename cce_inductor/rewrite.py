@@ -66,14 +66,14 @@ def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
     except Exception as error:
         if options.on_error == "raise":
             raise
-        _warn_once(type(error), str(error))
+        _warn_once(type(error).__name__, str(error))
         reason = f"the pass failed with {type(error).__name__}: {error}"
         reasons = [each.reason or reason for each in found.losses]
     return [loss_report(each, why) for each, why in zip(found.losses, reasons, strict=True)]
 
 
 @functools.cache
-def _warn_once(kind: type[Exception], message: str) -> None:
+def _warn_once(kind: str, message: str) -> None:
     """Logs the exception being handled, the first time that one like it is."""
     _log.warning(
         "cce_inductor left a graph as it was because of an unexpected error. The model compiles "

@@ -161,16 +161,16 @@ class _Walker:
         if isinstance(input, Node) and input in self.lost:
             return self.lost[input]
         source = input
-        while isinstance(source, Node) and source.op != "placeholder" and source.all_input_nodes:
-            source = source.all_input_nodes[0]
-        if isinstance(input, Node) and input.op == "placeholder":
-            return "its logits come into this graph from outside, so their projection is not in it"
-        if isinstance(source, Node) and transform.get(input) is not None:  # type: ignore[arg-type]
+        while isinstance(source, Node) and transform.get(source) is not None:
+            source = source.all_input_nodes[0] if source.all_input_nodes else None
+        if not isinstance(source, Node):
+            return "its input is made from no tensor"
+        if source.op == "placeholder":
             return (
-                "no projection was found behind its input: the logits come from "
-                f"{operation(source)} {source.name!r}"
+                f"its logits come into this graph from outside, as {source.name!r}, "
+                "so their projection is not in it"
             )
-        made_by = operation(input) + at(input) if isinstance(input, Node) else repr(input)
+        made_by = f"{operation(source)}{at(source)}"
         return f"its input is made by {made_by}, which is no projection that is known"
 
     def _check_gradient(self, node: Node, used: list[Node]) -> None:

@@ -23,13 +23,13 @@ def product(
     result = site.example
     if not (is_tensor(input) and is_tensor(weight)) or result.dtype not in COMPUTE_DTYPES:
         return None
-    if bias is not None and (not is_tensor(bias) or tensor_example(bias).dim() != 1):
-        return None
     if tensor_example(weight).dim() != 2 or tensor_example(input).dim() < 1:
         return None
     if not isinstance(tensor_example(weight).shape[1 - transposed], int):  # a SymInt is not
         return None
     if not isinstance(tensor_example(weight).shape[int(not transposed)], int):
+        return None
+    if bias is not None and (not is_tensor(bias) or tensor_example(bias).shape != result.shape[-1:]):
         return None
     absorbed = []
     while (source := _transpose_of(weight)) is not None:

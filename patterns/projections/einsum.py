@@ -23,14 +23,18 @@ def einsum(site: Site, equation: Any, *operands: Any) -> Logits | None:
     pairs = list(zip(subscripts.split(","), operands, strict=False))
     for (input, input_node), (weight, weight_node) in (pairs, pairs[::-1]):
         transposed = _is_projection(input, weight, result)
-        if transposed is not None and _ranks_fit(input, input_node):
+        if transposed is None or not _ranks_fit(input, input_node):
+            continue
+        hidden = tensor_example(weight_node).shape[1 - transposed]
+        if tensor_example(input_node).shape[-1] == hidden:  # einsum broadcasts a size of 1
             return product(site, input_node, weight_node, transposed=transposed)
     return None
 
 
 def _is_projection(input: str, weight: str, result: str) -> bool | None:
     """Whether the weight is [hidden, vocabulary]; None if the equation is no projection."""
-    if len(weight) != 2 or not input or len(set(input)) != len(input):
+    letters = input.replace("...", "", 1)
+    if len(weight) != 2 or not letters or len(set(letters)) != len(letters):
         return None
     rows, hidden = input[:-1], input[-1]
     if hidden not in weight or hidden == weight.replace(hidden, ""):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..logits import Logits
+from ..product import COMPUTE_DTYPES
 from ..rules import Site, tensor_example, transform
 
 
@@ -16,7 +17,7 @@ def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
     before, after = tensor_example(input), site.example
     if after.device != before.device:
         site.unsupported(f"it moves the logits from {before.device} to {after.device}")
-    if not after.is_floating_point():
+    if after.dtype not in COMPUTE_DTYPES:
         site.unsupported(f"it casts the logits to {after.dtype}")
     if after.dtype == torch.float64:
         return logits.replace(compute_dtype=torch.float64)

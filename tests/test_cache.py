@@ -1,0 +1,94 @@
+"""Inductor's caches stay on, answer a second process, and never answer with stale code."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cce_inductor
+
+SCRIPT = """
+import json, sys
+import torch, torch.nn.functional as F
+import cce_inductor
+
+how, options = sys.argv[1], json.loads(sys.argv[2])
+generator = torch.Generator().manual_seed(0)
+input = torch.randn(6, 8, generator=generator, requires_grad=True)
+weight = torch.randn(50, 8, generator=generator, requires_grad=True)
+target = torch.randint(50, (6,), generator=generator)
+
+def loss(input, weight, target):
+    return F.cross_entropy(F.linear(input, weight), target)
+
+if how == "install":
+    cce_inductor.install(**options)
+    compiled = torch.compile(loss)
+elif how == "backend":
+    compiled = torch.compile(loss, backend="cce_inductor", options=options)
+else:
+    compiled = torch.compile(loss)
+value = compiled(input, weight, target)
+value.backward()
+counters = torch._dynamo.utils.counters
+print(json.dumps({
+    "numbers": [value.item(), *input.grad.flatten().tolist(), *weight.grad.flatten().tolist()],
+    "rewritten": [report.rewritten for report in cce_inductor.reports()],
+    "hits": counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"],
+    "misses": counters["inductor"]["fxgraph_cache_miss"],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs the script in a new process, all with one cache directory."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(how, sources=None, **options):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        if sources is not None:
+            environment["PYTHONPATH"] = str(sources)
+        command = [sys.executable, "-c", SCRIPT, how, json.dumps(options)]
+        done = subprocess.run(
+            command, env=environment, cwd=cache, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def other_sources(tmp_path):
+    """A copy of the package with one comment more in a kernel."""
+    root = Path(cce_inductor.__file__).parent.parent
+    shutil.copytree(root / "cce_inductor", tmp_path / "cce_inductor")
+    for folder in ("kernels", "patterns"):
+        home = root / folder if (root / folder).exists() else root / "cce_inductor" / folder
+        shutil.copytree(home, tmp_path / "cce_inductor" / folder, dirs_exist_ok=True)
+    kernel = tmp_path / "cce_inductor" / "kernels" / "blockwise.py"
+    kernel.write_text(kernel.read_text() + "\n# another version\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", ["install", "backend"])
+def test_caches(run, how, other_sources):
+    cold = run(how, min_logits_bytes=0)
+    assert cold["hits"] == 0
+    assert cold["misses"] > 0
+
+    warm = run(how, min_logits_bytes=0)
+    assert warm["hits"] > 0
+    assert warm["misses"] == 0
+    assert warm["numbers"] == cold["numbers"]
+    assert warm["rewritten"] == cold["rewritten"] == [True]
+
+    assert run(how, min_logits_bytes=0, workspace_bytes=1000)["hits"] == 0
+    assert run(how, sources=other_sources, min_logits_bytes=0)["hits"] == 0
+    plain = run("plain")
+    assert plain["rewritten"] == []
