@@ -102,31 +102,33 @@ def test_compiled_with_inductor():
     assert torch._dynamo.utils.counters["cce_inductor"]["rewritten"] >= 1
 
 
-def test_user_pass_is_chained(monkeypatch):
+def test_user_pass_is_chained():
     user_pass = UserPass()
-    monkeypatch.setattr(inductor_config, "pre_grad_custom_pass", user_pass)
-    with cce_inductor.installed(min_logits_bytes=0):
-        run_pre_grad_pass(module := captured())
-        assert "cross_entropy" in user_pass.seen[0]
-        assert is_rewritten(module)
-        assert "user" in inductor_config.pre_grad_custom_pass.uuid()
-    assert inductor_config.pre_grad_custom_pass is user_pass
+    with inductor_config.patch(pre_grad_custom_pass=user_pass):
+        with cce_inductor.installed(min_logits_bytes=0):
+            run_pre_grad_pass(module := captured())
+            assert "cross_entropy" in user_pass.seen[0]
+            assert is_rewritten(module)
+            assert "user" in inductor_config.pre_grad_custom_pass.uuid()
+        assert inductor_config.pre_grad_custom_pass is user_pass
 
 
-def test_plain_function_is_chained_and_has_no_uuid(monkeypatch):
+def test_plain_function_is_chained_and_has_no_uuid():
     seen = []
-    monkeypatch.setattr(inductor_config, "pre_grad_custom_pass", seen.append)
-    with cce_inductor.installed(min_logits_bytes=0):
+    with (
+        inductor_config.patch(pre_grad_custom_pass=seen.append),
+        cce_inductor.installed(min_logits_bytes=0),
+    ):
         run_pre_grad_pass(captured())
         assert len(seen) == 1
         assert inductor_config.pre_grad_custom_pass.uuid() is None
 
 
-def test_cache_key_tag_of_the_user_is_kept(monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    with cce_inductor.installed():
-        assert torch.compiler.config.cache_key_tag.startswith("mine cce_inductor-")
-    assert torch.compiler.config.cache_key_tag == "mine"
+def test_cache_key_tag_of_the_user_is_kept():
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        with cce_inductor.installed():
+            assert torch.compiler.config.cache_key_tag.startswith("mine cce_inductor-")
+        assert torch.compiler.config.cache_key_tag == "mine"
 
 
 def test_installed_nests():
