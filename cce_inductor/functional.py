@@ -46,12 +46,16 @@ def linear_cross_entropy(
         RuntimeError, ValueError, TypeError: what `linear` and `cross_entropy` raise for the same
             arguments; a second derivative raises RuntimeError.
         IndexError: a target out of bounds (CPU).
-        NotImplementedError: targets that are class probabilities; `cross_entropy` takes them.
+        NotImplementedError: targets that are class probabilities, or a `linear_weight` for a
+            K-dimensional loss; `cross_entropy` takes both.
     """
     if input.dim() not in (1, 2):
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() != 2:
-        raise RuntimeError(f"expected linear_weight of 2 dimensions, got {linear_weight.dim()}")
+        raise NotImplementedError(
+            "linear_cross_entropy takes a linear_weight of shape [vocabulary, hidden], got "
+            f"{tuple(linear_weight.shape)}"
+        )
     _raise_what_the_unfused_code_raises(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing
     )

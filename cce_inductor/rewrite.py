@@ -19,6 +19,7 @@ from .report import LossReport, format_bytes, logits_bytes, loss_report
 from .walk import FoundLoss, Walk, walk
 
 _log = logging.getLogger(__name__)
+DEVICES = ("cpu", "cuda")
 _DONE = "cce_inductor"  # key in GraphModule.meta of a graph that the pass has seen
 
 
@@ -85,6 +86,10 @@ def _warn_once(kind: str, message: str) -> None:
 def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
     if found.reason is not None:
         return found.reason
+    assert found.logits is not None
+    device = example(found.logits.projection).device.type
+    if device not in DEVICES:
+        return f"there is no kernel for the device {device!r}"
     size = logits_bytes(found)
     if size < options.min_logits_bytes:
         return (

@@ -69,10 +69,10 @@ class _Walker:
         self.mutations: list[tuple[int, object, Node]] = []
         self.position: dict[Node, int] = {}
         self.gradient_mode: dict[Node, object] = {}
+        self.in_transform = any(_is_functorch(node) for node in graph.nodes)
 
     def run(self) -> Walk:
         gradient_mode: object = "ambient"
-        in_transform = any(_is_functorch(node) for node in self.graph.nodes)
         for position, node in enumerate(self.graph.nodes):
             self.position[node] = position
             self.gradient_mode[node] = gradient_mode
@@ -84,17 +84,20 @@ class _Walker:
             elif used:
                 self._visit_use(node, used)
             else:
-                self._visit_other(node, in_transform)
+                self._visit_other(node)
             self.mutations += [(position, storage, node) for storage in mutated_storages(node)]
         for found in self.found.losses:
             if found.reason is None and found.logits is not None:
                 found.reason = self.kept.get(found.logits.projection)
         return self.found
 
-    def _visit_other(self, node: Node, in_transform: bool) -> None:
+    def _visit_other(self, node: Node) -> None:
         inherited = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
         if inherited is not None:
             self.lost[node] = inherited
+        self._visit_projection(node)
+
+    def _visit_projection(self, node: Node) -> None:
         rule = projection.get(node)
         if rule is None:
             return
@@ -105,7 +108,7 @@ class _Walker:
             return
         if logits is None:
             return
-        if in_transform:
+        if self.in_transform:
             self.lost[node] = "the graph is inside a torch.func transform"
             return
         self.found.logits[node] = logits.replace(path=(describe(node),))
@@ -122,6 +125,7 @@ class _Walker:
             self._check_gradient(node, used)
         except UnsupportedError as why:
             self._escape(node, used, str(why))
+            self._visit_projection(node)  # what one projection made may be another's input
         else:
             self.found.logits[node] = logits.replace(path=(*logits.path, describe(node)))
 

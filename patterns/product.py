@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .logits import Logits
 from .rules import Site, is_tensor, tensor_example
@@ -25,12 +26,15 @@ def product(
         return None
     if tensor_example(weight).dim() != 2 or tensor_example(input).dim() < 1:
         return None
-    if not isinstance(tensor_example(weight).shape[1 - transposed], int):  # a SymInt is not
+    if not all(isinstance(size, int) for size in tensor_example(weight).shape):
         return None
-    if not isinstance(tensor_example(weight).shape[int(not transposed)], int):
+    if bias is not None and (
+        not is_tensor(bias) or tensor_example(bias).shape != result.shape[-1:]
+    ):
         return None
-    if bias is not None and (not is_tensor(bias) or tensor_example(bias).shape != result.shape[-1:]):
-        return None
+    for operand in filter(None, (input, weight, bias)):
+        if is_traceable_wrapper_subclass(tensor_example(operand)):
+            site.unsupported(f"its operand is a {type(tensor_example(operand)).__name__}")
     absorbed = []
     while (source := _transpose_of(weight)) is not None:
         absorbed.append(weight)
