@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .kernels import blockwise
 from .kernels.modification import Modification
-from .kernels.product import accumulation_dtype
+from .kernels.product import accumulation_dtype, operand_dtype
 from .options import DEFAULT_WORKSPACE_BYTES
 
 NAMESPACE = "cce_inductor"
@@ -39,7 +39,7 @@ def _head(
         with_logit_sum,
         ignore_index,
         Modification.parse(modification),
-        compute_dtype,
+        operand_dtype(compute_dtype),
         workspace_bytes,
     )
 

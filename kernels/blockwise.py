@@ -39,7 +39,7 @@ class Head:
         with_logit_sum: whether `logit_sum` is wanted at all.
         ignore_index: rows with this target are neither read nor computed.
         modification: applied to each logit.
-        compute_dtype: the dtype of the matrix products' operands.
+        compute_dtype: the dtype of the matrix products' operands, an `operand_dtype`.
         workspace_bytes: bound on the block of logits and its companions; at least one row of one
             tile is always used.
     """
@@ -276,8 +276,10 @@ def row_statistics_backward(
     # exp(z - lse) = exp(z - shift) * exp(shift - lse): the first factor is exact where it matters
     # (z near lse), the second one carries what float32 cannot hold of lse.
     shift = kept_lse.to(head.logit_dtype)
-    probability_scale = (select(grads.lse, rows) * (shift - kept_lse).exp()).to(head.logit_dtype)
-    grad_target_logit = select(grads.target_logit, rows).to(head.logit_dtype)
+    grad_lse = select(grads.lse, rows)
+    probability_scale = (grad_lse * (shift - kept_lse).exp()).to(head.logit_dtype)
+    # The target's g p + g_t, with g_t near -g and p near 1, is (g + g_t) + g (p - 1).
+    grad_total = grad_lse + select(grads.target_logit, rows)
     grad_logit_sum = (
         select(grads.logit_sum, rows).to(head.logit_dtype) if head.with_logit_sum else None
     )
@@ -303,11 +305,13 @@ def row_statistics_backward(
             derivative = workspace.derivative(logits)
             factor = head.modification.apply_with_derivative_(logits, derivative)
 
+            inside, columns = target_columns(kept_target[block], tile)
+            log_probability = logits.gather(1, columns).squeeze(1) - kept_lse[block]
+            on_target = grad_total[block] + grad_lse[block] * log_probability.expm1()
             dz = logits.sub_(shift[block].unsqueeze(1)).exp_()
             dz.mul_(probability_scale[block].unsqueeze(1))
-            inside, columns = target_columns(kept_target[block], tile)
-            on_target = torch.where(inside, grad_target_logit[block], 0.0).unsqueeze(1)
-            dz.scatter_(1, columns, dz.gather(1, columns) + on_target)
+            on_target = torch.where(inside, on_target, dz.gather(1, columns).squeeze(1))
+            dz.scatter_(1, columns, on_target.to(dz.dtype).unsqueeze(1))
             if grad_logit_sum is not None:
                 _add_logit_sum_gradient_(dz, grad_logit_sum[block], head, tile)
             if derivative is not None:

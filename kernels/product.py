@@ -1,9 +1,10 @@
 """Matrix products whose result is wider than their operands.
 
-bfloat16 and float16 operands are multiplied at their own speed, but the library rounds the result
-to their dtype. A second product that starts from minus the rounded result returns what the
-rounding lost (the library accumulates in float32), and the sum of both is exact to about 2^-17
-for bfloat16 and 2^-20 for float16.
+bfloat16 operands are multiplied at their own speed, but the library rounds the result to their
+dtype. A second product that starts from minus the rounded result returns what the rounding lost
+(the library accumulates in float32), and the sum of both is exact to about 2^-17. float16 has not
+the range for that: gradients of a mean over tokens are near its smallest numbers, their parts may
+be beyond its largest. It is multiplied in float32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of `dtype` are multiplied."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class WideProduct:
     """``out = beta * out + a @ b`` with `out` in the accumulation dtype of `a` and `b`.
 
     Args:
-        dtype: of the operands.
+        dtype: of the operands, an `operand_dtype`.
         capacity: elements of the largest `out`; scratch for it is allocated once, and only when
             `dtype` is narrower than its accumulation dtype.
     """

@@ -1,4 +1,4 @@
-"""``logits + bias`` with one value for each vocabulary entry."""
+"""``logits + bias`` with one value for each vocabulary entry, the same in every row."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ def add(site: Site, input: Any, other: Any, *, alpha: Any = 1) -> Logits:
         site.unsupported("what it adds is not a bias over the vocabulary")
     if logits.linear_bias is not None or logits.modification.steps:
         site.unsupported("it adds a bias to logits that have one or were scaled before")
-    if logits.row_operations or site.example.shape != tensor_example(input).shape:
+    if logits.vocabulary_dim != site.example.dim() - 1:
         site.unsupported("what it adds is not a bias over the vocabulary")
+    if site.example.shape != tensor_example(input).shape:
+        site.unsupported("what it adds differs from row to row")
     shape = tensor_example(other).shape
     if not shape or any(size != 1 for size in shape[:-1]):
         site.unsupported("what it adds differs from row to row")
     if shape[-1] != site.example.shape[logits.vocabulary_dim]:
         site.unsupported("what it adds is not a bias over the vocabulary")
+    if site.example.dtype == torch.float64:
+        logits = logits.replace(compute_dtype=torch.float64)
     return logits.replace(linear_bias=other)

@@ -1,0 +1,250 @@
+"""The numerics contract: the fused loss is never less accurate than the graph it replaces."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cce_inductor.kernels.blockwise import TILE
+
+import cce_inductor.ops  # noqa: F401  (registers the operator)
+
+TOKENS, HIDDEN, VOCABULARY = 96, 32, 2 * TILE + 300
+SEEDS = range(8)
+RESULTS = ("loss", "input", "weight", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A head with its inputs in float32; some rows are ignored."""
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    target: torch.Tensor
+
+
+def random_problem(seed, scale=1.0, vocabulary=VOCABULARY):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    target = torch.randint(vocabulary, (TOKENS,), generator=generator)
+    target[::7] = -100
+    weight = draw(vocabulary, HIDDEN) / math.sqrt(HIDDEN)
+    return Problem(draw(TOKENS, HIDDEN), weight * scale, draw(vocabulary) * 0.1 * scale, target)
+
+
+def peaked_problem(seed):
+    """Logits of tens: rows with losses from 1 to 1e-7, and a few that are wrong with confidence."""
+    problem = random_problem(seed)
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.empty(TOKENS, 1).uniform_(10, 25, generator=generator)
+    aimed_at = problem.target.clamp(min=0)
+    aimed_at[1::20] = (aimed_at[1::20] + TILE) % VOCABULARY
+    weight = F.normalize(problem.weight)
+    input = weight[aimed_at] * factor + 0.2 * problem.input
+    return dataclasses.replace(problem, input=input, weight=weight)
+
+
+def confident_problem(seed, confidence=(22, 40)):
+    """Every row is right; the loss is 1e-4 or less, and so is what the probability lacks to 1."""
+    problem = random_problem(seed)
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.empty(TOKENS, 1).uniform_(*confidence, generator=generator)
+    weight = F.normalize(problem.weight)
+    input = weight[problem.target.clamp(min=0)] * factor
+    return dataclasses.replace(problem, input=input, weight=weight)
+
+
+def certain_problem(seed):
+    """The loss is of the size of float32's rounding of a probability near 1."""
+    return confident_problem(seed, confidence=(40, 60))
+
+
+@pytest.fixture(scope="session")
+def trained_problem():
+    """The head of a bigram model after training on a Markov source with Zipfian words."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = 1 / (torch.arange(VOCABULARY) + 3.0)
+    words = lambda n: torch.multinomial(frequency, n, True, generator=generator)  # noqa: E731
+    successors = words(4 * VOCABULARY).view(VOCABULARY, 4)
+
+    def sample(n):
+        """Words, and after each one of its four successors or sometimes any word."""
+        word = words(n)
+        choice = torch.multinomial(torch.tensor([8.0, 4, 2, 1, 3]), n, True, generator=generator)
+        return word, torch.cat((successors[word], words(n)[:, None]), 1)[torch.arange(n), choice]
+
+    embedding = torch.randn(VOCABULARY, HIDDEN, generator=generator).requires_grad_()
+    weight = (torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.02).requires_grad_()
+    bias = torch.zeros(VOCABULARY, requires_grad=True)
+    optimizer = torch.optim.Adam((embedding, weight, bias), lr=0.03)
+    losses = []
+    for _ in range(150):
+        word, following = sample(384)
+        hidden = F.rms_norm(F.embedding(word, embedding), (HIDDEN,))
+        loss = F.cross_entropy(F.linear(hidden, weight, bias), following)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+    def problem(seed):
+        generator.manual_seed(seed)
+        word, following = sample(TOKENS)
+        following[::7] = -100
+        hidden = F.rms_norm(F.embedding(word, embedding), (HIDDEN,))
+        return Problem(hidden.detach(), weight.detach(), bias.detach(), following)
+
+    return problem
+
+
+PROBLEMS = {
+    "random": random_problem,
+    "peaked": peaked_problem,
+    "confident": confident_problem,
+    "certain": certain_problem,
+    "tiny": functools.partial(random_problem, scale=1e-3),
+}
+
+
+@pytest.fixture(params=[*PROBLEMS, "trained"])
+def problem(request):
+    """A function of the seed."""
+    return PROBLEMS.get(request.param) or request.getfixturevalue("trained_problem")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelling:
+    """A head as models write it, and the arguments of the operator that replaces it."""
+
+    logits: object
+    arguments: dict
+    context: object = contextlib.nullcontext
+
+    def unfused(self, input, weight, bias, target, reduction):
+        with self.context():
+            logits = self.logits(F.linear(input, weight, bias))
+            return F.cross_entropy(logits, target, reduction=reduction)
+
+    def exact(self, input, weight, bias, target, reduction):
+        logits = self.logits(F.linear(input, weight, bias)).double()
+        return F.cross_entropy(logits, target, reduction=reduction)
+
+    def fused(self, input, weight, bias, target, reduction):
+        return torch.ops.cce_inductor.linear_cross_entropy(
+            input, weight, target, bias, reduction=reduction, **self.arguments
+        )
+
+
+def upcast(logits):
+    """``.float()`` that leaves the float64 reference alone."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+SPELLINGS = {
+    "plain": Spelling(lambda logits: logits, {}),
+    "float": Spelling(upcast, {"result_dtype": torch.float32}),
+    "softcap": Spelling(
+        lambda logits: upcast(torch.tanh(logits / 30.0) * 30.0),
+        {"result_dtype": torch.float32, "modification": "div 30.0, tanh, mul 30.0"},
+    ),
+    "blocked": Spelling(upcast, {"result_dtype": torch.float32, "workspace_bytes": 2**17}),
+}
+AUTOCAST = Spelling(
+    lambda logits: logits,
+    {"compute_dtype": torch.bfloat16, "result_dtype": torch.float32},
+    lambda: torch.autocast("cpu", torch.bfloat16),
+)
+
+
+def loss_and_gradients(loss, problem, dtype, reduction, exact=False):
+    """The loss and the gradients for the inputs rounded to `dtype`, in `RESULTS` order."""
+    leaves = [t.to(dtype) for t in (problem.input, problem.weight, problem.bias)]
+    leaves = [t.detach().to(torch.float64 if exact else dtype, copy=True) for t in leaves]
+    leaves = [t.requires_grad_() for t in leaves]
+    result = loss(*leaves, problem.target, reduction)
+    # Rows with distinct weights: an error in one must not be hidden by another.
+    rows = torch.linspace(0.5, 1.5, result.numel()).view(result.shape).to(result.dtype)
+    return [result.detach(), *torch.autograd.grad(result, leaves, rows)]
+
+
+def errors(loss, exact, problem, dtype, reduction):
+    """The error of each of `RESULTS`: relative, in the norm over all elements and seeds."""
+    squared = torch.zeros(len(RESULTS), 2, dtype=torch.float64)
+    for seed in SEEDS:
+        got = loss_and_gradients(loss, problem(seed), dtype, reduction)
+        want = loss_and_gradients(exact, problem(seed), dtype, reduction, exact=True)
+        for row, ours, theirs in zip(squared, got, want, strict=True):
+            assert ours.isfinite().all()
+            row[0] += (ours.double() - theirs).square().sum()
+            row[1] += theirs.square().sum()
+    return (squared[:, 0] / squared[:, 1]).sqrt()
+
+
+def assert_contract(spelling, problem, dtype, reduction, result_dtype):
+    """Rounding is random, so errors of the same size differ by chance: a tenth, and one unit in the
+    last place of the result, are allowed on top of the unfused graph's error."""
+    ours = errors(spelling.fused, spelling.exact, problem, dtype, reduction)
+    theirs = errors(spelling.unfused, spelling.exact, problem, dtype, reduction)
+    ulp = torch.tensor([torch.finfo(d).eps for d in (result_dtype, dtype, dtype, dtype)])
+    worse = {
+        name: f"{our:.2e} fused, {their:.2e} unfused"
+        for name, our, their, unit in zip(RESULTS, ours, theirs, ulp, strict=True)
+        if not our <= 1.1 * their + unit
+    }
+    assert not worse
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_no_less_accurate_than_unfused(dtype, spelling, reduction, problem):
+    result_dtype = dtype if spelling == "plain" else torch.float32
+    assert_contract(SPELLINGS[spelling], problem, dtype, reduction, result_dtype)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_less_accurate_than_autocast(reduction, problem):
+    def representable(seed):
+        """In bfloat16: both graphs round the operands alike, which would hide what they do next."""
+        tensors = dataclasses.asdict(problem(seed))
+        return Problem(
+            **{k: t.bfloat16().float() if t.is_floating_point() else t for k, t in tensors.items()}
+        )
+
+    assert_contract(AUTOCAST, representable, torch.float32, reduction, torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["random", "peaked", "tiny", "trained"])
+def test_float64_agrees_to_1e_12(name, reduction, request):
+    """Not of confident rows: there the unfused float64 graph is not exact to 1e-12 either."""
+    problem = PROBLEMS.get(name) or request.getfixturevalue("trained_problem")
+    plain = SPELLINGS["plain"]
+    assert errors(plain.fused, plain.exact, problem, torch.float64, reduction).max() < 1e-12
+
+
+def test_float16_gradients_of_many_tiles_below_its_normal_range():
+    """Each tile adds to the gradient of the input what is too small for float16 to hold well."""
+    problem = functools.partial(random_problem, scale=1e-3, vocabulary=8 * TILE)
+    assert_contract(SPELLINGS["float"], problem, torch.float16, "mean", torch.float32)
+
+
+def test_float16_gradient_of_two_tiles_that_cancel():
+    """Neither tile's part of the gradient of the input fits float16; their sum does."""
+    weight = torch.zeros(2 * TILE, 8, dtype=torch.float16)
+    weight[0], weight[TILE] = 400, 404
+    input = torch.ones(1, 8, dtype=torch.float16, requires_grad=True)
+    target = torch.tensor([0])
+    unfused = F.cross_entropy(F.linear(input, weight).float(), target)
+    (want,) = torch.autograd.grad(256 * unfused, input)
+    fused = torch.ops.cce_inductor.linear_cross_entropy(
+        input, weight, target, result_dtype=torch.float32
+    )
+    (got,) = torch.autograd.grad(256 * fused, input)
+    assert want.isfinite().all()
+    torch.testing.assert_close(got, want)
