@@ -44,6 +44,11 @@ def _head(
     )
 
 
+def _without_autocast(input: Tensor) -> torch.autocast:
+    """The kernels choose every dtype themselves."""
+    return torch.autocast(input.device.type, enabled=False)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::row_statistics", mutates_args=())
 def row_statistics(
     input: Tensor,
@@ -68,7 +73,8 @@ def row_statistics(
         compute_dtype,
         workspace_bytes,
     )
-    return blockwise.row_statistics(input, target, head)
+    with _without_autocast(input):
+        return blockwise.row_statistics(input, target, head)
 
 
 @row_statistics.register_fake
@@ -124,9 +130,10 @@ def row_statistics_backward(
     )
     need_input, need_weight, need_bias = output_mask
     grads = blockwise.RowGradients(grad_lse, grad_target_logit, grad_logit_sum)
-    d_input, d_weight, d_bias = blockwise.row_statistics_backward(
-        grads, input, target, lse, tile_lse, head, (need_input, need_weight, need_bias)
-    )
+    with _without_autocast(input):
+        d_input, d_weight, d_bias = blockwise.row_statistics_backward(
+            grads, input, target, lse, tile_lse, head, (need_input, need_weight, need_bias)
+        )
     return tuple(input.new_empty(0) if d is None else d for d in (d_input, d_weight, d_bias))
 
 
@@ -255,7 +262,7 @@ def _linear_cross_entropy(
     else:
         class_weight = weight.to(torch.float64)
         total_weight = class_weight.sum()
-        row_weight = class_weight[rows.where(kept, 0)].where(kept, 0.0)
+        row_weight = class_weight[rows.masked_fill(~kept, 0)].masked_fill(~kept, 0.0)
         loss = loss * row_weight
     if label_smoothing:
         smooth = (lse * total_weight - logit_sum) / vocabulary

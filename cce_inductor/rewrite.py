@@ -5,11 +5,13 @@ The graph is changed only after every new node has been built, so that an error 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
@@ -118,6 +120,14 @@ def _replace(graph: Graph, chosen: list[FoundLoss], found: Walk, options: Option
                     graph.erase_node(absorbed)
 
 
+def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
+    """The mode of the example values, in which new tensors are examples too."""
+    for value in torch.utils._pytree.tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return contextlib.nullcontext()
+
+
 class _Builder:
     """Inserts nodes, with example values, and can take them out again."""
 
@@ -134,7 +144,8 @@ class _Builder:
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self.built.append(node)
         values, named_values = torch.fx.map_arg((args, kwargs), example)
-        node.meta["example_value"] = target(*values, **named_values)
+        with _fake_mode(values, named_values):
+            node.meta["example_value"] = target(*values, **named_values)
         return node
 
     def loss(self, found: FoundLoss, options: Options) -> Node:

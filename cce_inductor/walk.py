@@ -7,6 +7,7 @@ consumes them. Whatever has no rule is an escape, and keeps the projection as it
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch.fx import Graph, Node
@@ -87,6 +88,9 @@ class _Walker:
                 self._visit_other(node)
             self.mutations += [(position, storage, node) for storage in mutated_storages(node)]
         for found in self.found.losses:
+            if found.reason is None:
+                self._check_unchanged(found)
+        for found in self.found.losses:
             if found.reason is None and found.logits is not None:
                 found.reason = self.kept.get(found.logits.projection)
         return self.found
@@ -123,6 +127,8 @@ class _Walker:
                 raise UnsupportedError("it combines logits with logits")
             logits: Logits = Site(node, self.found.logits).apply(rule)
             self._check_gradient(node, used)
+            if len(node.all_input_nodes) > 1:
+                self._check_gradient_mode(node, logits)
         except UnsupportedError as why:
             self._escape(node, used, str(why))
             self._visit_projection(node)  # what one projection made may be another's input
@@ -155,7 +161,8 @@ class _Walker:
             assert rule is not None
             found.replacement = Site(node, self.found.logits).apply(rule)
             self._check_gradient(node, used)
-            self._check_captured(logits, node)
+            if not (_requires_grad(node) and _requires_grad(logits.projection)):
+                self._check_gradient_mode(node, logits)
         except UnsupportedError as why:
             found.reason = f"{operation(node)} cannot be rewritten: {why}"
             for argument in used:
@@ -182,19 +189,25 @@ class _Walker:
         if any(_requires_grad(argument) for argument in used) and not _requires_grad(node):
             raise UnsupportedError("it cuts the gradient")
 
-    def _check_captured(self, logits: Logits, node: Node) -> None:
-        """What the loss will read must be what the projection read."""
-        if self.gradient_mode[node] != self.gradient_mode[logits.projection] and (
-            not _requires_grad(node) or not _requires_grad(logits.projection)
-        ):
+    def _check_gradient_mode(self, node: Node, logits: Logits) -> None:
+        """What else the node reads must get a gradient if the projection's operands do."""
+        if self.gradient_mode[node] != self.gradient_mode[logits.projection]:
             raise UnsupportedError("gradients are enabled or disabled between projection and loss")
-        captured = {storage_of(argument): argument for argument in logits.captured}
-        start = self.position[logits.projection]
+
+    def _check_unchanged(self, found: FoundLoss) -> None:
+        """What the loss will read, and keep for its backward, must be what the projection read."""
+        assert found.logits is not None
+        captured = {storage_of(argument) for argument in found.logits.captured}
+        first = self.position[found.logits.projection]
+        last = math.inf if _requires_grad(found.node) else self.position[found.node]
         for position, storage, mutation in self.mutations:
-            if position > start and (storage in captured or storage is UNKNOWN):
-                raise UnsupportedError(
-                    f"{operation(mutation)}{at(mutation)} may change what the projection read"
+            if first < position < last and (storage in captured or storage is UNKNOWN):
+                found.reason = (
+                    f"{operation(found.node)} cannot be rewritten: {operation(mutation)}"
+                    f"{at(mutation)} may change what the projection read"
                 )
+                self.kept.setdefault(found.logits.projection, found.reason)
+                return
 
 
 def _requires_grad(node: Node) -> bool:

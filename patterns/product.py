@@ -27,7 +27,7 @@ def product(
     if tensor_example(weight).dim() != 2 or tensor_example(input).dim() < 1:
         return None
     if not all(isinstance(size, int) for size in tensor_example(weight).shape):
-        return None
+        site.unsupported("its weight has a dynamic size")
     if bias is not None and (
         not is_tensor(bias) or tensor_example(bias).shape != result.shape[-1:]
     ):

@@ -1,0 +1,179 @@
+"""A bias that is added after the projection."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
+from expecttest import assert_expected_inline
+
+torch.manual_seed(0)
+INPUT = torch.randn(2, 3, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+BIAS = torch.randn(50, requires_grad=True)
+TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
+
+
+def loss_after(add):
+    """The function whose logits, [2, 3, 50], and bias go through `add`."""
+
+    def fn(input, weight, bias, target):
+        return F.cross_entropy(add(F.linear(input, weight), bias).view(-1, 50), target)
+
+    return fn
+
+
+def test_graph():
+    def fn(input, weight, bias, target):
+        return F.cross_entropy((F.linear(input, weight) + bias).view(-1, 50), target)
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        """\
+reshape = torch.reshape(l_input_, (-1, 8))
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, l_weight_, l_target_, linear_bias = l_bias_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_of_a_bias_with_more_dimensions():
+    def fn(input, weight, bias, target):
+        return F.cross_entropy((F.linear(input, weight) + bias).view(-1, 50), target)
+
+    bias = BIAS.detach().view(1, 1, 50).requires_grad_()
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, bias, TARGET),
+        """\
+reshape = torch.reshape(l_input_, (-1, 8))
+reshape_1 = torch.reshape(l_bias_, (-1,))
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, l_weight_, l_target_, linear_bias = reshape_1)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+SPELLINGS = {
+    "x + b": lambda x, b: x + b,
+    "b + x": lambda x, b: b + x,
+    "x.add": lambda x, b: x.add(b),
+    "b.add": lambda x, b: b.add(x),
+    "x.__add__": lambda x, b: x.__add__(b),
+    "x.__radd__": lambda x, b: x.__radd__(b),
+    "operator.add": lambda x, b: operator.add(x, b),
+    "torch.add": lambda x, b: torch.add(x, b),
+    "torch.add, keywords": lambda x, b: torch.add(other=b, input=x, alpha=1),
+    "one row": lambda x, b: x + b[None],
+    "one row of one sequence": lambda x, b: x + b.view(1, 1, 50),
+    "expression": lambda x, b: x + b.exp() * 2,
+    "after a view": lambda x, b: x.view(-1, 50) + b,
+    "after a slice": lambda x, b: x[:, :] + b,
+    "after a cast": lambda x, b: x.float() + b,
+    "before a scale": lambda x, b: (x + b) * 0.5,
+    "before a softcap": lambda x, b: 3 * torch.tanh((x + b) / 3),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_numbers(spelling):
+    assert_as_accurate_as_eager(loss_after(spelling), INPUT, WEIGHT, BIAS, TARGET)
+
+
+def test_rows_in_another_order_before_the_bias():
+    def fn(input, weight, bias, target):
+        logits = F.linear(input, weight)[:, :-1].transpose(0, 1).reshape(-1, 50) + bias
+        return F.cross_entropy(logits, target, reduction="none")
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, BIAS, TARGET[:4])
+
+
+def test_wider_bias():
+    def fn(input, weight, bias, target):
+        logits = F.linear(input, weight) + bias
+        return F.cross_entropy(logits.view(-1, 50), target)
+
+    input, weight = (t.detach().bfloat16().requires_grad_() for t in (INPUT, WEIGHT))
+    assert_as_accurate_as_eager(fn, input, weight, BIAS, TARGET)
+
+
+def test_wider_bias_makes_the_loss_wider():
+    def fn(input, weight, bias, target):
+        return F.cross_entropy((F.linear(input, weight) + bias).view(-1, 50), target)
+
+    bias = BIAS.detach().double().requires_grad_()
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, bias, TARGET)
+
+
+def test_frozen_projection_with_a_trained_bias():
+    def fn(input, weight, bias, target):
+        return F.cross_entropy((F.linear(input, weight) + bias).view(-1, 50), target)
+
+    assert_as_accurate_as_eager(fn, INPUT.detach(), WEIGHT.detach(), BIAS, TARGET)
+
+
+def test_bias_before_transpose():
+    def fn(input, weight, bias, target):
+        logits = F.linear(input, weight) + bias
+        return F.cross_entropy(logits.transpose(1, 2), target.view(2, 3))
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, BIAS, TARGET)
+
+
+def test_dynamic_sizes():
+    head = torch.nn.Linear(8, 50, bias=False)
+    bias = torch.nn.Parameter(torch.randn(50))
+
+    def fn(input, target):
+        return F.cross_entropy((head(input) + bias).view(-1, 50), target)
+
+    (report,) = reports_of(fn, INPUT, TARGET, dynamic=True)
+    assert report.rewritten
+
+
+NO_BIAS = "what it adds is not a bias over the vocabulary"
+BY_ROW = "what it adds differs from row to row"
+SECOND = "it adds a bias to logits that have one or were scaled before"
+UNSUPPORTED = {
+    "a value for each row": (lambda x, b: x + torch.ones(2, 3, 1), BY_ROW),
+    "a column": (lambda x, b: x + b[:3, None], BY_ROW),
+    "a matrix": (lambda x, b: x + torch.ones(3, 50), BY_ROW),
+    "more logits": (lambda x, b: (x + torch.ones(2, 1, 1, 50))[0], NO_BIAS),
+    "a number": (lambda x, b: x + 2, NO_BIAS),
+    "a tensor of no dimension": (lambda x, b: x + b[0], BY_ROW),
+    "a tensor of one element": (lambda x, b: x + b[:1], NO_BIAS),
+    "a multiple": (lambda x, b: torch.add(x, b, alpha=2), NO_BIAS),
+    "a multiple of logits": (lambda x, b: torch.add(b, x, alpha=2), NO_BIAS),
+    "a second bias": (lambda x, b: x + b + b, SECOND),
+    "scaled logits": (lambda x, b: x * 2 + b, SECOND),
+    "capped logits": (lambda x, b: torch.tanh(x) + b, SECOND),
+    "the logits": (lambda x, b: x + x, NO_BIAS),
+    "other logits": (lambda x, b: x + x * 2, "it combines logits with logits"),
+    "transposed logits": (
+        lambda x, b: (x.transpose(1, 2) + b[:3]).transpose(1, 2),
+        NO_BIAS,
+    ),
+    "transposed logits, a bias that fits": (
+        lambda x, b: (x.transpose(1, 2) + b[:, None]).transpose(1, 2),
+        NO_BIAS,
+    ),
+}
+
+
+@pytest.mark.parametrize(("add", "why"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported(add, why):
+    def fn(input, weight, bias, target):
+        return F.cross_entropy(add(F.linear(input, weight), bias).reshape(-1, 50), target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, BIAS, TARGET)
+    assert reason.startswith("the logits are used by ")
+    assert why is None or reason.endswith(f": {why}")
+
+
+@pytest.mark.parametrize(
+    "add",
+    [lambda x, b: x - b, lambda x, b: torch.addcmul(x, b, b), lambda x, b: torch.lerp(x, b, 0.5)],
+)
+def test_other_sums_are_left_alone(add):
+    reason = reason_against(loss_after(add), INPUT, WEIGHT, BIAS, TARGET)
+    assert reason.startswith("the logits are used by ")

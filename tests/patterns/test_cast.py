@@ -1,0 +1,154 @@
+"""Casts of the logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_as_accurate_as_eager, reason_against, rewritten_graph
+from expecttest import assert_expected_inline
+
+torch.manual_seed(0)
+INPUT = torch.randn(6, 8).bfloat16().requires_grad_()
+WEIGHT = torch.randn(50, 8).bfloat16().requires_grad_()
+TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
+
+
+def loss_after(cast):
+    """The function whose logits go through `cast`, unless they are float64 as in a reference."""
+
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        if logits.dtype != torch.float64:
+            logits = cast(logits)
+        return F.cross_entropy(logits, target)
+
+    return fn
+
+
+def test_graph():
+    assert_expected_inline(
+        rewritten_graph(loss_after(lambda x: x.float()), INPUT, WEIGHT, TARGET),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, result_dtype = torch.float32)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_of_a_cast_that_does_nothing():
+    input, weight = (t.detach().float().requires_grad_() for t in (INPUT, WEIGHT))
+    assert_expected_inline(
+        rewritten_graph(loss_after(lambda x: x.float()), input, weight, TARGET),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_of_float64():
+    assert_expected_inline(
+        rewritten_graph(loss_after(lambda x: x.double()), INPUT, WEIGHT, TARGET),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, compute_dtype = torch.float64, result_dtype = torch.float64)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+SPELLINGS = {
+    "nothing": lambda x: x,
+    "float": lambda x: x.float(),
+    "half": lambda x: x.half(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "double": lambda x: x.double(),
+    "to": lambda x: x.to(torch.float32),
+    "to, keyword": lambda x: x.to(dtype=torch.float32),
+    "to, all arguments": lambda x: x.to("cpu", torch.float32, non_blocking=False, copy=True),
+    "to a device": lambda x: x.to("cpu"),
+    "to another tensor's": lambda x: x.to(torch.zeros(())),
+    "type": lambda x: x.type(torch.float32),
+    "type by name": lambda x: x.type("torch.FloatTensor"),
+    "type_as": lambda x: x.type_as(torch.zeros(())),
+    "there and back": lambda x: x.float().bfloat16(),
+    "then scaled": lambda x: x.float() / 3,
+    "scaled, then cast": lambda x: (x / 3).float(),
+    "between scales": lambda x: 3 * torch.tanh((x / 3).float()),
+    "of a view": lambda x: x.view(2, 3, 50).float().view(6, 50),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_numbers(spelling):
+    assert_as_accurate_as_eager(loss_after(spelling), INPUT, WEIGHT, TARGET)
+
+
+@pytest.mark.parametrize("spelling", ["half", "bfloat16", "double", "there and back"])
+def test_numbers_of_float32_logits(spelling):
+    input, weight = (t.detach().float().requires_grad_() for t in (INPUT, WEIGHT))
+    assert_as_accurate_as_eager(loss_after(SPELLINGS[spelling]), input, weight, TARGET)
+
+
+def test_cast_of_the_operands():
+    def fn(input, weight, target):
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.cross_entropy(F.linear(input.to(dtype), weight.to(dtype)), target)
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
+
+
+UNSUPPORTED = {
+    "to integers": (
+        lambda x: x.to(torch.int64).float(),
+        "to",
+        "it casts the logits to torch.int64",
+    ),
+    "type of integers": (
+        lambda x: x.type(torch.int32).float(),
+        "type",
+        "it casts the logits to torch.int32",
+    ),
+    "to eight bits": (
+        lambda x: x.to(torch.float8_e4m3fn).float(),
+        "to",
+        "it casts the logits to torch.float8_e4m3fn",
+    ),
+    "to complex": (
+        lambda x: x.to(torch.complex64).real,
+        "to",
+        "it casts the logits to torch.complex64",
+    ),
+    "long": (lambda x: x.long().float(), "long", None),
+    "bool": (lambda x: x.bool().float(), "bool", None),
+    "round": (lambda x: x.round().float(), "round", None),
+    "bits": (
+        lambda x: x.view(torch.int16).float(),
+        "view",
+        "it reinterprets the logits as another dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize(("cast", "name", "why"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported(cast, name, why):
+    reason = reason_against(loss_after(cast), INPUT, WEIGHT, TARGET)
+    assert reason.startswith(f"the logits are used by {name} at ")
+    assert why is None or reason.endswith(f": {why}")
+
+
+def test_dtype_of_the_logits_given_to_another_tensor():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits, target) + target.sum().type_as(logits)
+
+    assert reason_against(fn, INPUT, WEIGHT, TARGET).endswith(
+        ": the logits are not its first operand"
+    )
+
+
+def test_another_device_is_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).to("meta"), target.to("meta"))
+
+    assert reason_against(fn, INPUT, WEIGHT, TARGET).endswith(
+        ": it moves the logits from cpu to meta"
+    )

@@ -1,0 +1,287 @@
+"""`F.cross_entropy` and `nn.CrossEntropyLoss`, with every argument they have."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import (
+    assert_as_accurate_as_eager,
+    reason_against,
+    reports_of,
+    rewritten_graph,
+    value_and_gradients,
+)
+from expecttest import assert_expected_inline
+
+torch.manual_seed(0)
+INPUT = torch.randn(6, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
+CLASS_WEIGHT = torch.rand(50) + 0.5
+
+
+def test_graph():
+    def fn(input, weight, target):
+        return F.cross_entropy(input @ weight.T, target)
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_with_every_argument():
+    def fn(input, weight, target, class_weight):
+        return F.cross_entropy(
+            F.linear(input, weight),
+            target,
+            weight=class_weight,
+            ignore_index=7,
+            reduction="sum",
+            label_smoothing=0.1,
+        )
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET.abs() % 50, CLASS_WEIGHT),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, weight = l_class_weight_, reduction = 'sum', ignore_index = 7, label_smoothing = 0.1)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_with_class_dimension_1():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).transpose(1, 2), target)
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT.view(2, 3, 8), WEIGHT, TARGET.view(2, 3)),
+        """\
+permute = torch.permute(l_input_, (0, 2, 1))
+movedim = torch.movedim(permute, 1, -1)
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(movedim, l_weight_, l_target_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_arguments(reduction, label_smoothing, ignore_index, weighted):
+    def fn(input, weight, target, class_weight):
+        return F.cross_entropy(
+            F.linear(input, weight),
+            target,
+            weight=class_weight if weighted else None,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    target = TARGET if ignore_index == -100 else TARGET.where(TARGET >= 0, 1)
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, target, CLASS_WEIGHT)
+
+
+SPELLINGS = {
+    "all positional": lambda x, t, w: F.cross_entropy(x, t, w, None, 7, None, "sum", 0.1),
+    "all keywords": lambda x, t, w: F.cross_entropy(
+        label_smoothing=0.1, reduction="sum", ignore_index=7, weight=w, target=t, input=x
+    ),
+    "an integer label_smoothing": lambda x, t, w: F.cross_entropy(x, t, label_smoothing=0),
+    "nothing but label_smoothing": lambda x, t, w: F.cross_entropy(x, t, w, label_smoothing=1.0),
+    "size_average": lambda x, t, w: F.cross_entropy(x, t, size_average=True),
+    "no size_average": lambda x, t, w: F.cross_entropy(x, t, size_average=False),
+    "no reduce": lambda x, t, w: F.cross_entropy(x, t, reduce=False),
+    "no size_average, no reduce": lambda x, t, w: F.cross_entropy(x, t, None, False, -100, False),
+    "reduce against reduction": lambda x, t, w: F.cross_entropy(x, t, reduce=True, reduction="sum"),
+    "module": lambda x, t, w: torch.nn.CrossEntropyLoss()(x, t),
+    "module with arguments": lambda x, t, w: torch.nn.CrossEntropyLoss(
+        w, ignore_index=7, reduction="none", label_smoothing=0.1
+    )(x, t),
+    "module with size_average": lambda x, t, w: torch.nn.CrossEntropyLoss(size_average=False)(x, t),
+    "targets reshaped": lambda x, t, w: F.cross_entropy(x, t.view(2, 3).reshape(-1)),
+    "targets masked": lambda x, t, w: F.cross_entropy(x, t.masked_fill(t == 7, -100)),
+    "targets cast": lambda x, t, w: F.cross_entropy(x, t.int().long()),
+    "the loss cast": lambda x, t, w: F.cross_entropy(x, t).bfloat16(),
+    "the loss scaled": lambda x, t, w: 0.5 * F.cross_entropy(x, t, reduction="sum") / 6,
+    "the loss masked": lambda x, t, w: F.cross_entropy(x, t, reduction="none") * (t != 7),
+    "the loss reshaped": lambda x, t, w: F.cross_entropy(x, t, reduction="none").view(2, 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_spelling(spelling):
+    def fn(input, weight, target, class_weight):
+        return spelling(F.linear(input, weight), target, class_weight)
+
+    target = TARGET.where(TARGET >= 0, 7)
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, target, CLASS_WEIGHT)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_one_row_without_batch(reduction, label_smoothing):
+    def fn(input, weight, target, class_weight):
+        return F.cross_entropy(
+            F.linear(input, weight),
+            target,
+            class_weight,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    input = torch.randn(8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, input, WEIGHT, torch.tensor(3), CLASS_WEIGHT)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_class_dimension_1(reduction, label_smoothing):
+    def fn(input, weight, target, class_weight):
+        logits = F.linear(input, weight).transpose(1, 2)
+        return F.cross_entropy(
+            logits, target, class_weight, reduction=reduction, label_smoothing=label_smoothing
+        )
+
+    input = torch.randn(2, 3, 8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, input, WEIGHT, TARGET.view(2, 3), CLASS_WEIGHT)
+
+
+def test_class_dimension_1_of_images():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).permute(0, 3, 1, 2), target)
+
+    input = torch.randn(2, 3, 4, 8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, input, WEIGHT, torch.randint(50, (2, 3, 4)))
+
+
+def test_ignore_index_that_is_symbolic():
+    head = torch.nn.Linear(8, 50)
+
+    def fn(input, target, ignore_index):
+        return F.cross_entropy(head(input), target, ignore_index=ignore_index)
+
+    compiled = torch.compile(
+        fn, backend="cce_inductor_eager", dynamic=True, options={"min_logits_bytes": 0}
+    )
+    target = TARGET.abs() % 50
+    (report,) = reports_of(fn, INPUT, target, 7, dynamic=True)
+    assert report.rewritten
+    for ignore_index in (7, 3, -100):
+        torch.testing.assert_close(
+            value_and_gradients(compiled, INPUT, target, ignore_index),
+            value_and_gradients(fn, INPUT, target, ignore_index),
+        )
+
+
+def test_label_smoothing_that_changes():
+    head = torch.nn.Linear(8, 50)
+
+    def fn(input, target, label_smoothing):
+        return F.cross_entropy(head(input), target, label_smoothing=label_smoothing)
+
+    compiled = torch.compile(
+        fn, backend="cce_inductor_eager", dynamic=True, options={"min_logits_bytes": 0}
+    )
+    (report,) = reports_of(fn, INPUT, TARGET, 0.1, dynamic=True)
+    assert report.rewritten
+    for label_smoothing in (0.1, 0.3, 0.0):
+        torch.testing.assert_close(
+            value_and_gradients(compiled, INPUT, TARGET, label_smoothing),
+            value_and_gradients(fn, INPUT, TARGET, label_smoothing),
+        )
+
+
+def test_result_is_bfloat16_for_bfloat16_logits():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    input, weight = (t.detach().bfloat16().requires_grad_() for t in (INPUT, WEIGHT))
+    assert_as_accurate_as_eager(fn, input, weight, TARGET)
+
+
+def test_class_probabilities_are_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    target = torch.randn(6, 50).softmax(1)
+    assert reason_against(fn, INPUT, WEIGHT, target) == (
+        "cross_entropy cannot be rewritten: its targets are class probabilities"
+    )
+
+
+def test_probabilities_made_of_the_logits_are_left_alone():
+    def fn(input, weight):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits, logits)
+
+    assert reason_against(fn, INPUT, WEIGHT) == (
+        "cross_entropy cannot be rewritten: its targets are class probabilities"
+    )
+
+
+def test_logits_as_targets_of_another_loss_are_left_alone():
+    def fn(input, weight, student):
+        return F.cross_entropy(student, F.linear(input, weight))
+
+    reason = reason_against(fn, INPUT, WEIGHT, torch.randn(6, 50))
+    assert reason.startswith("its logits come into this graph from outside")
+
+
+def test_class_weights_with_a_gradient_are_left_alone():
+    def fn(input, weight, target, class_weight):
+        return F.cross_entropy(F.linear(input, weight), target, class_weight)
+
+    class_weight = CLASS_WEIGHT.clone().requires_grad_()
+    with torch.no_grad():  # anywhere else cross_entropy refuses them
+        assert reason_against(fn, INPUT, WEIGHT, TARGET, class_weight) == (
+            "cross_entropy cannot be rewritten: its class weights require a gradient"
+        )
+
+
+def test_another_class_dimension_is_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    target = torch.randint(50, (50, 50))
+    assert reason_against(fn, torch.randn(50, 50, 8), WEIGHT, target) == (
+        "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
+    )
+
+
+def test_softmax_over_the_tokens_is_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).transpose(0, 1), target)
+
+    assert reason_against(fn, INPUT, WEIGHT, torch.randint(6, (50,))) == (
+        "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits, target: F.nll_loss(F.softmax(logits, 1), target),
+        lambda logits, target: F.multi_margin_loss(logits, target),
+        lambda logits, target: F.cross_entropy(F.softmax(logits, 1), target),
+    ],
+)
+def test_other_losses_keep_their_numbers(loss):
+    def fn(input, weight, target):
+        return loss(F.linear(input, weight), target)
+
+    target = TARGET.abs() % 50
+    assert not any(report.rewritten for report in reports_of(fn, INPUT, WEIGHT, target))
+
+
+def test_softmax_between_is_named():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).softmax(-1), target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET)
+    assert reason.startswith("the logits are used by softmax at ")

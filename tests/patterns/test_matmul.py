@@ -1,0 +1,206 @@
+"""Matrix products, with the weight or its transpose."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
+from expecttest import assert_expected_inline
+
+torch.manual_seed(0)
+INPUT = torch.randn(6, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+BIAS = torch.randn(50, requires_grad=True)
+TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
+
+
+def loss_of(project):
+    """The function whose logits are ``project(input, weight, bias)``."""
+
+    def fn(input, weight, bias, target):
+        return F.cross_entropy(project(input, weight, bias), target)
+
+    return fn
+
+
+def test_graph_of_a_transposed_weight():
+    fn = loss_of(lambda x, w, b: x @ w.T)
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_of_a_weight_that_is_hidden_by_vocabulary():
+    fn = loss_of(lambda x, w, b: x @ w)
+    weight = WEIGHT.detach().t().contiguous().requires_grad_()
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, weight, BIAS, TARGET),
+        """\
+t = torch.t(l_weight_)
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, t, l_target_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_of_addmm():
+    fn = loss_of(lambda x, w, b: torch.addmm(b, x, w.t()))
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        """\
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, linear_bias = l_bias_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_of_a_transposed_weight_with_other_uses():
+    def fn(input, weight, target):
+        transposed = weight.t()
+        return F.cross_entropy(input @ transposed, target) + transposed.square().sum()
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+transposed = l_weight_.t()
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
+square = transposed.square()
+sum_1 = square.sum()
+add = linear_cross_entropy + sum_1
+return (add,)
+""",
+    )
+
+
+SPELLINGS = {
+    "@": lambda x, w, b: x @ w.T,
+    "matmul": lambda x, w, b: x.matmul(w.T),
+    "torch.matmul": lambda x, w, b: torch.matmul(x, w.T),
+    "torch.matmul, keywords": lambda x, w, b: torch.matmul(other=w.T, input=x),
+    "operator.matmul": lambda x, w, b: operator.matmul(x, w.T),
+    "__matmul__": lambda x, w, b: x.__matmul__(w.T),
+    "mm": lambda x, w, b: x.mm(w.T),
+    "torch.mm": lambda x, w, b: torch.mm(x, w.T),
+    "addmm": lambda x, w, b: b.addmm(x, w.T),
+    "torch.addmm": lambda x, w, b: torch.addmm(b, x, w.T),
+    "torch.addmm, ones": lambda x, w, b: torch.addmm(b, x, w.T, beta=1, alpha=1),
+    "torch.addmm, keywords": lambda x, w, b: torch.addmm(mat2=w.T, mat1=x, input=b),
+    "t": lambda x, w, b: x @ w.t(),
+    "torch.t": lambda x, w, b: x @ torch.t(w),
+    "mT": lambda x, w, b: x @ w.mT,
+    "transpose": lambda x, w, b: x @ w.transpose(0, 1),
+    "transpose, from the end": lambda x, w, b: x @ w.transpose(-1, -2),
+    "torch.transpose": lambda x, w, b: x @ torch.transpose(w, 1, 0),
+    "transpose, keywords": lambda x, w, b: x @ w.transpose(dim0=0, dim1=1),
+    "swapaxes": lambda x, w, b: x @ w.swapaxes(0, 1),
+    "permute": lambda x, w, b: x @ w.permute(1, 0),
+    "permute, a tuple": lambda x, w, b: x @ w.permute((1, 0)),
+    "torch.permute": lambda x, w, b: x @ torch.permute(w, (1, 0)),
+    "adjoint": lambda x, w, b: x @ w.adjoint(),
+    "three times": lambda x, w, b: x @ w.t().t().t(),
+    "contiguous": lambda x, w, b: x @ w.t().contiguous(),
+    "not a transpose": lambda x, w, b: x @ w.permute(0, 1).transpose(0, 0).t(),
+    "linear": lambda x, w, b: F.linear(x, w.t().t()),
+    "expression": lambda x, w, b: x @ (w * 2).t(),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_numbers(spelling):
+    assert_as_accurate_as_eager(loss_of(spelling), INPUT, WEIGHT, BIAS, TARGET)
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        lambda x, w, b: x @ w,
+        lambda x, w, b: torch.addmm(b, x, w),
+        lambda x, w, b: F.linear(x, w.T, b),
+        lambda x, w, b: x @ w.t().t() + b,
+    ],
+)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_weight_that_is_hidden_by_vocabulary(project, label_smoothing):
+    def fn(input, weight, bias, target):
+        return F.cross_entropy(
+            project(input, weight, bias), target, label_smoothing=label_smoothing
+        )
+
+    weight = torch.randn(8, 50, requires_grad=True)
+    assert_as_accurate_as_eager(fn, INPUT, weight, BIAS, TARGET)
+
+
+def test_batch():
+    def fn(input, weight, target):
+        return F.cross_entropy((input @ weight.T).view(-1, 50), target)
+
+    input = torch.randn(2, 3, 8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, input, WEIGHT, TARGET)
+
+
+def test_one_row():
+    def fn(input, weight, target):
+        return F.cross_entropy(input @ weight.T, target)
+
+    assert_as_accurate_as_eager(fn, torch.randn(8, requires_grad=True), WEIGHT, torch.tensor(3))
+
+
+def test_square_weight():
+    def fn(input, weight, target):
+        return F.cross_entropy(input @ weight, target)
+
+    weight = torch.randn(8, 8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, INPUT, weight, TARGET % 8)
+
+
+def test_dynamic_sizes():
+    weight = torch.nn.Parameter(torch.randn(8, 50))
+
+    def fn(input, target):
+        return F.cross_entropy(input @ weight, target)
+
+    (report,) = reports_of(fn, INPUT, TARGET, dynamic=True)
+    assert report.rewritten
+
+
+NO_PROJECTION = {
+    "addmm with beta": lambda x, w, b: torch.addmm(b, x, w.T, beta=2),
+    "addmm with alpha": lambda x, w, b: torch.addmm(b, x, w.T, alpha=0.5),
+    "addmm with no bias left": lambda x, w, b: torch.addmm(b, x, w.T, beta=0),
+    "addmm with a matrix": lambda x, w, b: torch.addmm(b.expand(6, 50), x, w.T),
+    "addmm with a column": lambda x, w, b: torch.addmm(b[:6, None], x, w.T),
+    "addmm with one element": lambda x, w, b: torch.addmm(b[:1], x, w.T),
+    "linear with one element": lambda x, w, b: F.linear(x, w, b[:1]),
+    "bmm": lambda x, w, b: torch.bmm(x[None], w.T[None])[0],
+    "baddbmm": lambda x, w, b: torch.baddbmm(b, x[None], w.T[None])[0],
+    "batch of weights": lambda x, w, b: (x[None] @ w.T[None])[0],
+    "mv": lambda x, w, b: torch.mv(w, x[0]).expand(6, 50),
+    "cdist": lambda x, w, b: torch.cdist(x, w),
+}
+
+
+@pytest.mark.parametrize("project", NO_PROJECTION.values(), ids=NO_PROJECTION)
+def test_no_projection(project):
+    reason = reason_against(loss_of(project), INPUT, WEIGHT, BIAS, TARGET)
+    assert "no projection that is known" in reason
+
+
+def test_weight_times_input_is_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy((weight @ input.t()).t(), target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET)
+    assert reason.startswith("the logits are used by t at ")
+
+
+def test_vector_of_logits_is_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(weight @ input, target)
+
+    reason = reason_against(fn, INPUT[0].detach(), WEIGHT, torch.tensor(3))
+    assert reason.endswith("which is no projection that is known")

@@ -1,0 +1,266 @@
+"""What is said about a loss that is left alone, and where it says that it stands."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import capture, reports_of
+
+import cce_inductor
+from cce_inductor.options import Options
+from cce_inductor.rewrite import rewrite
+
+torch.manual_seed(0)
+INPUT = torch.randn(6, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
+
+
+def place(fn, text):
+    """``file.py:line`` of the one line of `fn` that contains `text`."""
+    lines, first = inspect.getsourcelines(fn)
+    (line,) = [first + number for number, line in enumerate(lines) if text in line]
+    return f"{__file__}:{line}"
+
+
+def plain(input, weight, target):
+    logits = F.linear(input, weight)
+    loss = F.cross_entropy(logits.float(), target)
+    return loss
+
+
+def test_report_of_a_rewritten_loss():
+    (report,) = reports_of(plain, INPUT, WEIGHT, TARGET)
+    assert report.rewritten
+    assert report.reason is None
+    assert report.location == place(plain, "cross_entropy")
+    assert report.loss == "linear > float > cross_entropy"
+    assert report.logits_shape == (6, 50)
+    assert report.logits_dtype == torch.float32
+    assert report.bytes_saved == 6 * 50 * 4
+
+
+def test_small_logits():
+    (module,) = capture(plain, INPUT, WEIGHT, TARGET)
+    (report,) = rewrite(module, Options(min_logits_bytes=2048))
+    assert report.reason == "the logits are small (1.172 KiB, and min_logits_bytes is 2 KiB)"
+    assert report.location == place(plain, "cross_entropy")
+    assert not report.rewritten
+    assert report.bytes_saved == 0
+
+
+@pytest.mark.parametrize("smallest", [1199, 1200])
+def test_logits_that_are_just_large_enough(smallest):
+    (module,) = capture(plain, INPUT, WEIGHT, TARGET)
+    (report,) = rewrite(module, Options(min_logits_bytes=smallest))
+    assert report.rewritten
+
+
+def test_logits_that_are_just_too_small():
+    (module,) = capture(plain, INPUT, WEIGHT, TARGET)
+    (report,) = rewrite(module, Options(min_logits_bytes=1201))
+    assert report.reason.startswith("the logits are small (1.172 KiB, ")
+
+
+def test_default_options_leave_small_logits_alone():
+    torch._dynamo.reset()
+    cce_inductor.clear_reports()
+    torch.compile(plain, backend="cce_inductor_eager")(INPUT, WEIGHT, TARGET)
+    (report,) = cce_inductor.reports()
+    assert report.reason == "the logits are small (1.172 KiB, and min_logits_bytes is 16 MiB)"
+
+
+def test_logits_used_by_an_operation():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        best = logits.argmax(-1)
+        return F.cross_entropy(logits, target), best
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason == f"the logits are used by argmax at {place(fn, 'argmax')}"
+    assert report.location == place(fn, "cross_entropy")
+    assert report.loss == "linear > cross_entropy"
+    assert report.logits_shape == (6, 50)
+
+
+def test_logits_used_by_an_operation_in_an_unsupported_form():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        logits = logits[:, :40]
+        return F.cross_entropy(logits, target.clamp(max=39))
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason == (
+        f"the logits are used by getitem at {place(fn, ':40')}: "
+        "it selects some entries of the vocabulary"
+    )
+
+
+def test_first_of_two_uses_is_named():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        first = logits.amax()
+        second = logits.amin()
+        return F.cross_entropy(logits, target), first, second
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason == f"the logits are used by amax at {place(fn, 'amax')}"
+
+
+def test_use_after_the_loss_is_named():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        loss = F.cross_entropy(logits, target)
+        return loss, logits.amax()
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason == f"the logits are used by amax at {place(fn, 'amax')}"
+
+
+def test_operation_between_is_named_and_not_what_follows_it():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        logits = logits.relu()
+        logits = logits.exp().view(-1, 50)
+        return F.cross_entropy(logits, target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason == f"the logits are used by relu at {place(fn, 'relu')}"
+
+
+def test_operation_of_a_module_is_located_in_the_user_code():
+    activation = torch.nn.GELU()
+
+    def fn(input, weight, target):
+        logits = activation(F.linear(input, weight))
+        return torch.nn.CrossEntropyLoss()(logits, target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason == f"the logits are used by gelu at {place(fn, 'activation(')}"
+    assert report.location == place(fn, "CrossEntropyLoss")
+
+
+def test_returned_logits():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        loss = F.cross_entropy(logits.view(-1, 50), target)
+        return loss, logits
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason == (
+        "the logits are returned by the compiled function, so they must be stored"
+    )
+    assert report.location == place(fn, "cross_entropy")
+
+
+def test_loss_in_another_graph():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        torch._dynamo.graph_break()
+        return F.cross_entropy(logits.float().view(-1, 50), target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert not report.rewritten
+    assert report.reason.startswith("its logits come into this graph from outside")
+    assert report.location == place(fn, "cross_entropy")
+    assert report.logits_shape is None
+    assert report.logits_dtype is None
+
+
+def test_logits_given_to_the_function():
+    def fn(logits, target):
+        return F.cross_entropy(logits, target)
+
+    (report,) = reports_of(fn, torch.randn(6, 50), TARGET)
+    assert report.reason.startswith("its logits come into this graph from outside")
+
+
+def test_logits_given_to_the_function_and_scaled():
+    def fn(logits, target):
+        return F.cross_entropy((logits / 2).view(-1, 50), target)
+
+    (report,) = reports_of(fn, torch.randn(6, 50), TARGET)
+    assert report.reason.startswith("its logits come into this graph from outside")
+
+
+def test_unknown_projection():
+    def fn(input, weight, target):
+        logits = F.conv1d(input.T[None], weight[..., None])
+        return F.cross_entropy(logits[0].T, target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert not report.rewritten
+    assert "no projection" in report.reason
+
+
+def test_class_probabilities():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits, target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, torch.rand(6, 50))
+    assert report.reason == "cross_entropy cannot be rewritten: its targets are class probabilities"
+    assert report.location == place(fn, "cross_entropy")
+
+
+def test_operand_that_changed():
+    def fn(input, weight, target):
+        weight = weight.clone()
+        logits = F.linear(input, weight)
+        weight[0] = 0
+        return F.cross_entropy(logits, target)
+
+    (report,) = reports_of(fn, INPUT.detach(), WEIGHT, TARGET)
+    assert report.reason == (
+        f"cross_entropy cannot be rewritten: setitem at {place(fn, 'weight[0]')} "
+        "may change what the projection read"
+    )
+
+
+def test_other_loss_of_the_same_projection():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        first = F.cross_entropy(logits, target)
+        return first + F.cross_entropy(logits.T, torch.zeros(50, dtype=torch.int64))
+
+    for report in reports_of(fn, INPUT, WEIGHT, TARGET):
+        assert not report.rewritten
+        assert "used by T at " in report.reason
+
+
+def test_constants_are_shown():
+    def fn(input, weight, target):
+        logits = 30.0 * torch.tanh(F.linear(input, weight) / 30.0)
+        return F.cross_entropy(logits[:-1].view(-1, 50), target[1:], reduction="sum")
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.rewritten
+    assert report.loss == (
+        "linear > truediv(30.0) > tanh > mul(30.0) > getitem(:-1) > view(-1, 50) > "
+        "cross_entropy(reduction='sum')"
+    )
+
+
+def test_text():
+    (report,) = reports_of(plain, INPUT, WEIGHT, TARGET)
+    assert str(report) == (
+        "rewritten: linear > float > cross_entropy\n"
+        f"  at {place(plain, 'cross_entropy')}\n"
+        "  logits: 6x50 float32\n"
+        "  not stored any more: 1.172 KiB"
+    )
+
+
+def test_text_of_a_loss_that_is_left_alone():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits, target), logits
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert str(report) == (
+        "left alone: linear > cross_entropy\n"
+        f"  at {place(fn, 'cross_entropy')}\n"
+        "  logits: 6x50 float32\n"
+        "  because the logits are returned by the compiled function, so they must be stored"
+    )

@@ -1,0 +1,236 @@
+"""Views, flattenings, transpositions: other shapes of the same rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
+from expecttest import assert_expected_inline
+
+torch.manual_seed(0)
+INPUT = torch.randn(2, 3, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+TARGET = torch.tensor([[3, 0, 49], [-100, 7, 7]])
+
+
+def loss_after(change):
+    """The function whose logits, [2, 3, 50], go through `change`."""
+
+    def fn(input, weight, target):
+        logits = change(F.linear(input, weight))
+        return F.cross_entropy(logits, target.view(-1), reduction="none")
+
+    return fn
+
+
+def loss_of_classes_in_dimension_1_after(change):
+    """The function whose logits, [2, 3, 50], go through `change` and become [2, 50, 3]."""
+
+    def fn(input, weight, target):
+        return F.cross_entropy(change(F.linear(input, weight)), target, reduction="none")
+
+    return fn
+
+
+def test_graph_of_view():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), target.view(-1))
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+view_1 = l_target_.view(-1)
+reshape = torch.reshape(l_input_, (-1, 8))
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, l_weight_, view_1)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+def test_graph_of_transpose():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).transpose(1, 2), target)
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+permute = torch.permute(l_input_, (0, 2, 1))
+movedim = torch.movedim(permute, 1, -1)
+linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(movedim, l_weight_, l_target_)
+return (linear_cross_entropy,)
+""",
+    )
+
+
+SPELLINGS = {
+    "view": lambda x: x.view(-1, 50),
+    "view, -1 for the vocabulary": lambda x: x.view(6, -1),
+    "view, a tuple": lambda x: x.view((6, 50)),
+    "view, a size": lambda x: x.view(torch.Size((6, 50))),
+    "view, computed": lambda x: x.view(x.shape[0] * x.shape[1], x.shape[-1]),
+    "reshape": lambda x: x.reshape(-1, 50),
+    "reshape, a list": lambda x: x.reshape([-1, 50]),
+    "torch.reshape": lambda x: torch.reshape(x, (-1, 50)),
+    "two views": lambda x: x.view(3, 2, 50).view(6, 50),
+    "flatten": lambda x: x.flatten(0, 1),
+    "flatten, from the end": lambda x: x.flatten(0, -2),
+    "flatten, keywords": lambda x: x.flatten(end_dim=1),
+    "torch.flatten": lambda x: torch.flatten(x, 0, 1),
+    "flatten of one dimension": lambda x: x.flatten(2, 2).flatten(-3, -2),
+    "unsqueeze, flatten": lambda x: x.unsqueeze(0).flatten(0, 2),
+    "unsqueeze, squeeze": lambda x: x.view(6, 50).unsqueeze(1).squeeze(1),
+    "unsqueeze at the end": lambda x: x.view(6, 50).unsqueeze(-1).squeeze(-1),
+    "squeeze of nothing": lambda x: x.squeeze(0).view(6, 50),
+    "torch.squeeze": lambda x: torch.squeeze(torch.unsqueeze(x.view(6, 50), dim=0), dim=0),
+    "there and back": lambda x: x.transpose(1, 2).transpose(2, 1).reshape(6, 50),
+    "contiguous": lambda x: x.transpose(0, 0).contiguous().view(6, 50),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_numbers(spelling):
+    assert_as_accurate_as_eager(loss_after(spelling), INPUT, WEIGHT, TARGET)
+
+
+CLASS_DIMENSION_1 = {
+    "transpose": lambda x: x.transpose(1, 2),
+    "transpose, from the end": lambda x: x.transpose(-1, -2),
+    "transpose, keywords": lambda x: x.transpose(dim1=1, dim0=2),
+    "torch.transpose": lambda x: torch.transpose(x, 1, 2),
+    "swapaxes": lambda x: x.swapaxes(1, 2),
+    "torch.swapaxes": lambda x: torch.swapaxes(x, 1, 2),
+    "swapdims": lambda x: x.swapdims(1, 2),
+    "permute": lambda x: x.permute(0, 2, 1),
+    "permute, a tuple": lambda x: x.permute((0, -1, 1)),
+    "torch.permute": lambda x: torch.permute(x, (0, 2, 1)),
+    "permute twice": lambda x: x.permute(2, 0, 1).permute(1, 0, 2),
+    "contiguous": lambda x: x.transpose(1, 2).contiguous(),
+    "scaled": lambda x: (x / 2).transpose(1, 2) * 3,
+    "unsqueezed": lambda x: x.transpose(1, 2).unsqueeze(1).squeeze(1),
+    "flattened rows": lambda x: x.transpose(1, 2).unsqueeze(2).flatten(2, 3),
+}
+
+
+@pytest.mark.parametrize("spelling", CLASS_DIMENSION_1.values(), ids=CLASS_DIMENSION_1)
+def test_numbers_with_class_dimension_1(spelling):
+    fn = loss_of_classes_in_dimension_1_after(spelling)
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
+
+
+def test_rows_in_another_order():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight).transpose(0, 1).reshape(-1, 50)
+        return F.cross_entropy(logits, target.T.reshape(-1), reduction="none")
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
+
+
+def test_rows_of_a_transposed_weight():
+    def fn(input, weight, target):
+        return F.cross_entropy((input @ weight).view(-1, 50), target.view(-1))
+
+    assert_as_accurate_as_eager(fn, INPUT, torch.randn(8, 50, requires_grad=True), TARGET)
+
+
+def test_one_row_unsqueezed():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).unsqueeze(0), target)
+
+    input = torch.randn(8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, input, WEIGHT, torch.tensor([3]))
+
+
+def test_one_row_squeezed():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).squeeze(0), target)
+
+    input = torch.randn(1, 8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, input, WEIGHT, torch.tensor(3))
+
+
+def test_as_many_tokens_as_vocabulary_entries():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).view(50, 50).flatten(0, 0), target)
+
+    input = torch.randn(50, 8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, input, WEIGHT, torch.randint(50, (50,)))
+
+
+@pytest.mark.parametrize("spelling", ["view", "view, computed", "reshape", "flatten", "two views"])
+def test_dynamic_sizes(spelling):
+    head = torch.nn.Linear(8, 50)
+
+    def fn(input, target):
+        return F.cross_entropy(SPELLINGS[spelling](head(input)), target.view(-1))
+
+    (report,) = reports_of(fn, INPUT, TARGET, dynamic=True)
+    assert report.rewritten
+
+
+UNSUPPORTED = {
+    "vocabulary folded": (
+        lambda x: x.view(-1, 25),
+        "view",
+        "it does not keep the vocabulary as the last dimension",
+    ),
+    "everything in one dimension": (
+        lambda x: x.reshape(-1).view(6, 50),
+        "reshape",
+        "it does not keep the vocabulary as the last dimension",
+    ),
+    "vocabulary split": (
+        lambda x: x.view(2, 3, 5, 10).view(6, 50),
+        "view",
+        "it does not keep the vocabulary as the last dimension",
+    ),
+    "bits": (
+        lambda x: x.view(torch.int32).view(torch.float32).view(6, 50),
+        "view",
+        "it reinterprets the logits as another dtype",
+    ),
+    "view of transposed logits": (
+        lambda x: x.transpose(1, 2).reshape(6, 50),
+        "reshape",
+        "it reshapes logits whose last dimension is not the vocabulary",
+    ),
+    "vocabulary flattened": (
+        lambda x: x.flatten().view(6, 50),
+        "flatten",
+        "it flattens the vocabulary into the rows",
+    ),
+    "vocabulary flattened with a row": (
+        lambda x: x.flatten(1).view(6, 50),
+        "flatten",
+        "it flattens the vocabulary into the rows",
+    ),
+    "vocabulary squeezed": (
+        lambda x: x.squeeze(-1).view(6, 50),
+        "squeeze",
+        "it squeezes the vocabulary",
+    ),
+    "expand": (lambda x: x.expand(2, 3, 50).reshape(6, 50), "expand", None),
+    "repeat": (lambda x: x.repeat(1, 1, 1).view(6, 50), "repeat", None),
+    "flip": (lambda x: x.flip(-1).view(6, 50), "flip", None),
+    "roll": (lambda x: x.roll(1, 0).view(6, 50), "roll", None),
+    "sort": (lambda x: x.sort(-1).values.view(6, 50), "sort", None),
+}
+
+
+@pytest.mark.parametrize(("change", "name", "why"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported(change, name, why):
+    def fn(input, weight):
+        logits = change(F.linear(input, weight))
+        return F.cross_entropy(logits, torch.zeros(logits.shape[0], dtype=torch.int64))
+
+    reason = reason_against(fn, INPUT, WEIGHT)
+    assert reason.startswith(f"the logits are used by {name} at ")
+    assert why is None or reason.endswith(f": {why}")
+
+
+def test_tokens_as_classes_are_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    assert reason_against(fn, INPUT, WEIGHT, torch.randint(3, (2, 50))) == (
+        "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
+    )
