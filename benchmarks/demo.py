@@ -1,0 +1,307 @@
+"""Train the example GPT twice on the CPU, without and with ``--cce``, and compare the two runs.
+
+``examples/train_gpt.py`` runs in two processes, one after the other, with the same seed and
+the same arguments. This script watches their resident memory from outside, then prints a
+table, draws memory over time, and writes the numbers as JSON next to the picture::
+
+    python benchmarks/demo.py --picture build/demo/demo.png
+
+It fails when a run fails, when nothing was rewritten, or when the losses differ by more than
+the order of float32 operations explains.
+
+How memory is measured:
+
+* It is the resident memory of the training process alone: Inductor's compile workers and the
+  C++ compiler are other processes. The peak is the one the kernel kept; the picture is made
+  of samples taken every 10 ms. Python, torch and the compiler itself are part of both curves.
+* The tokenizer's cache is filled beforehand and Inductor's cache starts out empty in both
+  runs, so that both do the same work.
+
+Needs psutil, rich and matplotlib besides what the example needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "examples/train_gpt.py"  # both runs start in ROOT
+PICTURE = Path("build/demo/demo.png")
+
+VOCABULARY = 32768
+BLOCK_SIZE = 256
+MODEL = {"layers": 4, "heads": 4, "width": 256, "block-size": BLOCK_SIZE}
+TRAINING = {"device": "cpu", "dtype": "float32", "lr": 2e-3, "warmup": 10, "eval-batches": 2}
+
+SAMPLING_INTERVAL = 0.01  # seconds
+COMPILED_STEPS = 3  # first steps, left out of the step time: they contain the compilation
+ZOOMED_STEPS = 3  # steps in the right half of the picture
+MIB = 1 << 20
+
+# Both runs compute the same sums in another order of float32 operations. Eager PyTorch against
+# torch.compile is such a change too: it moves the losses of such a run by less than 1e-5.
+TOLERANCE = 1e-3
+
+# What the measured process executes: the script as it is, then a report of what only the
+# process itself can know, its exact peak and the rewrites.
+CHILD = """
+import json, resource, runpy, sys
+
+report, *sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+
+package = sys.modules.get("cce_inductor")
+fields = ("rewritten", "reason", "location", "loss", "logits_shape", "bytes_saved")
+heads = [{f: getattr(r, f) for f in fields} for r in package.reports()] if package else []
+kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with open(report, "w") as file:
+    json.dump({"peak_mib": kibibytes / 1024, "reports": heads}, file, default=str)
+"""
+
+
+class DemoError(Exception):
+    """The demonstration failed; the message says how."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Resident memory at one moment, in seconds since training began."""
+
+    seconds: float
+    mib: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run did."""
+
+    peak_mib: float
+    steps: list[dict[str, Any]]
+    reports: list[dict[str, Any]]
+    samples: list[Sample]
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["loss"] for step in self.steps]
+
+    @property
+    def rewrites(self) -> int:
+        return sum(report["rewritten"] for report in self.reports)
+
+    def summary(self) -> dict[str, float]:
+        """The numbers of the table."""
+        return {
+            "peak_mib": self.peak_mib,
+            "step_seconds": statistics.median(s["seconds"] for s in self.steps[COMPILED_STEPS:]),
+            "first_step_seconds": self.steps[0]["seconds"],
+            "first_loss": self.losses[0],
+            "last_loss": self.losses[-1],
+            "validation_loss": self.steps[-1]["val_loss"],
+        }
+
+
+# ------------------------------------------------------------------------------- measuring
+
+
+def script_arguments(steps: int, batch_size: int) -> list[str]:
+    """The arguments that both runs have in common."""
+    options = {
+        **MODEL,
+        **TRAINING,
+        "vocab-size": VOCABULARY,
+        "batch-size": batch_size,
+        "steps": steps,
+        "eval-interval": steps,
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def prepare(arguments: list[str]) -> None:
+    """Fill the tokenizer's cache in a process of its own."""
+    command = [sys.executable, SCRIPT, *arguments, "--prepare-only"]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise DemoError("the training script could not prepare its data")
+
+
+def watch(process: subprocess.Popen[bytes], metrics: Path) -> list[Sample]:
+    """Sample the memory of a process until it ends; training begins when ``metrics`` appears."""
+    memory = psutil.Process(process.pid)
+    start = None
+    samples = []
+    while resident := memory.memory_info().rss:  # nothing once it has ended
+        now = time.perf_counter()
+        if start is None and metrics.exists():
+            start = now
+        if start is not None:
+            samples.append(Sample(now - start, resident / MIB))
+        time.sleep(SAMPLING_INTERVAL)
+    return samples
+
+
+def measure(arguments: list[str]) -> Run:
+    """Run the training script in a process of its own, with its own empty Inductor cache."""
+    with tempfile.TemporaryDirectory() as temporary:
+        metrics = Path(temporary, "metrics.jsonl")
+        report = Path(temporary, "report.json")
+        child = [sys.executable, "-P", "-c", CHILD, str(report)]
+        command = [*child, SCRIPT, *arguments, "--metrics", str(metrics)]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(temporary, "inductor"))}
+        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+            samples = watch(process, metrics)
+        if process.returncode:
+            raise DemoError(f"the training script failed with exit status {process.returncode}")
+        outcome = json.loads(report.read_text())
+        steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return Run(outcome["peak_mib"], steps, outcome["reports"], samples)
+
+
+def largest_difference(without: Run, with_cce: Run) -> float:
+    """The largest absolute difference between two loss curves."""
+    return max(abs(a - b) for a, b in zip(without.losses, with_cce.losses, strict=True))
+
+
+def check(without: Run, with_cce: Run) -> None:
+    """Raise unless something was rewritten and the losses stayed the same."""
+    if not with_cce.rewrites:
+        reasons = {report["reason"] for report in with_cce.reports} or {"no loss was found"}
+        raise DemoError(f"--cce rewrote nothing: {'; '.join(sorted(map(str, reasons)))}")
+    difference = largest_difference(without, with_cce)
+    if not difference <= TOLERANCE:
+        raise DemoError(f"the losses differ by {difference:.1e}, more than {TOLERANCE:.0e}")
+
+
+# ------------------------------------------------------------------------------- reporting
+
+
+def table(without: Run, with_cce: Run) -> Table:
+    """Both runs side by side."""
+    rows = {
+        "peak_mib": ("Peak resident memory (MiB)", "{:,.0f}"),
+        "step_seconds": ("Median step time (s)", "{:.2f}"),
+        "first_step_seconds": ("First step, with compilation (s)", "{:.1f}"),
+        "first_loss": ("First training loss", "{:.6f}"),
+        "last_loss": ("Last training loss", "{:.6f}"),
+        "validation_loss": ("Validation loss", "{:.6f}"),
+    }
+    result = Table("", title="Training on the CPU")
+    for heading in ("torch.compile", "with cce_inductor", "ratio"):
+        result.add_column(heading, justify="right")
+    plain, cce = without.summary(), with_cce.summary()
+    for key, (label, style) in rows.items():
+        ratio = f"{cce[key] / plain[key]:.3f}"
+        result.add_row(label, style.format(plain[key]), style.format(cce[key]), ratio)
+    result.add_row("Rewrites", str(without.rewrites), str(with_cce.rewrites), "")
+    difference = largest_difference(without, with_cce)
+    result.add_row("Largest training loss difference", "", f"{difference:.1e}", "")
+    return result
+
+
+def title(batch_size: int) -> str:
+    """The model in two lines."""
+    tokens = batch_size * BLOCK_SIZE
+    logits = tokens * VOCABULARY * 4 / MIB
+    return (
+        f"GPT of {MODEL['layers']} layers, width {MODEL['width']}, float32; "
+        f"vocabulary {VOCABULARY:,}, {tokens:,} tokens per step\n"
+        f"(one float32 tensor of logits: {logits:,.0f} MiB)"
+    )
+
+
+def draw(without: Run, with_cce: Run, heading: str, path: Path) -> None:
+    """Draw memory over the whole run, and over a few steps in its middle."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    whole, zoomed = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    for run, label in ((without, "torch.compile"), (with_cce, "with cce_inductor")):
+        seconds = [sample.seconds for sample in run.samples]
+        memory = [sample.mib for sample in run.samples]
+        whole.plot(seconds, memory, label=label, linewidth=0.8)
+
+        shown = run.steps[len(run.steps) // 2 :][:ZOOMED_STEPS]
+        begin, end = shown[0]["elapsed"] - shown[0]["seconds"], shown[-1]["elapsed"]
+        inside = [sample for sample in run.samples if begin <= sample.seconds <= end]
+        zoomed.plot([sample.seconds - begin for sample in inside], [s.mib for s in inside])
+
+    figure.suptitle(heading, fontsize=11)
+    whole.set(xlabel="seconds since training began", ylabel="resident memory (MiB)", ylim=(0, None))
+    whole.set_title("whole run, compilation first", fontsize=10)
+    whole.legend(loc="lower right")
+    zoomed.set(xlabel="seconds")
+    zoomed.set_title(f"{ZOOMED_STEPS} steps in the middle", fontsize=10)
+    for axes in (whole, zoomed):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def write_numbers(path: Path, arguments: list[str], without: Run, with_cce: Run) -> None:
+    """Write everything but the memory samples as JSON."""
+    numbers: dict[str, Any] = {
+        "arguments": arguments,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "cpus": os.cpu_count(),
+        "largest_loss_difference": largest_difference(without, with_cce),
+    }
+    for name, run in (("without", without), ("with", with_cce)):
+        numbers[name] = {**run.summary(), "steps": run.steps, "reports": run.reports}
+    path.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of a step")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where to draw the picture")
+    args = parser.parse_args()
+    if args.steps < COMPILED_STEPS + ZOOMED_STEPS:
+        parser.error(f"--steps must be at least {COMPILED_STEPS + ZOOMED_STEPS}")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if find_spec("cce_inductor") is None:
+        raise DemoError(
+            "cce_inductor is not installed; run: pip install -e '.[examples,benchmarks]'"
+        )
+    arguments = script_arguments(args.steps, args.batch_size)
+    prepare(arguments)
+    print(f"1/2: {args.steps} steps with torch.compile", flush=True)
+    without = measure(arguments)
+    print(f"2/2: {args.steps} steps with torch.compile and --cce", flush=True)
+    with_cce = measure([*arguments, "--cce"])
+
+    Console().print(table(without, with_cce))
+    draw(without, with_cce, title(args.batch_size), args.picture)
+    numbers = args.picture.with_suffix(".json")
+    write_numbers(numbers, arguments, without, with_cce)
+    print(f"wrote {args.picture} and {numbers}")
+    check(without, with_cce)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DemoError as error:
+        raise SystemExit(f"error: {error}") from None
