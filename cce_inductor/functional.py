@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,9 +58,29 @@ def linear_cross_entropy(
             "linear_cross_entropy takes a linear_weight of shape [vocabulary, hidden], got "
             f"{tuple(linear_weight.shape)}"
         )
-    _raise_what_the_unfused_code_raises(
-        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing
-    )
+    if target.is_floating_point():
+        raise NotImplementedError(
+            "linear_cross_entropy takes class indices; for targets that are class probabilities "
+            "use torch.nn.functional.cross_entropy on the logits"
+        )
+
+    def unfused(input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            F.linear(input, linear_weight, linear_bias),
+            target,
+            weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+
+    if not _accepts(unfused, input, target):
+        unfused(input, target)  # raises
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:1])}, "
+            f"got {tuple(linear_bias.shape)}"
+        )
     modification = Modification() if softcap is None else Modification.softcap(float(softcap))
     return torch.ops.cce_inductor.linear_cross_entropy(
         input,
@@ -73,36 +95,13 @@ def linear_cross_entropy(
     )
 
 
-def _raise_what_the_unfused_code_raises(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    """Runs it on no rows at all, so that its errors are PyTorch's own, and costs nothing."""
-    if target.is_floating_point():
-        raise NotImplementedError(
-            "linear_cross_entropy takes class indices; for targets that are class probabilities "
-            "use torch.nn.functional.cross_entropy on the logits"
-        )
+def _accepts(unfused: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor) -> bool:
+    """Whether PyTorch takes the arguments, asked with no rows at all, which costs nothing."""
     if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"Expected input batch_size ({input.shape[0] if input.dim() > 1 else 1}) to match "
-            f"target batch_size ({target.shape[0] if target.dim() else 1}); input is "
-            f"{tuple(input.shape)}, target is {tuple(target.shape)}"
-        )
-    no_input, no_target = input.reshape(-1, input.shape[-1])[:0], target.reshape(-1)[:0]
-    with torch.no_grad():
-        logits = F.linear(no_input, linear_weight, linear_bias)
-        F.cross_entropy(
-            logits,
-            no_target,
-            weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
+        return False
+    try:
+        with torch.no_grad():
+            unfused(input.reshape(-1, input.shape[-1])[:0], target.reshape(-1)[:0])
+    except Exception:
+        return False
+    return True

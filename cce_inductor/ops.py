@@ -242,13 +242,14 @@ def _linear_cross_entropy(
 ) -> Tensor:
     vocabulary = linear_weight.shape[0]
     rows = target.reshape(-1).to(torch.int64)
+    smoothed = label_smoothing > 0  # as `cross_entropy`, which ignores a negative one
     lse, target_logit, logit_sum, _ = torch.ops.cce_inductor.row_statistics(
         input.reshape(-1, input.shape[-1]),
         linear_weight,
         linear_bias,
         rows,
-        weight if label_smoothing else None,
-        bool(label_smoothing),
+        weight if smoothed else None,
+        smoothed,
         ignore_index,
         modification,
         compute_dtype or input.dtype,
@@ -264,7 +265,7 @@ def _linear_cross_entropy(
         total_weight = class_weight.sum()
         row_weight = class_weight[rows.masked_fill(~kept, 0)].masked_fill(~kept, 0.0)
         loss = loss * row_weight
-    if label_smoothing:
+    if smoothed:
         smooth = (lse * total_weight - logit_sum) / vocabulary
         loss = loss * (1.0 - label_smoothing) + smooth * label_smoothing
     if reduction == "none":
