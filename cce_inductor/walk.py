@@ -66,7 +66,9 @@ class _Walker:
         self.graph = graph
         self.found = Walk()
         self.kept: dict[Node, str] = {}  # projection -> why it stays
-        self.lost: dict[Node, str] = {}  # node made from logits by an operation without a rule
+        # Node made from logits by an operation without a rule -> why, the vocabulary's size, and
+        # that operation; transforms of its result count as it.
+        self.lost: dict[Node, tuple[str, object, Node]] = {}
         self.mutations: list[tuple[int, object, Node]] = []
         self.position: dict[Node, int] = {}
         self.gradient_mode: dict[Node, object] = {}
@@ -98,7 +100,9 @@ class _Walker:
     def _visit_other(self, node: Node) -> None:
         inherited = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
         if inherited is not None:
-            self.lost[node] = inherited
+            reason, vocabulary, escape = inherited
+            same = escape in node.all_input_nodes and transform.get(node) is not None
+            self.lost[node] = (reason, vocabulary, node if same else escape)
         self._visit_projection(node)
 
     def _visit_projection(self, node: Node) -> None:
@@ -108,12 +112,14 @@ class _Walker:
         try:
             logits = Site(node, self.found.logits).apply(rule)
         except UnsupportedError as why:
-            self.lost[node] = f"{operation(node)}{at(node)} is no projection that is known: {why}"
+            reason = f"{operation(node)}{at(node)} is no projection that is known: {why}"
+            self.lost[node] = (reason, example(node).shape[-1], node)
             return
         if logits is None:
             return
         if self.in_transform:
-            self.lost[node] = "the graph is inside a torch.func transform"
+            reason = "the graph is inside a torch.func transform"
+            self.lost[node] = (reason, example(node).shape[-1], node)
             return
         self.found.logits[node] = logits.replace(path=(describe(node),))
 
@@ -142,7 +148,8 @@ class _Walker:
             reason = f"the logits are used by {operation(node)}{at(node)}"
             if why:
                 reason += f": {why}"
-        self.lost[node] = reason
+        logits = self.found.logits[used[0]]
+        self.lost[node] = (reason, example(logits.projection).shape[-1], node)
         for argument in used:
             self.kept.setdefault(self.found.logits[argument].projection, reason)
 
@@ -170,7 +177,11 @@ class _Walker:
 
     def _reason_without_logits(self, input: object) -> str:
         if isinstance(input, Node) and input in self.lost:
-            return self.lost[input]
+            reason, vocabulary, escaped = self.lost[input]
+            # Every later node of a model is made from its first projections; of the one before
+            # this loss are those with its classes, and what came out of the escape itself.
+            if escaped is input or vocabulary in example(input).shape:
+                return reason
         source = input
         while isinstance(source, Node) and transform.get(source) is not None:
             source = source.all_input_nodes[0] if source.all_input_nodes else None

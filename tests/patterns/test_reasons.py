@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import capture, reports_of
+from checks import capture, reason_against, reports_of
 
 import cce_inductor
 from cce_inductor.options import Options
@@ -264,3 +264,13 @@ def test_text_of_a_loss_that_is_left_alone():
         "  logits: 6x50 float32\n"
         "  because the logits are returned by the compiled function, so they must be stored"
     )
+
+
+def test_an_escape_earlier_in_the_model_is_not_the_reason():
+    def fn(input, hidden_weight, weight, target):
+        hidden = torch.sigmoid(F.linear(input, hidden_weight))
+        return F.cross_entropy(F.bilinear(hidden, hidden, weight), target)
+
+    hidden_weight, weight = torch.randn(9, 8), torch.randn(50, 9, 9)
+    reason = reason_against(fn, torch.randn(6, 8), hidden_weight, weight, torch.randint(50, (6,)))
+    assert reason.startswith("its input is made by bilinear at ")
