@@ -287,7 +287,7 @@ def row_statistics_backward(
     d_input = d_weight = d_bias = None
     like_logit = {"dtype": head.logit_dtype, "device": input.device}
     if need_input:
-        d_input = torch.zeros(count, hidden, **like_logit)
+        input_gradient = InputGradient(kept_input, head, workspace)
     if need_weight:
         d_weight = head.linear_weight.new_empty(head.linear_weight.shape)
         weight_gradient = WeightGradient(kept_input, d_weight, head, workspace)
@@ -322,15 +322,17 @@ def row_statistics_backward(
             if d_bias is not None:
                 d_bias[tile] += dz.sum(0)
             operand = workspace.operand(dz)
-            if d_input is not None:
-                workspace.product(d_input[block], operand, weight, beta=1)
+            if need_input:
+                input_gradient.add(operand, weight, block)
             if d_weight is not None:
                 weight_gradient.add(operand, block)
+        if need_input:
+            input_gradient.end_tile()
         if d_weight is not None:
             weight_gradient.write(tile)
 
-    if d_input is not None:
-        d_input = d_input.to(input.dtype)
+    if need_input:
+        d_input = input_gradient.total().to(input.dtype)
         if rows is not None:
             d_input = _scatter_rows(d_input, rows, tokens)
     if d_bias is not None:
@@ -360,6 +362,34 @@ def _add_logit_sum_gradient_(dz: Tensor, grad: Tensor, head: Head, tile: slice) 
         dz.add_(grad)
     else:
         dz.addcmul_(grad, head.logit_sum_weight[tile].to(dz.dtype))
+
+
+class InputGradient:
+    """``dz @ weight`` summed over the tiles, in groups of some first: of all tiles one after
+    another, the sum would lose more in float32 than the one product of stored logits does."""
+
+    TILES = 16
+
+    def __init__(self, input: Tensor, head: Head, workspace: Workspace):
+        self._total = torch.zeros(input.shape, dtype=head.logit_dtype, device=input.device)
+        self._group = torch.empty_like(self._total)
+        self._tiles = 0
+        self.product = workspace.product
+
+    def add(self, dz: Tensor, weight: Tensor, block: slice) -> None:
+        self.product(self._group[block], dz, weight, beta=int(self._tiles > 0))
+
+    def end_tile(self) -> None:
+        self._tiles += 1
+        if self._tiles == self.TILES:
+            self.total()
+
+    def total(self) -> Tensor:
+        """The sum of all tiles so far."""
+        if self._tiles:
+            self._total += self._group
+            self._tiles = 0
+        return self._total
 
 
 class WeightGradient:
