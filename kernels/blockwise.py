@@ -104,12 +104,19 @@ class Workspace:
             yield slice(start, min(start + self.rows, rows))
 
     def logits(self, head: Head, input: Tensor, weight: Tensor, tile: slice) -> Tensor:
-        """The block's unmodified logits, [rows, tile] in the logit dtype."""
+        """The block's unmodified logits, [rows, tile] in the logit dtype.
+
+        They are rounded to the compute dtype once, after the bias, as `linear` rounds them. With
+        a bias of another dtype they are not rounded at all.
+        """
         rows, width = input.shape[0], weight.shape[0]
         logits = self._logits[: rows * width].view(rows, width)
-        self.product(logits, input, weight.t(), beta=0)
-        if head.linear_bias is not None:
-            logits.add_(head.linear_bias[tile])
+        bias = None if head.linear_bias is None else head.linear_bias[tile]
+        if bias is None or bias.dtype == head.compute_dtype:
+            self.product.rounded(logits, input, weight.t(), bias)
+        else:
+            self.product(logits, input, weight.t(), beta=0)
+            logits.add_(bias)
         return logits
 
     def derivative(self, logits: Tensor) -> Tensor | None:

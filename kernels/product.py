@@ -26,6 +26,8 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 class WideProduct:
     """``out = beta * out + a @ b`` with `out` in the accumulation dtype of `a` and `b`.
 
+    Nothing is rounded to the operands' dtype on the way, except by `rounded`.
+
     Args:
         dtype: of the operands, an `operand_dtype`.
         capacity: elements of the largest `out`; scratch for it is allocated once, and only when
@@ -44,6 +46,16 @@ class WideProduct:
         """Bytes of scratch for each element of the largest `out`."""
         wide = accumulation_dtype(dtype)
         return 0 if dtype == wide else dtype.itemsize + wide.itemsize
+
+    def rounded(self, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        """``out = a @ b + bias``, rounded once to the operands' dtype, which `bias` has too."""
+        rounded = out if self.exact else self._rounded[: out.numel()].view(out.shape)
+        if bias is None:
+            torch.mm(a, b, out=rounded)
+        else:
+            torch.addmm(bias, a, b, out=rounded)
+        if not self.exact:
+            out.copy_(rounded)
 
     def __call__(self, out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
         """`out` is [m, n], changed in place and with ``beta=0`` not read; a [m, k]; b [k, n]."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cce_inductor.kernels import blockwise, reference
 from cce_inductor.kernels.blockwise import TILE, Head, RowGradients
 from cce_inductor.kernels.modification import IDENTITY, Modification
@@ -152,16 +153,32 @@ def test_dtypes(dtype, compute_dtype, tolerance, workspace_bytes):
     assert_agrees(input, target, head, rtol=tolerance, atol=tolerance)
 
 
+def assert_statistics(input, target, head, want, **tolerance):
+    statistics, _ = computed(input, target, head, upstream_of(target))
+    for ours, theirs in zip(statistics, want, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_statistics_are_not_rounded_to_it(dtype):
-    """Products of rounded operands are summed wider than their dtype: logits keep 2^-16."""
+def test_logits_with_a_float32_bias_are_not_rounded(dtype):
     weight, input = random(TILE + 300, 64).to(dtype), random(12, 64).to(dtype)
     target = targets(TILE + 300)
-    head = head_of(weight)
-    statistics, _ = computed(input, target, head, upstream_of(target))
+    head = head_of(weight, random(TILE + 300).float())
     want, _ = expected(input, target, head, upstream_of(target))
-    for ours, theirs in zip(statistics, want, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2**-16, atol=2**-13)
+    assert_statistics(input, target, head, want, rtol=2**-16, atol=2**-13)
+
+
+def test_bfloat16_logits_are_rounded_once_after_the_bias():
+    """A bias that cancels the product: rounding before it would lose what is left."""
+    weight, input = random(TILE + 300, 64).bfloat16(), random(12, 64).bfloat16()
+    weight[:, 0], input[:, 0] = 16, 16
+    bias = torch.full((TILE + 300,), -256.0).bfloat16()
+    target = targets(TILE + 300)
+    logits = F.linear(input, weight, bias).double()
+    kept = target != IGNORED
+    target_logit = logits.gather(1, target.where(kept, 0)[:, None]).squeeze(1)
+    want = [s.where(kept, 0.0) for s in (logits.logsumexp(1), target_logit)]
+    assert_statistics(input, target, head_of(weight, bias), want, rtol=1e-6, atol=1e-6)
 
 
 LAYOUTS = {
