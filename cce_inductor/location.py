@@ -33,7 +33,8 @@ def operation(node: Node) -> str:
     if node.op == "call_function":
         if node.target is getattr:
             return str(node.args[1])
-        return getattr(node.target, "__name__", str(node.target))
+        name = getattr(node.target, "__name__", str(node.target))
+        return name.removeprefix("numpy_")  # `.T` is numpy_T in torch 2.15
     return node.op
 
 

@@ -51,6 +51,9 @@ def product(
     )
 
 
+_ATTRIBUTES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
+
+
 def _transpose_of(node: Node) -> Node | None:
     """The argument of ``.T``, ``.t()``, ``.mT``, ``transpose`` or ``permute`` of a matrix."""
     if node.op not in ("call_function", "call_method") or not node.args:
@@ -63,6 +66,8 @@ def _transpose_of(node: Node) -> Node | None:
     if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)):
         arguments = list(arguments[0])
     if node.target is getattr and arguments[0] in ("T", "mT"):
+        return source
+    if node.target in _ATTRIBUTES and not arguments:  # how torch 2.15 writes them
         return source
     if node.target in ("t", torch.t, "adjoint", torch.adjoint) and not arguments:
         return source
