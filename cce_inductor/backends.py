@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .fingerprint import fingerprint
+from .fingerprint import tagged
 from .options import Options
 from .report import publish
 from .rewrite import rewrite
@@ -57,13 +57,10 @@ def cce_inductor(
 
 def _with_cache_key(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """`function`, run with this package's fingerprint in the compiler's cache keys."""
-    mark = fingerprint(options)
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        tag: str = torch.compiler.config.cache_key_tag
-        if mark not in tag:
-            tag = " ".join(filter(None, (tag, mark)))
+        tag = tagged(torch.compiler.config.cache_key_tag, options)
         with torch.compiler.config.patch(cache_key_tag=tag):
             return function(*args, **kwargs)
 

@@ -25,3 +25,9 @@ def fingerprint(options: Options) -> str:
     """A digest of the sources and `options`, short enough to stand in a cache key."""
     text = sources() + repr(sorted(dataclasses.asdict(options).items()))
     return "cce_inductor-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tagged(tag: str, options: Options) -> str:
+    """The cache key tag `tag` with the fingerprint appended, once."""
+    mark = fingerprint(options)
+    return tag if mark in tag else f"{tag} {mark}".strip()

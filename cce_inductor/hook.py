@@ -23,7 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from . import compat
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, tagged
 from .options import Options
 from .report import publish
 from .rewrite import rewrite
@@ -73,7 +73,7 @@ class _Installation:
     def set_options(self, options: Options) -> None:
         self.undo_tag()
         self.rewrite_pass.options = options
-        tag = " ".join(filter(None, (self.user_tag, fingerprint(options))))
+        tag = tagged(self.user_tag, options)
         self.undo_tag = compat.set_config(torch.compiler.config, "cache_key_tag", tag)
 
     def remove(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from .location import describe, location
+from .patterns import example
 from .walk import FoundLoss
 
 _logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def loss_report(found: FoundLoss, reason: str | None) -> LossReport:
     path = found.logits.path if found.logits is not None else ()
     shape = dtype = None
     if found.logits is not None:
-        result = found.logits.projection.meta["example_value"]
+        result = example(found.logits.projection)
         shape, dtype = tuple(size_hint(size) for size in result.shape), result.dtype
     return LossReport(
         rewritten=reason is None,
@@ -76,7 +77,7 @@ def loss_report(found: FoundLoss, reason: str | None) -> LossReport:
 def logits_bytes(found: FoundLoss) -> int:
     """Bytes of the projection's result, with dynamic sizes as they were at compilation."""
     assert found.logits is not None
-    result = found.logits.projection.meta["example_value"]
+    result = example(found.logits.projection)
     return math.prod(size_hint(size) for size in result.shape) * result.dtype.itemsize
 
 
