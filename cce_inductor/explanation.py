@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,19 +89,44 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         Exception: whatever `fn` raises.
     """
-    original = getattr(fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn))
-    recorder = _Recorder(_options_in_force())
-    no_limit = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    try:
-        with torch.random.fork_rng(devices=devices), no_limit:
-            torch.compile(original, backend=recorder)(*args, **kwargs)
-    finally:
-        compat.forget_compiled(recorder)
+    return explain_with(options_in_force(), fn, *args, **kwargs)
+
+
+def explain_with(
+    options: Options, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Explanation:
+    """`explain` with these options, whatever is installed."""
+    recorder = _Recorder(options)
+    with compiled_for_now(fn, recorder) as compiled:
+        compiled(*args, **kwargs)
     return Explanation(recorder.losses, recorder.graphs)
 
 
-def _options_in_force() -> Options:
+@contextlib.contextmanager
+def compiled_for_now(
+    fn: Callable[..., Any], backend: Callable[..., Any]
+) -> Iterator[Callable[..., Any]]:
+    """`fn` compiled by `backend`; at the end Dynamo forgets it, and the random number generators
+    are put back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    no_limit = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
+    try:
+        with torch.random.fork_rng(devices=devices), no_limit:
+            yield torch.compile(uncompiled(fn), backend=backend)
+    finally:
+        compat.forget_compiled(backend)
+
+
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compile` was given, if `fn` is its result."""
+    original: Callable[..., Any] = getattr(
+        fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn)
+    )
+    return original
+
+
+def options_in_force() -> Options:
+    """Those of `install`, or the defaults."""
     from . import hook
 
     installation = hook._installation

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
-from .kernels.modification import Modification
 
 
 def linear_cross_entropy(
@@ -81,17 +80,39 @@ def linear_cross_entropy(
             f"expected linear_bias shape {tuple(linear_weight.shape[:1])}, "
             f"got {tuple(linear_bias.shape)}"
         )
-    modification = Modification() if softcap is None else Modification.softcap(float(softcap))
-    return torch.ops.cce_inductor.linear_cross_entropy(
+    operands, statements, logit = [target], [], "z"
+    if softcap is not None:
+        cap = repr(float(softcap))
+        statements = [f"t0 = div.Tensor(z, {cap})", "t1 = tanh(t0)", f"t2 = mul.Tensor(t1, {cap})"]
+        logit = "t2"
+    summed = logit
+    smoothed = label_smoothing > 0  # as `cross_entropy`, which ignores a negative one
+    if smoothed and weight is not None:
+        operands.append(weight)
+        statements.append(f"t3 = mul.Tensor({logit}, c1)")
+        summed = "t3"
+    statements += [f"logsumexp({logit})", f"target({logit}, r0, {ignore_index})"]
+    if smoothed:
+        statements.append(f"sum({summed})")
+    lse, target_logit, *logit_sum = torch.ops.cce_inductor.reduce(
         input,
         linear_weight,
-        target,
         linear_bias,
+        operands,
+        "; ".join(statements),
+        skip_ignored=True,
+    )
+    return torch.ops.cce_inductor.cross_entropy(
+        lse,
+        target_logit,
+        logit_sum[0] if logit_sum else None,
+        target,
         weight,
+        linear_weight.shape[0],
         reduction,
         ignore_index,
         label_smoothing,
-        str(modification),
+        input.dtype,
     )
 
 

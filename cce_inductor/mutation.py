@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -42,7 +43,11 @@ UNKNOWN = object()
 
 def storage_of(node: Node) -> object:
     """An identity that tensors share with their views, `UNKNOWN` if the graph does not say."""
-    value = example(node)
+    return storage_key(example(node))
+
+
+def storage_key(value: object) -> object:
+    """The same for an example value."""
     if not isinstance(value, torch.Tensor):
         return UNKNOWN
     try:
@@ -112,3 +117,15 @@ def _nodes(arguments: object) -> list[Node]:
     found: list[Node] = []
     torch.fx.map_arg(arguments, found.append)
     return found
+
+
+_FUNCTIONAL = {
+    getattr(operator, f"i{name}"): getattr(operator, f"{name}_" if name in ("and", "or") else name)
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"]
+}
+
+
+def functional(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What an in-place operator of Python computes, which a number cannot be asked to change;
+    any other function is itself."""
+    return _FUNCTIONAL.get(function, function)

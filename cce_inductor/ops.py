@@ -1,13 +1,19 @@
 """The operators, `torch.ops.cce_inductor.*`, with their meta and autograd formulas.
 
-- `row_statistics`: (input, weight, target) -> `lse`, `target_logit`, `logit_sum`, `tile_lse`
-- `row_statistics_backward`: its gradients, from logits computed again
-- `linear_cross_entropy`: the loss in terms of them, one node in a rewritten graph; a composite, so
-  the compiler and autograd see only `row_statistics` and small operations on [tokens] vectors
+- `reduce_rows`: (input, weight, program) -> what the program says about each row of logits
+- `reduce_rows_backward`: its gradients, from logits computed again
+
+Rewritten graphs hold composites of them, so that the compiler and autograd see only these two and
+small operations on values of rows:
+
+- `reduce`: `reduce_rows` for any number of dimensions
+- `cross_entropy`: the loss from each row's `logsumexp` and target logit
+- `expand_rows`: an operand as large as the rows
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -15,33 +21,11 @@ import torch
 from torch import Tensor
 
 from .kernels import blockwise
-from .kernels.modification import Modification
 from .kernels.product import accumulation_dtype, operand_dtype
+from .kernels.program import INDEXED, Program, position
 from .options import DEFAULT_WORKSPACE_BYTES
 
 NAMESPACE = "cce_inductor"
-
-
-def _head(
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    logit_sum_weight: Tensor | None,
-    with_logit_sum: bool,
-    ignore_index: int,
-    modification: str,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-) -> blockwise.Head:
-    return blockwise.Head(
-        linear_weight,
-        linear_bias,
-        logit_sum_weight,
-        with_logit_sum,
-        ignore_index,
-        Modification.parse(modification),
-        operand_dtype(compute_dtype),
-        workspace_bytes,
-    )
 
 
 def _without_autocast(input: Tensor) -> torch.autocast:
@@ -49,171 +33,148 @@ def _without_autocast(input: Tensor) -> torch.autocast:
     return torch.autocast(input.device.type, enabled=False)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::row_statistics", mutates_args=())
-def row_statistics(
+@torch.library.custom_op(f"{NAMESPACE}::reduce_rows", mutates_args=())
+def reduce_rows(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-    target: Tensor,
-    logit_sum_weight: Tensor | None,
-    with_logit_sum: bool,
-    ignore_index: int,
-    modification: str,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
     compute_dtype: torch.dtype,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `kernels.blockwise.row_statistics`."""
-    head = _head(
+) -> list[Tensor]:
+    """See `kernels.blockwise.reduce`; `operands` and `program` as in `kernels.program`."""
+    head = blockwise.Head(
         linear_weight,
         linear_bias,
-        logit_sum_weight,
-        with_logit_sum,
-        ignore_index,
-        modification,
-        compute_dtype,
+        operands,
+        Program.parse(program),
+        skip_ignored,
+        operand_dtype(compute_dtype),
         workspace_bytes,
     )
     with _without_autocast(input):
-        return blockwise.row_statistics(input, target, head)
+        return blockwise.reduce(input, head)
 
 
-@row_statistics.register_fake
+@reduce_rows.register_fake
 def _(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-    target: Tensor,
-    logit_sum_weight: Tensor | None,
-    with_logit_sum: bool,
-    ignore_index: int,
-    modification: str,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
     compute_dtype: torch.dtype,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens = input.shape[0]
-    tiles = blockwise.tile_count(linear_weight.shape[0])
-    lse, target_logit = (input.new_empty(tokens, dtype=torch.float64) for _ in range(2))
-    logit_sum = input.new_empty(tokens if with_logit_sum else 0, dtype=torch.float64)
-    tile_lse = input.new_empty(tokens, tiles, dtype=accumulation_dtype(compute_dtype))
-    return lse, target_logit, logit_sum, tile_lse
+) -> list[Tensor]:
+    rows = input.shape[0]
+    parsed = Program.parse(program)
+    results = []
+    for reduction in parsed.reductions:
+        shape: tuple[Any, ...] = (rows,)
+        if reduction.kind in INDEXED:
+            shape = tuple(operands[position(reduction.args[1])].shape)
+        elif reduction.kind == "topk":
+            shape = (rows, reduction.args[1])
+        results.append(input.new_empty(shape, dtype=torch.float64))
+        if reduction.outputs == 2:
+            results.append(input.new_empty(shape, dtype=torch.int64))
+    if any(reduction.kind == "logsumexp" for reduction in parsed.reductions):
+        tiles = blockwise.tile_count(linear_weight.shape[0])
+        results.append(input.new_empty(rows, tiles, dtype=accumulation_dtype(compute_dtype)))
+    return results
 
 
-@torch.library.custom_op(f"{NAMESPACE}::row_statistics_backward", mutates_args=())
-def row_statistics_backward(
-    grad_lse: Tensor,
-    grad_target_logit: Tensor,
-    grad_logit_sum: Tensor,
+@torch.library.custom_op(f"{NAMESPACE}::reduce_rows_backward", mutates_args=())
+def reduce_rows_backward(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-    target: Tensor,
-    logit_sum_weight: Tensor | None,
-    lse: Tensor,
-    tile_lse: Tensor,
-    with_logit_sum: bool,
-    ignore_index: int,
-    modification: str,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
     compute_dtype: torch.dtype,
     workspace_bytes: int,
     output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.blockwise.row_statistics_backward`; gradients not asked for are empty."""
-    head = _head(
+) -> list[Tensor]:
+    """See `kernels.blockwise.reduce_backward`.
+
+    `output_mask` is for input, weight, bias and each operand; only what it asks for is returned.
+    """
+    head = blockwise.Head(
         linear_weight,
         linear_bias,
-        logit_sum_weight,
-        with_logit_sum,
-        ignore_index,
-        modification,
-        compute_dtype,
+        operands,
+        Program.parse(program),
+        skip_ignored,
+        operand_dtype(compute_dtype),
         workspace_bytes,
     )
-    need_input, need_weight, need_bias = output_mask
-    grads = blockwise.RowGradients(grad_lse, grad_target_logit, grad_logit_sum)
+    wanted = blockwise.Wanted(*output_mask[:3], output_mask[3:])
     with _without_autocast(input):
-        d_input, d_weight, d_bias = blockwise.row_statistics_backward(
-            grads, input, target, lse, tile_lse, head, (need_input, need_weight, need_bias)
+        found = blockwise.reduce_backward(grads, results, input, head, wanted)
+    gradients = (found.input, found.linear_weight, found.linear_bias, *found.operands)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@reduce_rows_backward.register_fake
+def _(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    primals = (input, linear_weight, linear_bias, *operands)
+    return [
+        primal.new_empty(primal.shape)
+        for primal, wanted in zip(primals, output_mask, strict=True)
+        if wanted and primal is not None
+    ]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    input, linear_weight, linear_bias, operands, *constants = inputs
+    ctx.set_materialize_grads(False)
+    ctx.constants = constants
+    ctx.results = len(output)
+    ctx.save_for_backward(input, linear_weight, linear_bias, *output, *operands)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    input, linear_weight, linear_bias, *rest = ctx.saved_tensors
+    results, operands = rest[: ctx.results], rest[ctx.results :]
+    need_input, need_weight, need_bias, need_operands, *_ = ctx.needs_input_grad
+    if not isinstance(need_operands, (list, tuple)):
+        need_operands = [need_operands] * len(operands)
+    output_mask = [need_input, need_weight, need_bias, *need_operands]
+    found = iter(
+        torch.ops.cce_inductor.reduce_rows_backward(
+            list(grads),
+            results,
+            input,
+            linear_weight,
+            linear_bias,
+            operands,
+            *ctx.constants,
+            output_mask,
         )
-    return tuple(input.new_empty(0) if d is None else d for d in (d_input, d_weight, d_bias))
-
-
-@row_statistics_backward.register_fake
-def _(
-    grad_lse: Tensor,
-    grad_target_logit: Tensor,
-    grad_logit_sum: Tensor,
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    logit_sum_weight: Tensor | None,
-    lse: Tensor,
-    tile_lse: Tensor,
-    with_logit_sum: bool,
-    ignore_index: int,
-    modification: str,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(
-        input.new_empty(0) if primal is None or not wanted else primal.new_empty(primal.shape)
-        for primal, wanted in zip((input, linear_weight, linear_bias), output_mask, strict=True)
     )
+    gradients = [next(found) if wanted else None for wanted in output_mask]
+    return *gradients[:3], gradients[3:], *(None for _ in ctx.constants)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        logit_sum_weight,
-        ctx.with_logit_sum,
-        ctx.ignore_index,
-        ctx.modification,
-        ctx.compute_dtype,
-        ctx.workspace_bytes,
-    ) = inputs
-    lse, _, _, tile_lse = output
-    ctx.mark_non_differentiable(tile_lse)
-    ctx.save_for_backward(
-        input, linear_weight, linear_bias, target, logit_sum_weight, lse, tile_lse
-    )
-
-
-def _backward(
-    ctx: Any,
-    grad_lse: Tensor,
-    grad_target_logit: Tensor,
-    grad_logit_sum: Tensor,
-    _grad_tile_lse: Tensor,
-) -> tuple[Tensor | None, ...]:
-    input, linear_weight, linear_bias, target, logit_sum_weight, lse, tile_lse = ctx.saved_tensors
-    output_mask = ctx.needs_input_grad[:3]
-    gradients = torch.ops.cce_inductor.row_statistics_backward(
-        grad_lse,
-        grad_target_logit,
-        grad_logit_sum,
-        input,
-        linear_weight,
-        linear_bias,
-        target,
-        logit_sum_weight,
-        lse,
-        tile_lse,
-        ctx.with_logit_sum,
-        ctx.ignore_index,
-        ctx.modification,
-        ctx.compute_dtype,
-        ctx.workspace_bytes,
-        output_mask,
-    )
-    wanted = (d if needed else None for d, needed in zip(gradients, output_mask, strict=True))
-    return *wanted, *(None,) * 7
-
-
-row_statistics.register_autograd(_backward, setup_context=_save_for_backward)
+reduce_rows.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -223,41 +184,76 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-row_statistics_backward.register_autograd(_refuse_double_backward)
+reduce_rows_backward.register_autograd(_refuse_double_backward)
 
 
-def _linear_cross_entropy(
+def _reduce(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    modification: str = "",
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool = False,
     compute_dtype: torch.dtype | None = None,
-    result_dtype: torch.dtype | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
-) -> Tensor:
-    vocabulary = linear_weight.shape[0]
-    rows = target.reshape(-1).to(torch.int64)
-    smoothed = label_smoothing > 0  # as `cross_entropy`, which ignores a negative one
-    lse, target_logit, logit_sum, _ = torch.ops.cce_inductor.row_statistics(
-        input.reshape(-1, input.shape[-1]),
+) -> list[Tensor]:
+    parsed = Program.parse(program)
+    rows, vocabulary = input.shape[:-1], linear_weight.shape[0]
+    count = math.prod(rows)
+    flat = list(operands)
+    for name in parsed.operands:
+        operand = operands[position(name)]
+        if name[0] in "rb":
+            width = 1 if name[0] == "r" else vocabulary
+            if operand.numel() != count * width:
+                operand = operand.expand(*rows, width)
+            shape = (count,) if name[0] == "r" else (count, width)
+            flat[position(name)] = operand.reshape(shape)
+        else:
+            flat[position(name)] = operand.reshape(() if name[0] == "s" else (-1,))
+    for reduction in parsed.reductions:
+        if reduction.kind in INDEXED:
+            index = operands[position(reduction.args[1])]
+            shape = (count, index.shape[-1]) if reduction.kind == "gather" else (count,)
+            flat[position(reduction.args[1])] = index.reshape(shape)
+    results = torch.ops.cce_inductor.reduce_rows(
+        input.reshape(count, input.shape[-1]),
         linear_weight,
         linear_bias,
-        rows,
-        weight if smoothed else None,
-        smoothed,
-        ignore_index,
-        modification,
+        flat,
+        program,
+        skip_ignored,
         compute_dtype or input.dtype,
         workspace_bytes,
     )
-    # Ignored rows are zero in every statistic, hence in every term below.
+    results = results[: sum(reduction.outputs for reduction in parsed.reductions)]
+    return [r.reshape(*rows, r.shape[1] if r.dim() == 2 else 1) for r in results]
+
+
+def _expand_rows(operand: Tensor, rows: Tensor, dim: int, width: int) -> Tensor:
+    sizes = list(rows.shape)
+    sizes[dim] = width
+    return operand.expand(sizes)
+
+
+def _cross_entropy(
+    lse: Tensor | None,
+    target_logit: Tensor,
+    logit_sum: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    vocabulary: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    result_dtype: torch.dtype,
+) -> Tensor:
+    """Without `lse`, `target_logit` is a log-probability."""
+    rows = target.reshape(-1)
     kept = rows != ignore_index
-    loss = lse - target_logit
+    loss = -target_logit.reshape(-1)
+    if lse is not None:
+        loss = lse.reshape(-1) + loss
     if weight is None:
         total_weight, row_weight = vocabulary, kept
     else:
@@ -265,25 +261,28 @@ def _linear_cross_entropy(
         total_weight = class_weight.sum()
         row_weight = class_weight[rows.masked_fill(~kept, 0)].masked_fill(~kept, 0.0)
         loss = loss * row_weight
-    if smoothed:
-        smooth = (lse * total_weight - logit_sum) / vocabulary
+    if logit_sum is not None:
+        assert lse is not None, "smoothing needs the logsumexp"
+        smooth = (lse.reshape(-1) * total_weight - logit_sum.reshape(-1)) / vocabulary
         loss = loss * (1.0 - label_smoothing) + smooth * label_smoothing
+    loss = loss.masked_fill(~kept, 0.0)
     if reduction == "none":
-        loss = loss.reshape(target.shape)
-    else:
-        loss = loss.sum()
-        if reduction == "mean":
-            loss = loss / row_weight.sum()
-    return loss.to(result_dtype or input.dtype)
+        return loss.reshape(target.shape).to(result_dtype)
+    loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / row_weight.sum()
+    return loss.to(result_dtype)
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
-    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, "
-    "Tensor? linear_bias=None, Tensor? weight=None, str reduction='mean', "
-    "SymInt ignore_index=-100, float label_smoothing=0.0, str modification='', "
-    "ScalarType? compute_dtype=None, ScalarType? result_dtype=None, "
-    f"int workspace_bytes={DEFAULT_WORKSPACE_BYTES}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.impl("linear_cross_entropy", _linear_cross_entropy, "CompositeImplicitAutograd")
+for _schema, _implementation in {
+    "reduce(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, "
+    "str program, bool skip_ignored=False, ScalarType? compute_dtype=None, "
+    f"int workspace_bytes={DEFAULT_WORKSPACE_BYTES}) -> Tensor[]": _reduce,
+    "cross_entropy(Tensor? lse, Tensor target_logit, Tensor? logit_sum, Tensor target, "
+    "Tensor? weight, int vocabulary, str reduction, int ignore_index, float label_smoothing, "
+    "ScalarType result_dtype) -> Tensor": _cross_entropy,
+    "expand_rows(Tensor operand, Tensor rows, int dim, int width) -> Tensor": _expand_rows,
+}.items():
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_schema.split("(")[0], _implementation, "CompositeImplicitAutograd")

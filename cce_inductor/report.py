@@ -8,7 +8,7 @@ import math
 import threading
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .location import describe, location
 from .patterns import example
@@ -41,6 +41,11 @@ class LossReport:
     logits_dtype: torch.dtype | None
     bytes_saved: int
 
+    @classmethod
+    def of_failure(cls, node: Node, reason: str) -> LossReport:
+        """The record of a loss in a graph that the pass could not look at."""
+        return cls(False, reason, location(node), describe(node), None, None, 0)
+
     def __str__(self) -> str:
         head = "rewritten" if self.rewritten else "left alone"
         lines = [f"{head}: {self.loss}"]
@@ -61,7 +66,7 @@ def loss_report(found: FoundLoss, reason: str | None) -> LossReport:
     path = found.logits.path if found.logits is not None else ()
     shape = dtype = None
     if found.logits is not None:
-        result = example(found.logits.projection)
+        result = example(found.logits.projection.node)
         shape, dtype = tuple(size_hint(size) for size in result.shape), result.dtype
     return LossReport(
         rewritten=reason is None,
@@ -77,7 +82,7 @@ def loss_report(found: FoundLoss, reason: str | None) -> LossReport:
 def logits_bytes(found: FoundLoss) -> int:
     """Bytes of the projection's result, with dynamic sizes as they were at compilation."""
     assert found.logits is not None
-    result = example(found.logits.projection)
+    result = example(found.logits.projection.node)
     return math.prod(size_hint(size) for size in result.shape) * result.dtype.itemsize
 
 

@@ -1,6 +1,8 @@
-"""Puts one fused operator in the place of each loss that the walk can explain.
+"""Puts one fused operator in the place of the losses that the walk can explain.
 
-The graph is changed only after every new node has been built, so that an error leaves it as it was.
+Every reduction of the same rows of the same logits comes from one operator (`plan`); the small
+operations on its results follow (`_Builder`). The graph is changed only after every new node has
+been built, so that an error leaves it as it was.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 from typing import Any
 
 import torch
@@ -16,7 +19,20 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 from .options import DEFAULT_WORKSPACE_BYTES, Options
-from .patterns import HERE, CrossEntropy, Logits, example
+from .patterns import (
+    HERE,
+    WIDTH,
+    AtRows,
+    Call,
+    Logits,
+    Operand,
+    Statistic,
+    TensorOperation,
+    all_logits,
+    example,
+    loss,
+)
+from .plan import Group, plan
 from .report import LossReport, format_bytes, logits_bytes, loss_report
 from .walk import FoundLoss, Walk, walk
 
@@ -56,9 +72,11 @@ def _with_subgraphs(module: GraphModule) -> list[GraphModule]:
 
 def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
     found = Walk()
+    reasons: list[str | None] = []
     try:
         found = walk(module.graph)
-        reasons = [_reason_to_keep(each, options) for each in found.losses]
+        reasons = _reasons_to_keep(found, options)
+        reports = [loss_report(*each) for each in zip(found.losses, reasons, strict=True)]
         chosen = [
             each for each, reason in zip(found.losses, reasons, strict=True) if reason is None
         ]
@@ -66,13 +84,17 @@ def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
             _replace(module.graph, chosen, found, options)
             module.graph.lint()
             module.recompile()
+        return reports
     except Exception as error:
         if options.on_error == "raise":
             raise
         _warn_once(type(error).__name__, str(error))
         reason = f"the pass failed with {type(error).__name__}: {error}"
-        reasons = [each.reason or reason for each in found.losses]
-    return [loss_report(each, why) for each, why in zip(found.losses, reasons, strict=True)]
+        return [LossReport.of_failure(node, reason) for node in _losses(module.graph)]
+
+
+def _losses(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if loss.get(node) is not None]
 
 
 @functools.cache
@@ -85,11 +107,24 @@ def _warn_once(kind: str, message: str) -> None:
     )
 
 
+def _reasons_to_keep(found: Walk, options: Options) -> list[str | None]:
+    """For each loss; one projection's are rewritten together or not at all."""
+    reasons = [_reason_to_keep(each, options) for each in found.losses]
+    kept: dict[Node, str] = {}
+    for each, reason in zip(found.losses, reasons, strict=True):
+        if reason is not None and each.logits is not None:
+            kept.setdefault(each.logits.projection.node, reason)
+    return [
+        kept.get(each.logits.projection.node) if reason is None and each.logits else reason
+        for each, reason in zip(found.losses, reasons, strict=True)
+    ]
+
+
 def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
     if found.reason is not None:
         return found.reason
     assert found.logits is not None
-    device = example(found.logits.projection).device.type
+    device = example(found.logits.projection.node).device.type
     if device not in DEVICES:
         return f"there is no kernel for the device {device!r}"
     size = logits_bytes(found)
@@ -102,20 +137,39 @@ def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
 
 
 def _replace(graph: Graph, chosen: list[FoundLoss], found: Walk, options: Options) -> None:
-    builder = _Builder(graph)
+    builder = _Builder(graph, chosen, found, options)
     try:
-        new = [(each.node, builder.loss(each, options)) for each in chosen]
+        new = [(each.node, builder.result(each)) for each in chosen]
     except Exception:
         builder.undo()
         raise
-    for old, node in new:
-        old.replace_all_uses_with(node)
+    for group in builder.groups.values():
+        for node in group.hoisted:
+            assert group.first is not None, "every group is built"
+            group.first.prepend(node)
+    for old, nodes in new:
+        if isinstance(nodes, tuple):
+            for user in list(old.users):
+                user.replace_all_uses_with(nodes[user.args[1]])
+                graph.erase_node(user)
+        else:
+            old.replace_all_uses_with(nodes)
         graph.erase_node(old)
-    projections = {each.logits.projection for each in chosen if each.logits is not None}
-    for node, logits in reversed(found.logits.items()):
-        if logits.projection in projections and not node.users:
-            graph.erase_node(node)
-            for absorbed in logits.absorbed:
+    _erase_unused(graph, chosen, found)
+
+
+def _erase_unused(graph: Graph, chosen: list[FoundLoss], found: Walk) -> None:
+    """What held logits and holds nothing now; nothing else, for a graph before autograd has
+    nodes without users that matter."""
+    projections = {each.logits.projection.node for each in chosen if each.logits is not None}
+    of_logits = {**found.values, **found.assignments}
+    for node in sorted(of_logits, key=lambda node: -found.position[node]):
+        for logits in all_logits(of_logits[node]):
+            if logits.projection.node not in projections:
+                continue
+            if not node.users and node in graph.nodes:
+                graph.erase_node(node)
+            for absorbed in logits.projection.absorbed:
                 if not absorbed.users and absorbed in graph.nodes:
                     graph.erase_node(absorbed)
 
@@ -131,82 +185,198 @@ def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
 class _Builder:
     """Inserts nodes, with example values, and can take them out again."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, chosen: list[FoundLoss], found: Walk, options: Options):
         self.graph = graph
+        self.found = found
+        self.groups = plan(chosen, found)
+        self.options = options
         self.built: list[Node] = []
+        self._fake_mode = _fake_mode([example(node) for node in found.values])
+        self._memo: dict[Any, Any] = {}
 
     def undo(self) -> None:
         for node in reversed(self.built):
             self.graph.erase_node(node)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        name = getattr(target, "_opname", None)  # without the overload's: "linear_cross_entropy"
+        name = getattr(target, "_opname", None)  # without the overload's: "cross_entropy"
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self.built.append(node)
         values, named_values = torch.fx.map_arg((args, kwargs), example)
-        with _fake_mode(values, named_values):
+        with self._fake_mode:
             node.meta["example_value"] = target(*values, **named_values)
         return node
 
-    def loss(self, found: FoundLoss, options: Options) -> Node:
-        """The fused operator for a loss, right before it."""
-        assert found.replacement is not None
+    def method(self, name: str, input: Node, *args: Any) -> Node:
+        node = self.graph.call_method(name, (input, *args))
+        self.built.append(node)
+        node.meta["example_value"] = getattr(example(input), name)(*args)
+        return node
+
+    def result(self, found: FoundLoss) -> Node | tuple[Node, ...]:
+        """What takes the place of a loss, right before it."""
+        first = len(self.built)
         with self.graph.inserting_before(found.node):
-            first = len(self.built)
-            node = self._linear_cross_entropy(found.replacement, found.node, options)
-            for built in self.built[first:]:
-                for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-                    if key in found.node.meta:
-                        built.meta[key] = found.node.meta[key]
+            expected = example(found.node)
+            if isinstance(found.result, tuple):
+                for user in found.node.users:
+                    if user.target is not operator.getitem or not isinstance(user.args[1], int):
+                        raise AssertionError(f"{user} reads the tuple {found.node} as a whole")
+                pairs = zip(found.result, expected, strict=True)
+                node = tuple(self._like(self.row(row), value) for row, value in pairs)
+            else:
+                node = self._like(self.row(found.result), expected)
+        for built in self.built[first:]:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in found.node.meta:
+                    built.meta[key] = found.node.meta[key]
         return node
 
-    def _linear_cross_entropy(self, loss: CrossEntropy, replaced: Node, options: Options) -> Node:
-        logits, result = loss.logits, example(replaced)
-        input = self._rows(logits)
-        weight = logits.linear_weight
-        if logits.transposed:
-            weight = self.call(torch.t, weight)
-        bias = logits.linear_bias
-        if bias is not None and example(bias).dim() > 1:
-            bias = self.call(torch.reshape, bias, (-1,))
-        arguments = {
-            "linear_bias": (bias, None),
-            "weight": (loss.weight, None),
-            "reduction": (loss.reduction, "mean"),
-            "ignore_index": (loss.ignore_index, -100),
-            "label_smoothing": (loss.label_smoothing, 0.0),
-            "modification": (str(logits.modification), ""),
-            "compute_dtype": (logits.compute_dtype, example(input).dtype),
-            "result_dtype": (result.dtype, example(input).dtype),
-            "workspace_bytes": (options.workspace_bytes, DEFAULT_WORKSPACE_BYTES),
-        }
-        given = {
-            name: value
-            for name, (value, default) in arguments.items()
-            if isinstance(value, Node) or value != default
-        }
-        node = self.call(
-            torch.ops.cce_inductor.linear_cross_entropy.default,
-            input,
-            weight,
-            loss.target,
-            **given,
-        )
-        computed = example(node)
-        if (computed.shape, computed.dtype) != (result.shape, result.dtype):
+    def _like(self, node: Node, expected: torch.Tensor) -> Node:
+        """With the dtype of what is replaced, and memory of its own if somebody changes it."""
+        value = example(node)
+        if value.dtype != expected.dtype:
+            node = self.method("to", node, expected.dtype)
+        elif self.found.is_changed(expected):
+            node = self.call(torch.clone, node)
+        value = example(node)
+        if value.dim() != expected.dim() or value.dtype != expected.dtype:
             raise AssertionError(
-                f"the fused loss is {computed.dtype} {tuple(computed.shape)}, "
-                f"the replaced one {result.dtype} {tuple(result.shape)}"
+                f"the fused result is {value.dtype} {tuple(value.shape)}, "
+                f"the replaced one {expected.dtype} {tuple(expected.shape)}"
             )
-        node.meta["example_value"] = result
+        node.meta["example_value"] = expected
         return node
 
-    def _rows(self, logits: Logits) -> Node:
-        """The projection's input after the row operations, hidden last."""
-        node = logits.input
-        for operation in logits.row_operations:
-            args = [node if argument is HERE else argument for argument in operation.args]
-            node = self.call(operation.target, *args, **operation.kwargs)
-        if logits.vocabulary_dim != example(node).dim() - 1:
-            node = self.call(torch.movedim, node, logits.vocabulary_dim, -1)
+    def row(self, row: Any) -> Any:
+        """The node of a value of rows; numbers and nodes are themselves."""
+        if not isinstance(row, (Statistic, Call, AtRows)):
+            return row
+        if id(row) not in self._memo:
+            if isinstance(row, Statistic):
+                node = self._statistic(row)
+            elif isinstance(row, AtRows):
+                node = self._at_rows(row.operand, row.logits)
+            else:
+                # This one flattens the rows itself.
+                flat = row.target is torch.ops.cce_inductor.cross_entropy.default
+                args = [
+                    self._statistic(argument, flat=True)
+                    if flat and isinstance(argument, Statistic)
+                    else self.row(argument)
+                    for argument in row.args
+                ]
+                kwargs = {name: self.row(argument) for name, argument in row.kwargs}
+                node = self.call(row.target, *args, **kwargs)
+            self._memo[id(row)] = node
+        return self._memo[id(row)]
+
+    def _statistic(self, statistic: Statistic, *, flat: bool = False) -> Node:
+        """A result of its group's operator, in the shape of its rows unless `flat`."""
+        group = self.groups[id(statistic)]
+        if group.results is None:
+            self._reduce(group)
+        assert group.results is not None
+        output = group.output(statistic)
+        if output not in group.outputs:
+            group.outputs[output] = self.call(operator.getitem, group.results, output)
+        node = group.outputs[output]
+        logits, base = statistic.logits, group.logits
+        rest = logits.row_operations[len(base.row_operations) :]
+        if flat:
+            return node
+        if not rest:
+            return self._from_last(node, logits.vocabulary_dim)
+        node = self._from_last(node, base.vocabulary_dim)
+        return self._replay(node, rest, example(node).shape[base.vocabulary_dim])
+
+    def _reduce(self, group: Group) -> None:
+        """The operator of a group, where the group says."""
+        logits = group.logits
+        with self.graph.inserting_before(group.anchor):
+            first = len(self.built)
+            projection = logits.projection
+            input = self._replay(projection.input, logits.row_operations, projection.hidden)
+            input = self._to_last(input, logits.vocabulary_dim)
+            weight = projection.linear_weight
+            for operation in projection.weight_operations:
+                weight = self._apply(operation, weight)
+            bias = projection.linear_bias
+            if bias is not None:
+                if example(bias).dim() > 1:
+                    bias = self.call(torch.reshape, bias, (-1,))
+                for operation in projection.bias_operations:
+                    bias = self._apply(operation, bias)
+            operands = [self._operand(operand, logits) for operand in group.operands]
+            arguments = {
+                "skip_ignored": (group.skip_ignored, False),
+                "compute_dtype": (logits.compute_dtype, example(input).dtype),
+                "workspace_bytes": (self.options.workspace_bytes, DEFAULT_WORKSPACE_BYTES),
+            }
+            group.results = self.call(
+                torch.ops.cce_inductor.reduce.default,
+                input,
+                weight,
+                bias,
+                operands,
+                group.program,
+                **{k: value for k, (value, default) in arguments.items() if value != default},
+            )
+        group.first = self.built[first]
+
+    def _operand(self, operand: Operand | Statistic, logits: Logits) -> Node:
+        """What a program's operand is at the rows of `logits`, with the vocabulary last."""
+        if isinstance(operand, Statistic):
+            assert operand.index is not None
+            index = self.row(operand.index)
+            if operand.kind == "gather":
+                return self._to_last(index, operand.logits.vocabulary_dim)
+            return index
+        if operand.kind in ("c", "s"):
+            return self.row(operand.source)
+        width = 1 if operand.kind == "r" else logits.vocabulary
+        node, dim = self.row(operand.source), operand.vocabulary_dim
+        if operand.row_operations == logits.row_operations and dim == example(node).dim() - 1:
+            return node
+        node = self._expanded(node, operand, logits, width)
+        rest = logits.row_operations[len(operand.row_operations) :]
+        if rest:
+            node, dim = self._replay(node, rest, width), logits.vocabulary_dim
+        return self._to_last(node, dim)
+
+    def _at_rows(self, operand: Operand, logits: Logits) -> Node:
+        node = self.row(operand.source)
+        rest = logits.row_operations[len(operand.row_operations) :]
+        if operand.kind == "s" or not rest:
+            return node
+        return self._replay(self._expanded(node, operand, logits, 1), rest, 1)
+
+    def _expanded(self, node: Node, operand: Operand, logits: Logits, width: int) -> Node:
+        """An operand as large as the rows were when it was read."""
+        projection = logits.projection
+        rows = self._replay(projection.input, operand.row_operations, projection.hidden)
+        expand = torch.ops.cce_inductor.expand_rows.default
+        return self.call(expand, node, rows, operand.vocabulary_dim, width)
+
+    def _replay(self, node: Node, operations: tuple[TensorOperation, ...], width: Any) -> Node:
+        for operation in operations:
+            node = self._apply(operation, node, width)
         return node
+
+    def _apply(self, operation: TensorOperation, node: Node, width: Any = None) -> Node:
+        given = {HERE: node, WIDTH: width}
+
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, tuple):
+                return tuple(fill(each) for each in argument)
+            known = argument is HERE or argument is WIDTH
+            return given[argument] if known else argument
+
+        args = [fill(argument) for argument in operation.args]
+        return self.call(operation.target, *args, **dict(operation.kwargs))
+
+    def _to_last(self, node: Node, dim: int) -> Node:
+        return node if dim == example(node).dim() - 1 else self.call(torch.movedim, node, dim, -1)
+
+    def _from_last(self, node: Node, dim: int) -> Node:
+        return node if dim == example(node).dim() - 1 else self.call(torch.movedim, node, -1, dim)

@@ -8,39 +8,62 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from .kernels.program import INDEXED
 from .location import at, describe, operation
-from .mutation import UNKNOWN, mutated_storages, storage_of
+from .mutation import UNKNOWN, functional, mutated_storages, storage_key, storage_of
 from .patterns import (
-    CrossEntropy,
     Logits,
+    Operand,
+    Row,
     Site,
+    Statistic,
     UnsupportedError,
+    all_logits,
+    detach_row,
+    detached,
+    each_logits,
     example,
+    leaves,
     loss,
+    parts,
     projection,
+    reduction,
+    through_stack,
     transform,
 )
 
 
 @dataclasses.dataclass
 class FoundLoss:
-    """A node with a loss rule.
+    """A node that reduces logits, or has a loss rule.
 
     Attributes:
-        node: the loss in the user's graph.
+        node: in the user's graph.
+        is_loss: whether it means a loss by itself, whatever it reduces.
         logits: what its input was followed back to, None if that is no projection in this graph.
-        replacement: what may stand in its place, None if nothing may.
+        result: what may stand in its place, None if nothing may.
         reason: why it is left alone, None while there is no reason to.
     """
 
     node: Node
-    logits: Logits | None
-    replacement: CrossEntropy | None
-    reason: str | None
+    is_loss: bool
+    logits: Logits | None = None
+    result: Row | tuple[Row, ...] | None = None
+    reason: str | None = None
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether it needs the normalizer of a softmax, or the logit of a class: only logits
+        have those."""
+        return any(
+            isinstance(part, Statistic) and part.kind in ("logsumexp", "mean", *INDEXED)
+            for part in parts(self.result)
+        )
 
 
 @dataclasses.dataclass
@@ -49,11 +72,31 @@ class Walk:
 
     Attributes:
         losses: in the graph's order.
-        logits: every node that holds logits.
+        values: every node that holds logits, or several in a tuple.
+        assignments: nodes that change logits in place and have no other result.
+        position: of every node in the graph.
+        gradient_mode: what `torch.set_grad_enabled` was at each node.
+        mutations: every change in place: where, of which storage, by which node.
     """
 
     losses: list[FoundLoss] = dataclasses.field(default_factory=list)
-    logits: dict[Node, Logits] = dataclasses.field(default_factory=dict)
+    values: dict[Node, Any] = dataclasses.field(default_factory=dict)
+    assignments: dict[Node, Logits] = dataclasses.field(default_factory=dict)
+    position: dict[Node, int] = dataclasses.field(default_factory=dict)
+    gradient_mode: dict[Node, object] = dataclasses.field(default_factory=dict)
+    mutations: list[tuple[int, object, Node]] = dataclasses.field(default_factory=list)
+
+    def is_changed(self, value: torch.Tensor) -> bool:
+        """Whether anything changes a tensor, given by its example, in place."""
+        return any(changed == storage_key(value) for _, changed, _ in self.mutations)
+
+    def mutation_between(self, node: Node, first: float, last: float) -> Node | None:
+        """What changes the node's storage in place between two positions."""
+        storage = storage_of(node)
+        for position, changed, mutation in self.mutations:
+            if first < position < last and (changed == storage or changed is UNKNOWN):
+                return mutation
+        return None
 
 
 def walk(graph: Graph) -> Walk:
@@ -69,39 +112,51 @@ class _Walker:
         # Node made from logits by an operation without a rule -> why, the vocabulary's size, and
         # that operation; transforms of its result count as it.
         self.lost: dict[Node, tuple[str, object, Node]] = {}
-        self.mutations: list[tuple[int, object, Node]] = []
-        self.position: dict[Node, int] = {}
-        self.gradient_mode: dict[Node, object] = {}
-        self.in_transform = any(_is_functorch(node) for node in graph.nodes)
+        # Node computed from a reduction -> the projections of what was reduced.
+        self.reduced: dict[Node, set[Node]] = {}
+        self.transforms = 0  # torch.func transforms that are open
 
     def run(self) -> Walk:
         gradient_mode: object = "ambient"
         for position, node in enumerate(self.graph.nodes):
-            self.position[node] = position
-            self.gradient_mode[node] = gradient_mode
+            self.found.position[node] = position
+            self.found.gradient_mode[node] = gradient_mode
             if node.target is torch._C._set_grad_enabled:
                 gradient_mode = node.args[0]
-            used = [a for a in node.all_input_nodes if a in self.found.logits]
+            self.transforms += _opens_transform(node)
+            used = [a for a in node.all_input_nodes if a in self.found.values]
             if loss.get(node) is not None:
                 self._visit_loss(node, used)
             elif used:
                 self._visit_use(node, used)
             else:
                 self._visit_other(node)
-            self.mutations += [(position, storage, node) for storage in mutated_storages(node)]
+            self.found.mutations += [
+                (position, storage, node) for storage in mutated_storages(node)
+            ]
+            made_of = {p for a in node.all_input_nodes for p in self.reduced.get(a, ())}
+            if made_of and node not in self.found.values:
+                self.reduced[node] = self.reduced.get(node, set()) | made_of
         for found in self.found.losses:
             if found.reason is None:
                 self._check_unchanged(found)
+        self._drop_without_loss()
         for found in self.found.losses:
             if found.reason is None and found.logits is not None:
-                found.reason = self.kept.get(found.logits.projection)
+                found.reason = self.kept.get(found.logits.projection.node)
         return self.found
+
+    def _site(self, node: Node) -> Site:
+        return Site(node, self.found.values, self._is_late)
+
+    def _is_late(self, node: Node, logits: Logits) -> bool:
+        return logits.projection.node in self.reduced.get(node, ())
 
     def _visit_other(self, node: Node) -> None:
         inherited = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
         if inherited is not None:
             reason, vocabulary, escape = inherited
-            same = escape in node.all_input_nodes and transform.get(node) is not None
+            same = escape in node.all_input_nodes and _keeps_places(node)
             self.lost[node] = (reason, vocabulary, node if same else escape)
         self._visit_projection(node)
 
@@ -110,36 +165,126 @@ class _Walker:
         if rule is None:
             return
         try:
-            logits = Site(node, self.found.logits).apply(rule)
+            logits = self._site(node).apply(rule)
         except UnsupportedError as why:
             reason = f"{operation(node)}{at(node)} is no projection that is known: {why}"
             self.lost[node] = (reason, example(node).shape[-1], node)
             return
         if logits is None:
             return
-        if self.in_transform:
+        if self.transforms:
             reason = "the graph is inside a torch.func transform"
             self.lost[node] = (reason, example(node).shape[-1], node)
             return
-        self.found.logits[node] = logits.replace(path=(describe(node),))
+        if not _requires_grad(node) and any(map(_requires_grad, logits.projection.nodes)):
+            logits = logits.replace(expression=detached(logits.expression))
+        self.found.values[node] = logits.replace(path=(describe(node),))
 
     def _visit_use(self, node: Node, used: list[Node]) -> None:
-        """A transform, or an escape."""
+        """A reduction, a transform, or an escape."""
+        site = self._site(node)
         try:
+            self._check_transforms()
+            rule = reduction.get(node)
+            result = None if rule is None else site.apply(rule)
+            if isinstance(result, Logits):
+                result = self._detached_if_cut(node, used, result)
+                self.found.values[node] = _with_path(result, node)
+                return
+            if result is not None:
+                found = FoundLoss(node, False, self._first(used), self._row(node, used, result))
+                self._record(found)
+                return
             rule = transform.get(node)
-            if rule is None:
-                raise UnsupportedError("")
-            if len(used) > 1:
-                raise UnsupportedError("it combines logits with logits")
-            logits: Logits = Site(node, self.found.logits).apply(rule)
-            self._check_gradient(node, used)
-            if len(node.all_input_nodes) > 1:
-                self._check_gradient_mode(node, logits)
+            stacked = next((a for a in used if site.stack(a) is not None), None)
+            if stacked is not None:
+                value = through_stack(site, stacked, rule, self._pointwise)
+            else:
+                value = site.apply(rule) if rule is not None else self._pointwise(site)
+            value = self._detached_if_cut(node, used, value)
+            mutated = [a for a in used if storage_of(a) in list(mutated_storages(node))]
+            if mutated:
+                self._assign(node, mutated, value)
         except UnsupportedError as why:
             self._escape(node, used, str(why))
             self._visit_projection(node)  # what one projection made may be another's input
         else:
-            self.found.logits[node] = logits.replace(path=(*logits.path, describe(node)))
+            self._keep_stored(node, site)
+            if example(node) is None and mutated:
+                self.found.assignments[node] = value
+            else:
+                self.found.values[node] = _with_path(value, node)
+
+    def _check_transforms(self) -> None:
+        if self.transforms:
+            raise UnsupportedError("it is inside a torch.func transform")
+
+    def _pointwise(self, site: Site) -> Logits:
+        node = site.node
+        if node.op not in ("call_function", "call_method"):
+            raise UnsupportedError("")
+        function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+        return site.pointwise(functional(function), *node.args, **node.kwargs)
+
+    def _keep_stored(self, node: Node, site: Site) -> None:
+        for stored in site.stored:
+            reason = f"the logits are used by {operation(node)}{at(node)} with other logits"
+            self._keep([stored], reason)
+
+    def _detached_if_cut(self, node: Node, used: list[Node], value: Any) -> Any:
+        """What has no gradient in the user's graph has none here."""
+        outputs = example(node)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
+        cut = tensors and not any(tensor.requires_grad for tensor in tensors)
+        if not cut or not any(map(_requires_grad, used)):
+            return value
+        return each_logits(value, lambda v: v.replace(expression=detached(v.expression)))
+
+    def _assign(self, node: Node, mutated: list[Node], value: Logits) -> None:
+        """Gives every name of the changed tensor its new value."""
+        if len(mutated) > 1:
+            raise UnsupportedError("it changes several logits")
+        (changed,) = mutated
+        before = self.found.values[changed]
+        storage = storage_of(changed)
+        aliases = [n for n in self.found.values if storage_of(n) == storage]
+        if example(changed).numel() != example(aliases[0]).numel() and any(
+            self._is_after(user, node) for a in aliases if a is not changed for user in a.users
+        ):
+            raise UnsupportedError("it changes a part of the logits in place")
+        new_operands = [
+            leaf
+            for leaf in leaves(value.expression)
+            if isinstance(leaf, Operand) and leaf.reader is node and leaf.kind in "rb"
+        ]
+        updated = {}
+        for alias in aliases:
+            old = self.found.values[alias]
+            if alias is changed:
+                updated[alias] = value.replace(path=(*old.path, describe(node)))
+                continue
+            if not any(self._is_after(user, node) for user in alias.users):
+                continue
+            same_entries = (
+                isinstance(old, Logits)
+                and old.expression is before.expression
+                and old.vocabulary == before.vocabulary
+                and (old.row_operations == before.row_operations or not new_operands)
+                and value.projection == before.projection
+            )
+            if not same_entries:
+                raise UnsupportedError("it changes logits in place that are also read as a view")
+            updated[alias] = old.replace(
+                expression=value.expression, compute_dtype=value.compute_dtype
+            )
+        self.found.values.update(updated)
+
+    def _is_after(self, user: Node, node: Node) -> bool:
+        return user is not node and user not in self.found.position
+
+    def _first(self, used: list[Node]) -> Logits:
+        return all_logits(self.found.values[used[0]])[0]
 
     def _escape(self, node: Node, used: list[Node], why: str) -> None:
         if node.op == "output":
@@ -148,32 +293,68 @@ class _Walker:
             reason = f"the logits are used by {operation(node)}{at(node)}"
             if why:
                 reason += f": {why}"
-        logits = self.found.logits[used[0]]
-        self.lost[node] = (reason, example(logits.projection).shape[-1], node)
+        logits = self._first(used)
+        self.lost[node] = (reason, logits.projection.vocabulary, node)
+        self._keep(used, reason)
+
+    def _keep(self, used: list[Node], reason: str) -> None:
         for argument in used:
-            self.kept.setdefault(self.found.logits[argument].projection, reason)
+            for logits in all_logits(self.found.values[argument]):
+                self.kept.setdefault(logits.projection.node, reason)
+
+    def _record(self, found: FoundLoss) -> None:
+        self.found.losses.append(found)
+        projections = {p.logits.projection.node for p in parts(found.result) if _is_statistic(p)}
+        self.reduced.setdefault(found.node, set()).update(projections)
+
+    def _row(self, node: Node, used: list[Node], result: Any) -> Any:
+        """The result, without gradient where the user's graph has none."""
+        if not any(map(_requires_grad, used)) or any(
+            t.requires_grad
+            for t in torch.utils._pytree.tree_leaves(example(node))
+            if isinstance(t, torch.Tensor)
+        ):
+            return result
+        if isinstance(result, tuple):
+            return tuple(detach_row(each) for each in result)
+        return detach_row(result)
 
     def _visit_loss(self, node: Node, used: list[Node]) -> None:
         input = node.kwargs.get("input", node.args[0] if node.args else None)
-        logits = self.found.logits.get(input) if isinstance(input, Node) else None
-        found = FoundLoss(node, logits, None, None)
-        self.found.losses.append(found)
-        if logits is None:
+        found = FoundLoss(node, True)
+        rule = loss.get(node)
+        assert rule is not None
+        if isinstance(input, Node) and input in self.reduced:
+            return  # of one value a row, not of logits
+        if not used and not getattr(rule, "makes_logits", False):
             found.reason = self._reason_without_logits(input)
-            if used:  # as the target, say
-                self._escape(node, used, "it is not the input of the loss")
+            self.found.losses.append(found)
             return
+        site = self._site(node)
         try:
-            rule = loss.get(node)
-            assert rule is not None
-            found.replacement = Site(node, self.found.logits).apply(rule)
-            self._check_gradient(node, used)
-            if not (_requires_grad(node) and _requires_grad(logits.projection)):
-                self._check_gradient_mode(node, logits)
+            self._check_transforms()
+            result = site.apply(rule)
+            if used:
+                found.logits = self._first(used)
+            self._keep_stored(node, site)
+            if isinstance(result, Logits):
+                self.found.values[node] = _with_path(
+                    self._detached_if_cut(node, used, result), node
+                )
+                return
+            found.result = self._row(node, used, result)
+            if found.logits is None:
+                found.logits = next(p.logits for p in parts(result) if _is_statistic(p))
         except UnsupportedError as why:
+            found.logits = self._first(used) if used else None
             found.reason = f"{operation(node)} cannot be rewritten: {why}"
-            for argument in used:
-                self.kept.setdefault(self.found.logits[argument].projection, found.reason)
+            self._keep(used, found.reason)
+            if isinstance(input, Node) and input not in self.found.values:
+                found.logits = None
+                found.reason = self._reason_without_logits(input)
+                if used:  # as the target, say
+                    self._escape(node, used, "it is not the input of the loss")
+        self._record(found)
 
     def _reason_without_logits(self, input: object) -> str:
         if isinstance(input, Node) and input in self.lost:
@@ -183,7 +364,7 @@ class _Walker:
             if escaped is input or vocabulary in example(input).shape:
                 return reason
         source = input
-        while isinstance(source, Node) and transform.get(source) is not None:
+        while isinstance(source, Node) and _keeps_places(source):
             source = source.all_input_nodes[0] if source.all_input_nodes else None
         if not isinstance(source, Node):
             return "its input is made from no tensor"
@@ -195,30 +376,69 @@ class _Walker:
         made_by = f"{operation(source)}{at(source)}"
         return f"its input is made by {made_by}, which is no projection that is known"
 
-    def _check_gradient(self, node: Node, used: list[Node]) -> None:
-        """What the node makes of logits with a gradient must have one."""
-        if any(_requires_grad(argument) for argument in used) and not _requires_grad(node):
-            raise UnsupportedError("it cuts the gradient")
-
-    def _check_gradient_mode(self, node: Node, logits: Logits) -> None:
-        """What else the node reads must get a gradient if the projection's operands do."""
-        if self.gradient_mode[node] != self.gradient_mode[logits.projection]:
-            raise UnsupportedError("gradients are enabled or disabled between projection and loss")
-
     def _check_unchanged(self, found: FoundLoss) -> None:
-        """What the loss will read, and keep for its backward, must be what the projection read."""
-        assert found.logits is not None
-        captured = {storage_of(argument) for argument in found.logits.captured}
-        first = self.position[found.logits.projection]
-        last = math.inf if _requires_grad(found.node) else self.position[found.node]
-        for position, storage, mutation in self.mutations:
-            if first < position < last and (storage in captured or storage is UNKNOWN):
+        """What will be read where the loss is, and kept for its backward, must be what was read
+        where the user's graph reads it."""
+        here = self.found.position[found.node]
+        last = math.inf if _requires_grad(found.node) else here
+        for node, first in self._reads(found.result, here):
+            mutation = self.found.mutation_between(node, first, last)
+            if mutation is not None:
                 found.reason = (
                     f"{operation(found.node)} cannot be rewritten: {operation(mutation)}"
                     f"{at(mutation)} may change what the projection read"
                 )
-                self.kept.setdefault(found.logits.projection, found.reason)
+                assert found.logits is not None
+                self.kept.setdefault(found.logits.projection.node, found.reason)
                 return
+
+    def _reads(self, result: Any, here: int) -> list[tuple[Node, int]]:
+        """Every tensor that the replacement reads, and where the user's graph reads it."""
+        reads: list[tuple[Node, int]] = []
+        for part in parts(result):
+            if isinstance(part, Statistic):
+                start = self.found.position[part.logits.projection.node]
+                reads += [(n, start) for n in part.logits.projection.nodes]
+                reads += [(n, start) for op in part.logits.row_operations for n in op.nodes]
+                for value in part.values:
+                    for leaf in leaves(value):
+                        if isinstance(leaf, Operand) and isinstance(leaf.source, Node):
+                            reads.append((leaf.source, self.found.position[leaf.reader]))
+                reads += [(n, here) for n in parts(part.index) if isinstance(n, Node)]
+        return reads
+
+    def _drop_without_loss(self) -> None:
+        """Forgets projections from which no loss is computed: what is summed or compared there is
+        something else than logits."""
+        of_classes = [
+            found.logits.projection
+            for found in self.found.losses
+            if found.logits is not None and (found.is_loss or found.is_of_classes)
+        ]
+        nodes = {projection.node for projection in of_classes}
+        # Of the same vocabulary is a teacher whose labels are an argmax.
+        vocabularies = {projection.vocabulary for projection in of_classes}
+        self.found.losses = [
+            found
+            for found in self.found.losses
+            if found.logits is None
+            or found.logits.projection.node in nodes
+            or found.logits.projection.vocabulary in vocabularies
+        ]
+
+
+def _keeps_places(node: Node) -> bool:
+    """Whether it has a transform rule that only moves elements, or casts them."""
+    rule = transform.get(node)
+    return rule is not None and bool(node.all_input_nodes)
+
+
+def _is_statistic(part: Any) -> bool:
+    return isinstance(part, Statistic)
+
+
+def _with_path(value: Any, node: Node) -> Any:
+    return each_logits(value, lambda v: v.replace(path=(*v.path, describe(node))))
 
 
 def _requires_grad(node: Node) -> bool:
@@ -226,6 +446,10 @@ def _requires_grad(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
-def _is_functorch(node: Node) -> bool:
+def _opens_transform(node: Node) -> int:
+    """1 for a node that enters a torch.func transform, -1 for one that leaves it."""
     module = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and "functorch" in module
+    if node.op != "call_function" or "functorch" not in module:
+        return 0
+    name = operation(node)
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")

@@ -1,26 +1,41 @@
-"""Cut Cross-Entropy in blocks of rows and vocabulary, with ordinary tensor operations.
+"""Reductions of logits in blocks of rows and vocabulary, with ordinary tensor operations.
 
 The vocabulary is cut into tiles of `TILE` entries and is the outermost loop, in the forward and in
 the backward; rows are cut only when a tile's logits for all of them would not fit the workspace.
-At any time one block of logits exists, in a workspace that every block reuses. Row statistics are
-float64 [tokens] vectors: the loss of a confident row is the small difference of two large numbers,
-and float32 would round it more than the stored logits' log_softmax does.
+At any time one block of logits exists, with what the program makes of it. Row statistics are
+float64 vectors: the loss of a confident row is the small difference of two large numbers, and
+float32 would round it more than the stored logits' log_softmax does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .modification import Modification
 from .product import WideProduct, accumulation_dtype
+from .program import INDEXED, Backward, Name, Program, Reduction, position
+from .reductions import (
+    NOWHERE,
+    Cotangent,
+    Gather,
+    LogSumExp,
+    Max,
+    Mean,
+    Sum,
+    TopK,
+    cotangents,
+    index_of,
+)
 
 TILE = 1024
 """Vocabulary entries per tile: wide enough for products to run at full speed."""
+
+Z, COLUMN = Name("z"), Name("j")
 
 
 def tile_count(vocabulary: int) -> int:
@@ -30,15 +45,16 @@ def tile_count(vocabulary: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What makes a logit: the projection's parameters and the function applied after it.
+    """What makes a logit, and what is made of it.
 
     Attributes:
         linear_weight: [vocabulary, hidden], any floating dtype and strides.
         linear_bias: [vocabulary] or None.
-        logit_sum_weight: [vocabulary], None for all ones; weights of `logit_sum`.
-        with_logit_sum: whether `logit_sum` is wanted at all.
-        ignore_index: rows with this target are neither read nor computed.
-        modification: applied to each logit.
+        operands: what `program` names: [rows] or an index's [rows, k], [vocabulary], [], or
+            [rows, vocabulary].
+        program: what is computed.
+        skip_ignored: whether rows all of whose class indices are ignored are left out: neither
+            read nor computed, with zeros for every result.
         compute_dtype: the dtype of the matrix products' operands, an `operand_dtype`.
         workspace_bytes: bound on the block of logits and its companions; at least one row of one
             tile is always used.
@@ -46,10 +62,9 @@ class Head:
 
     linear_weight: Tensor
     linear_bias: Tensor | None
-    logit_sum_weight: Tensor | None
-    with_logit_sum: bool
-    ignore_index: int
-    modification: Modification
+    operands: Sequence[Tensor]
+    program: Program
+    skip_ignored: bool
     compute_dtype: torch.dtype
     workspace_bytes: int
 
@@ -67,6 +82,57 @@ class Head:
         """[tile, hidden] in the compute dtype; a copy only if the weight has another one."""
         return self.linear_weight[tile].to(self.compute_dtype)
 
+    def block_operands(self, kept: KeptRows, block: slice, tile: slice) -> dict[Name, Tensor]:
+        """The operands as they broadcast against a block of logits."""
+        columns = torch.arange(tile.start, tile.stop, device=self.linear_weight.device)
+        values = {COLUMN: columns.unsqueeze(0)}
+        for name, at in self.program.operands.items():
+            operand = self.operands[at]
+            if name[0] == "r":
+                operand = kept.select(operand)[block].unsqueeze(1)
+            elif name[0] == "c":
+                operand = operand[tile].unsqueeze(0)
+            elif name[0] == "b":
+                operand = kept.select_block(operand, block, tile)
+            if operand.is_floating_point():
+                operand = operand.to(self.logit_dtype)
+            values[name] = operand.to(columns.device)
+        return values
+
+
+class KeptRows:
+    """The rows that are computed: all, or those with a class index that is not ignored."""
+
+    def __init__(self, tokens: int, head: Head):
+        self.rows: Tensor | None = None
+        self.tokens = tokens
+        if head.skip_ignored:
+            keep = torch.zeros(tokens, dtype=torch.bool, device=head.linear_weight.device)
+            for reduction in head.program.reductions:
+                if reduction.kind == "target":
+                    _, index, ignore_index = reduction.args
+                    keep |= head.operands[position(index)] != ignore_index
+            if not bool(keep.all()):
+                self.rows = keep.nonzero().squeeze(1)
+        self.device = head.linear_weight.device
+        self.count = tokens if self.rows is None else self.rows.shape[0]
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """Those rows of `tensor`, which is itself when all are kept."""
+        return tensor if self.rows is None else tensor.index_select(0, self.rows)
+
+    def select_block(self, tensor: Tensor, block: slice, tile: slice) -> Tensor:
+        """A block of a [rows, vocabulary] tensor."""
+        rows = tensor[block] if self.rows is None else tensor[self.rows[block]]
+        return rows[:, tile]
+
+    def restore(self, kept: Tensor) -> Tensor:
+        """The opposite of `select`, with zeros in the other rows."""
+        if self.rows is None:
+            return kept
+        full = kept.new_zeros(self.tokens, *kept.shape[1:])
+        return full.index_copy_(0, self.rows, kept)
+
 
 class Workspace:
     """Buffers for one block of rows and one tile, allocated once and handed out as views.
@@ -79,11 +145,15 @@ class Workspace:
     def __init__(self, head: Head, rows: int, hidden: int, device: torch.device, *, backward: bool):
         width = min(TILE, head.linear_weight.shape[0])
         longest = max(width, hidden) if backward else width
-        low_precision = head.compute_dtype != head.logit_dtype
-        with_derivative = backward and not head.modification.is_linear
-        with_operand = backward and low_precision
+        with_operand = backward and head.compute_dtype != head.logit_dtype
+        program = head.program
+        blocks = 1
+        if not program.is_plain:
+            blocks += program.backward(head.operands).peak if backward else program.forward.peak()
+        if any(reduction.kind == "mean" for reduction in program.reductions):
+            blocks += 2
         row_bytes = (
-            width * head.logit_dtype.itemsize * (1 + with_derivative)
+            width * head.logit_dtype.itemsize * blocks
             + width * head.compute_dtype.itemsize * with_operand
             + longest * WideProduct.scratch_itemsize(head.compute_dtype)
         )
@@ -93,7 +163,6 @@ class Workspace:
             return torch.empty(self.rows * width, dtype=dtype, device=device)
 
         self._logits = buffer(head.logit_dtype)
-        self._derivative = buffer(head.logit_dtype) if with_derivative else None
         self._operand = buffer(head.compute_dtype) if with_operand else None
         capacity = max(self.rows * longest, hidden * width if backward else 0)
         self.product = WideProduct(head.compute_dtype, capacity, device)
@@ -104,7 +173,7 @@ class Workspace:
             yield slice(start, min(start + self.rows, rows))
 
     def logits(self, head: Head, input: Tensor, weight: Tensor, tile: slice) -> Tensor:
-        """The block's unmodified logits, [rows, tile] in the logit dtype.
+        """The block's logits, [rows, tile] in the logit dtype.
 
         They are rounded to the compute dtype once, after the bias, as `linear` rounds them. With
         a bias of another dtype they are not rounded at all.
@@ -119,12 +188,6 @@ class Workspace:
             logits.add_(bias)
         return logits
 
-    def derivative(self, logits: Tensor) -> Tensor | None:
-        """Room for the derivative of each of `logits`, None where it is constant."""
-        if self._derivative is None:
-            return None
-        return self._derivative[: logits.numel()].view(logits.shape)
-
     def operand(self, dz: Tensor) -> Tensor:
         """`dz` in the compute dtype."""
         if self._operand is None:
@@ -132,174 +195,185 @@ class Workspace:
         return self._operand[: dz.numel()].view(dz.shape).copy_(dz)
 
 
-def kept_rows(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that are not ignored, or None when that is all of them."""
-    kept = target != ignore_index
-    return None if bool(kept.all()) else kept.nonzero().squeeze(1)
-
-
-def select(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """The kept rows of `tensor`, which is itself when all are kept."""
-    return tensor if rows is None else tensor.index_select(0, rows)
-
-
-def check_target(target: Tensor, vocabulary: int) -> None:
-    """Raises the IndexError of `torch.nn.functional.cross_entropy` on CPU.
+def check_index(reduction: Reduction, index: Tensor, vocabulary: int) -> None:
+    """Raises what the replaced code does on CPU for an index out of bounds: the IndexError of
+    `torch.nn.functional.cross_entropy` or of indexing, the RuntimeError of `torch.gather`.
 
     On other devices the check is an assertion on the device, as there, which waits for nothing.
     """
-    valid = (target >= 0) & (target < vocabulary)
-    if target.device.type != "cpu":
+    valid = (index >= (-vocabulary if reduction.kind == "index" else 0)) & (index < vocabulary)
+    if reduction.kind == "target":
+        valid |= index == reduction.args[2]
+    if index.device.type != "cpu":
         torch._assert_async(valid.all())
     elif not bool(valid.all()):
-        first = target[valid.logical_not()][0].item()
-        raise IndexError(f"Target {first} is out of bounds.")
+        first = index[valid.logical_not()].flatten()[0].item()
+        if reduction.kind == "target":
+            raise IndexError(f"Target {first} is out of bounds.")
+        error = IndexError if reduction.kind == "index" else RuntimeError
+        raise error(f"index {first} is out of bounds for dimension 1 with size {vocabulary}")
 
 
-def target_columns(target: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """For each row whether its target lies in `tile`, and a column of the tile to address:
-    the target's if it does, any valid one if not; [rows] and [rows, 1]."""
-    inside = (target >= tile.start) & (target < tile.stop)
-    columns = (target - tile.start).clamp_(0, tile.stop - tile.start - 1)
-    return inside, columns.unsqueeze(1)
-
-
-def row_statistics(
-    input: Tensor, target: Tensor, head: Head
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the losses are made of, and where the softmax mass is.
+def reduce(input: Tensor, head: Head) -> list[Tensor]:
+    """What the program says about each row.
 
     Args:
-        input: [tokens, hidden], any floating dtype and strides.
-        target: [tokens], int64.
-        head: the projection and the modification of its result.
+        input: [rows, hidden], any floating dtype and strides.
+        head: the projection, and what is computed from its result.
 
     Returns:
-        ``(lse, target_logit, logit_sum, tile_lse)``: float64 [tokens] three times (`logit_sum` is
-        empty unless asked for), and [tokens, tiles] in the logit dtype, the logsumexp of each
-        tile. Ignored rows are 0.
+        The results of the program's reductions, in order: float64 [rows] or [rows, k], int64 for
+        indices. After them, if the program has a logsumexp, the logsumexp of each tile of the
+        first one, [rows, tiles] in the logit dtype.
 
     Raises:
-        IndexError: a target outside the vocabulary that is not `ignore_index` (CPU).
+        IndexError, RuntimeError: an index outside the vocabulary (CPU).
     """
-    tokens, hidden = input.shape
-    rows = kept_rows(target, head.ignore_index)
-    kept_target = select(target, rows)
-    check_target(kept_target, head.linear_weight.shape[0])
-    kept_input = select(input, rows).to(head.compute_dtype)
-    count = kept_target.shape[0]
+    vocabulary, hidden = head.linear_weight.shape
+    program, device = head.program, input.device
+    kept = KeptRows(input.shape[0], head)
+    kept_input = kept.select(input).to(head.compute_dtype)
+    workspace = Workspace(head, kept.count, hidden, device, backward=False)
+    indices = _indices(head, kept, check=True)
 
-    workspace = Workspace(head, count, hidden, input.device, backward=False)
-    like_row = {"dtype": torch.float64, "device": input.device}
-    target_logit = torch.zeros(count, **like_row)
-    logit_sum = torch.zeros(count if head.with_logit_sum else 0, **like_row)
-    tile_lse = torch.empty(count, tile_count(head.linear_weight.shape[0]), **like_row)
+    normalizers: dict[Name, LogSumExp] = {}
+    accumulators: list[tuple[Reduction, Any]] = []
+    for reduction in program.reductions:
+        if reduction.kind == "logsumexp":
+            normalizers[reduction.value] = LogSumExp(kept.count, tile_count(vocabulary), device)
+    for reduction in program.reductions:
+        accumulator: Any
+        if reduction.kind == "logsumexp":
+            accumulator = normalizers[reduction.value]
+        elif reduction.kind == "mean":
+            normalizer = normalizers[reduction.value]
+            accumulator = Mean(kept.count, tile_count(vocabulary), device, normalizer)
+        elif reduction.kind == "sum":
+            accumulator = Sum(kept.count, device)
+        elif reduction.kind == "max":
+            accumulator = Max(kept.count, device)
+        elif reduction.kind == "topk":
+            accumulator = TopK(kept.count, reduction.args[1], device)
+        else:
+            accumulator = Gather(indices[Name(str(reduction))])
+        accumulators.append((reduction, accumulator))
 
     for number, tile in head.tiles():
         weight = head.weight_of(tile)
-        for block in workspace.row_blocks(count):
-            logits = workspace.logits(head, kept_input[block], weight, tile)
-            head.modification.apply_(logits)
+        for block in workspace.row_blocks(kept.count):
+            values = head.block_operands(kept, block, tile)
+            values[Z] = logits = workspace.logits(head, kept_input[block], weight, tile)
+            program.forward.run(values)
+            for reduction, accumulator in accumulators:
+                value = values[reduction.value].expand(logits.shape)
+                if reduction.kind == "mean":
+                    same = reduction.args[0] == reduction.args[1]
+                    y = value if same else values[Name(reduction.args[1])]
+                    accumulator.add(value, y, block, number)
+                elif reduction.kind == "sum":
+                    accumulator.add(value, block)
+                elif reduction.kind != "logsumexp":
+                    accumulator.add(value, block, tile)
+            for name, normalizer in normalizers.items():  # last, as they write over the values
+                value = values[name].expand(logits.shape)
+                own = name[0] in "zt" and not program.forward.has_aliases
+                own = own and value.dtype == head.logit_dtype and 0 not in value.stride()
+                normalizer.add(
+                    value if own else value.to(head.logit_dtype, copy=True), block, number
+                )
 
-            inside, columns = target_columns(kept_target[block], tile)
-            value = logits.gather(1, columns).squeeze(1).double()
-            target_logit[block] = torch.where(inside, value, target_logit[block])
-            if head.with_logit_sum:
-                logit_sum[block] += _weighted_sum(logits, head.logit_sum_weight, tile)
-            tile_lse[block, number] = _logsumexp_(logits)
-
-    lse = torch.logsumexp(tile_lse, 1)
-    tile_lse = tile_lse.to(head.logit_dtype)
-    if rows is None:
-        return lse, target_logit, logit_sum, tile_lse
-    lse, target_logit, tile_lse = (
-        _scatter_rows(kept, rows, tokens) for kept in (lse, target_logit, tile_lse)
-    )
-    if head.with_logit_sum:
-        logit_sum = _scatter_rows(logit_sum, rows, tokens)
-    return lse, target_logit, logit_sum, tile_lse
-
-
-def _logsumexp_(logits: Tensor) -> Tensor:
-    """Row-wise logsumexp in float64 of a block, whose memory it uses for the exponentials."""
-    top = logits.amax(1)
-    # A row of only -inf: subtract 0 so that its logsumexp is -inf, not nan.
-    shift = top.masked_fill(top == -math.inf, 0.0)
-    total = logits.sub_(shift.unsqueeze(1)).exp_().sum(1)
-    return shift.double() + total.double().log()
-
-
-def _weighted_sum(logits: Tensor, weight: Tensor | None, tile: slice) -> Tensor:
-    if weight is None:
-        return logits.sum(1)
-    return logits @ weight[tile].to(logits.dtype)
-
-
-def _scatter_rows(kept: Tensor, rows: Tensor, tokens: int) -> Tensor:
-    full = kept.new_zeros(tokens, *kept.shape[1:])
-    return full.index_copy_(0, rows, kept)
+    results: list[Tensor] = []
+    for reduction, accumulator in accumulators:
+        if reduction.kind in ("logsumexp", "mean"):
+            results.append(accumulator.result())
+        elif reduction.kind == "sum":
+            results.append(accumulator.total)
+        elif reduction.kind in ("max", "topk"):
+            results += [accumulator.value, accumulator.index]
+        else:
+            flat = head.operands[position(reduction.args[1])].dim() == 1
+            results.append(accumulator.found.squeeze(1) if flat else accumulator.found)
+    if normalizers:
+        first = next(iter(normalizers.values()))
+        results.append(first.tiles.to(head.logit_dtype))
+    return [kept.restore(result) for result in results]
 
 
-@dataclasses.dataclass(frozen=True)
-class RowGradients:
-    """Gradients of the loss with respect to the row statistics, each float64 [tokens]."""
+def _indices(head: Head, kept: KeptRows, *, check: bool) -> dict[Name, Tensor]:
+    """For each reduction with an index, by its text, the indices of the kept rows."""
+    indices = {}
+    for reduction in head.program.reductions:
+        if reduction.kind in INDEXED:
+            index = kept.select(head.operands[position(reduction.args[1])])
+            if check:
+                check_index(reduction, index, head.linear_weight.shape[0])
+            indices[Name(str(reduction))] = index_of(reduction, index, head.linear_weight.shape[0])
+    return indices
 
-    lse: Tensor
-    target_logit: Tensor
-    logit_sum: Tensor
+
+@dataclasses.dataclass
+class Wanted:
+    """Which gradients are asked for; nothing is computed for the others."""
+
+    input: bool
+    linear_weight: bool
+    linear_bias: bool
+    operands: Sequence[bool]
 
 
-def row_statistics_backward(
-    grads: RowGradients,
+@dataclasses.dataclass
+class Gradients:
+    """What was asked for, with the shapes and dtypes of what they belong to; else None."""
+
+    input: Tensor | None
+    linear_weight: Tensor | None
+    linear_bias: Tensor | None
+    operands: list[Tensor | None]
+
+
+def reduce_backward(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
     input: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    tile_lse: Tensor,
     head: Head,
-    output_mask: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wanted: Wanted,
+) -> Gradients:
     """Exact gradients, from logits that are computed again tile by tile.
 
     Args:
-        grads: of `lse`, `target_logit` and `logit_sum`.
-        input, target, head: as in the forward.
-        lse, tile_lse: the forward's results.
-        output_mask: whether the gradients of `input`, `linear_weight` and `linear_bias` are
-            wanted; nothing is computed for those that are not.
-
-    Returns:
-        ``(d_input, d_weight, d_bias)`` with the shapes and dtypes of what they belong to.
+        grads: of the results that have one, float64; None for the others.
+        results: what `reduce` returned.
+        input, head: as in the forward.
+        wanted: which gradients are asked for.
     """
-    need_input, need_weight, need_bias = output_mask
-    tokens, hidden = input.shape
+    hidden = input.shape[1]
     vocabulary = head.linear_weight.shape[0]
-    rows = kept_rows(target, head.ignore_index)
-    kept_target, kept_lse = select(target, rows), select(lse, rows)
-    kept_input = select(input, rows).to(head.compute_dtype)
-    count = kept_target.shape[0]
-    workspace = Workspace(head, count, hidden, input.device, backward=True)
-    skipped = _massless_tiles(kept_target, kept_lse, select(tile_lse, rows), head)
+    program, device = head.program, input.device
+    kept = KeptRows(input.shape[0], head)
+    kept_input = kept.select(input).to(head.compute_dtype)
+    workspace = Workspace(head, kept.count, hidden, device, backward=True)
+    indices = _indices(head, kept, check=False)
+    kept_results = [kept.select(result) for result in results]
+    kept_grads = [None if grad is None else kept.select(grad) for grad in grads]
+    by_value = cotangents(program, kept_grads, kept_results, indices, head.logit_dtype)
+    skipped = _massless_tiles(head, by_value, kept_results[-1], kept.count)
+    only = by_value.get(Z) if program.is_plain else None
+    overwrite = only is not None and not (only.means or only.weights)
 
-    # exp(z - lse) = exp(z - shift) * exp(shift - lse): the first factor is exact where it matters
-    # (z near lse), the second one carries what float32 cannot hold of lse.
-    shift = kept_lse.to(head.logit_dtype)
-    grad_lse = select(grads.lse, rows)
-    probability_scale = (grad_lse * (shift - kept_lse).exp()).to(head.logit_dtype)
-    # The target's g p + g_t, with g_t near -g and p near 1, is (g + g_t) + g (p - 1).
-    grad_total = grad_lse + select(grads.target_logit, rows)
-    grad_logit_sum = (
-        select(grads.logit_sum, rows).to(head.logit_dtype) if head.with_logit_sum else None
-    )
-
-    d_input = d_weight = d_bias = None
-    like_logit = {"dtype": head.logit_dtype, "device": input.device}
-    if need_input:
+    like_logit = {"dtype": head.logit_dtype, "device": device}
+    d_weight = d_bias = None
+    if wanted.input:
         input_gradient = InputGradient(kept_input, head, workspace)
-    if need_weight:
+    if wanted.linear_weight:
         d_weight = head.linear_weight.new_empty(head.linear_weight.shape)
         weight_gradient = WeightGradient(kept_input, d_weight, head, workspace)
-    if need_bias:
+    if wanted.linear_bias:
         d_bias = torch.zeros(vocabulary, **like_logit)
+    d_operands = {
+        name: OperandGradient(name, head.operands[at], kept)
+        for name, at in program.operands.items()
+        if wanted.operands[at]
+    }
 
     for number, tile in head.tiles():
         if skipped[number]:
@@ -307,68 +381,115 @@ def row_statistics_backward(
                 d_weight[tile] = 0
             continue
         weight = head.weight_of(tile)
-        for block in workspace.row_blocks(count):
+        for block in workspace.row_blocks(kept.count):
             logits = workspace.logits(head, kept_input[block], weight, tile)
-            derivative = workspace.derivative(logits)
-            factor = head.modification.apply_with_derivative_(logits, derivative)
-
-            inside, columns = target_columns(kept_target[block], tile)
-            log_probability = logits.gather(1, columns).squeeze(1) - kept_lse[block]
-            on_target = grad_total[block] + grad_lse[block] * log_probability.expm1()
-            dz = logits.sub_(shift[block].unsqueeze(1)).exp_()
-            dz.mul_(probability_scale[block].unsqueeze(1))
-            on_target = torch.where(inside, on_target, dz.gather(1, columns).squeeze(1))
-            dz.scatter_(1, columns, on_target.to(dz.dtype).unsqueeze(1))
-            if grad_logit_sum is not None:
-                _add_logit_sum_gradient_(dz, grad_logit_sum[block], head, tile)
-            if derivative is not None:
-                dz.mul_(derivative)
-            if factor != 1.0:
-                dz.mul_(factor)
+            if program.is_plain:
+                values = {Z: logits}
+                dz = by_value[Z].of_block(values, block, tile, overwrite=overwrite)
+            else:
+                values = head.block_operands(kept, block, tile)
+                values[Z] = logits
+                backward = program.backward(head.operands)
+                dz = _through_program(values, program, backward, by_value, block, tile)
+                for name, gradient in d_operands.items():
+                    if name in backward.gradients:
+                        gradient.add(values[backward.gradients[name]], logits, block, tile)
 
             if d_bias is not None:
                 d_bias[tile] += dz.sum(0)
             operand = workspace.operand(dz)
-            if need_input:
+            if wanted.input:
                 input_gradient.add(operand, weight, block)
             if d_weight is not None:
                 weight_gradient.add(operand, block)
-        if need_input:
+        if wanted.input:
             input_gradient.end_tile()
         if d_weight is not None:
             weight_gradient.write(tile)
 
-    if need_input:
-        d_input = input_gradient.total().to(input.dtype)
-        if rows is not None:
-            d_input = _scatter_rows(d_input, rows, tokens)
+    d_input = None
+    if wanted.input:
+        d_input = kept.restore(input_gradient.total().to(input.dtype))
     if d_bias is not None:
         assert head.linear_bias is not None, "a gradient for a bias that is not there"
         d_bias = d_bias.to(head.linear_bias.dtype)
-    return d_input, d_weight, d_bias
+    by_position = {position(name): g.result() for name, g in d_operands.items()}
+    return Gradients(
+        d_input, d_weight, d_bias, [by_position.get(i) for i in range(len(head.operands))]
+    )
 
 
-def _massless_tiles(target: Tensor, lse: Tensor, tile_lse: Tensor, head: Head) -> list[bool]:
-    """Which tiles have a gradient that is exactly zero: no row's target, and every probability
+def _through_program(
+    values: dict[Name, Tensor],
+    program: Program,
+    backward: Backward,
+    by_value: dict[Name, Cotangent],
+    block: slice,
+    tile: slice,
+) -> Tensor:
+    """The gradient of a block of logits; that of each operand is added to `values`."""
+    shape = values[Z].shape
+    backward.forward.run(values)
+    made = {
+        root: values[name].expand(shape)
+        for root, name in zip(program.roots, backward.roots, strict=True)
+    }
+    made[Z] = values[Z]
+    for number, root in enumerate(program.roots):
+        if root in by_value:
+            values[Name(f"g{number}")] = by_value[root].of_block(made, block, tile, overwrite=False)
+        else:
+            values[Name(f"g{number}")] = values[Z].new_zeros(shape)
+    backward.backward.run(values)
+    if Z not in backward.gradients:
+        return values[Z].new_zeros(shape)
+    dz = values[backward.gradients[Z]]
+    return dz if dz.shape == shape else dz.expand(shape).contiguous()
+
+
+class OperandGradient:
+    """The gradient of an operand of the program, summed over what it was broadcast to."""
+
+    def __init__(self, name: Name, operand: Tensor, kept: KeptRows):
+        self.name, self.operand, self.kept = name, operand, kept
+        shape = (kept.count,) if name[0] == "r" else operand.shape
+        self._sum = torch.zeros(shape, dtype=torch.float64, device=kept.device)
+
+    def add(self, gradient: Tensor, like: Tensor, block: slice, tile: slice) -> None:
+        gradient = gradient.expand(like.shape)
+        if self.name[0] == "r":
+            self._sum[block] += gradient.sum(1)
+        elif self.name[0] == "c":
+            self._sum[tile] += gradient.sum(0)
+        else:
+            self._sum += gradient.sum(1).sum(0, dtype=torch.float64)
+
+    def result(self) -> Tensor:
+        total = self.kept.restore(self._sum) if self.name[0] == "r" else self._sum
+        return total.to(dtype=self.operand.dtype, device=self.operand.device)
+
+
+def _massless_tiles(
+    head: Head, by_value: dict[Name, Cotangent], tile_lse: Tensor, rows: int
+) -> list[bool]:
+    """Which tiles have a gradient that is exactly zero: no row's index, and every probability
     below half the smallest number of the logit dtype, where exp rounds to zero."""
     tiles = tile_count(head.linear_weight.shape[0])
-    if target.shape[0] == 0:
+    if rows == 0:
         return [True] * tiles
-    if head.with_logit_sum:
+    only = by_value.get(Z) if head.program.is_plain else None
+    if only is None or only.lse is None:
+        return [False] * tiles
+    if only.grad_sum is not None or only.means or only.weights:
         return [False] * tiles
     smallest = torch.finfo(head.logit_dtype).smallest_normal * torch.finfo(head.logit_dtype).eps
     underflow = math.log(smallest) - math.log(2)
-    massless = (tile_lse - lse.unsqueeze(1)).amax(0) < underflow  # False for nan, as it must be
-    massless[target.div(TILE, rounding_mode="floor")] = False
+    # False for nan, as it must be.
+    massless = (tile_lse - only.lse.unsqueeze(1)).amax(0) < underflow
+    if only.grad_at:
+        index = only.index[only.index != NOWHERE]
+        massless[index.div(TILE, rounding_mode="floor")] = False
     return massless.tolist()
-
-
-def _add_logit_sum_gradient_(dz: Tensor, grad: Tensor, head: Head, tile: slice) -> None:
-    grad = grad.unsqueeze(1)
-    if head.logit_sum_weight is None:
-        dz.add_(grad)
-    else:
-        dz.addcmul_(grad, head.logit_sum_weight[tile].to(dz.dtype))
 
 
 class InputGradient:

@@ -1,30 +1,81 @@
 """What people write: every spelling of a projection, of what follows it, and of a loss.
 
-Three folders, one table each: `projections`, `transforms`, `losses`. A file in them is found by
-being there; its rules say which functions and methods they stand for. Nothing here changes a
-graph: rules read it and describe (see `logits`), `cce_inductor.rewrite` acts.
+Four folders, one table each: `projections`, `transforms`, `reductions`, `losses`. A file in them
+is found by being there; its rules say which functions and methods they stand for. Nothing here
+changes a graph: rules read it and describe (see `logits`), `cce_inductor.rewrite` acts.
 """
 
 import importlib
 import pkgutil
 
-from . import losses, projections, transforms
-from .logits import HERE, CrossEntropy, Logits, RowOperation
-from .rules import Site, UnsupportedError, example, loss, projection, transform
+from . import losses, projections, reductions, transforms
+from .algebra import detach_row
+from .expression import Apply, Expression, Leaf, Operand, leaves
+from .logits import (
+    HERE,
+    WIDTH,
+    AtRows,
+    Call,
+    Logits,
+    Projection,
+    Row,
+    Stack,
+    Statistic,
+    TensorOperation,
+    Value,
+    all_logits,
+    each_logits,
+    nodes_of,
+    parts,
+)
+from .rules import (
+    TABLES,
+    Site,
+    UnsupportedError,
+    detached,
+    example,
+    loss,
+    projection,
+    reduction,
+    transform,
+)
 
-for _folder in (projections, transforms, losses):
+for _folder in (projections, transforms, reductions, losses):
     for _file in pkgutil.iter_modules(_folder.__path__, _folder.__name__ + "."):
         importlib.import_module(_file.name)
 
+from .transforms.stack import through_stack  # noqa: E402
+
 __all__ = [
     "HERE",
-    "CrossEntropy",
+    "TABLES",
+    "WIDTH",
+    "Apply",
+    "AtRows",
+    "Call",
+    "Expression",
+    "Leaf",
     "Logits",
-    "RowOperation",
+    "Operand",
+    "Projection",
+    "Row",
     "Site",
+    "Stack",
+    "Statistic",
+    "TensorOperation",
     "UnsupportedError",
+    "Value",
+    "all_logits",
+    "detach_row",
+    "detached",
+    "each_logits",
     "example",
+    "leaves",
     "loss",
+    "nodes_of",
+    "parts",
     "projection",
+    "reduction",
+    "through_stack",
     "transform",
 ]

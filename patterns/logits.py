@@ -3,105 +3,260 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..kernels.modification import IDENTITY, Modification
-
-
-class Here:
-    """Stands in `RowOperation.args` for the tensor that the operation is applied to."""
-
-    def __repr__(self) -> str:
-        return "<here>"
-
-
-HERE = Here()
+from .expression import LOGIT, Expression, Operand, leaves
 
 
 @dataclasses.dataclass(frozen=True)
-class RowOperation:
-    """An operation on rows, to be replayed on the projection's input instead of its result.
+class _Placeholder:
+    name: str
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+
+HERE = _Placeholder("here")
+"""Stands in `TensorOperation.args` for the tensor that the operation is applied to."""
+
+WIDTH = _Placeholder("width")
+"""Stands there for the size of that tensor in the vocabulary dimension."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorOperation:
+    """An operation on the rows of the logits, to be replayed on the projection's input and on
+    whatever else has such rows; or an operation on the weight.
 
     Attributes:
         target: a function, called with `args` and `kwargs`.
         args: its positional arguments, `HERE` in the place of the tensor.
         kwargs: its keyword arguments.
+        reshapes: whether it leaves all rows in their order in memory.
+        vocabulary_dim: the dimension that counts the vocabulary afterwards.
     """
 
     target: Any
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    reshapes: bool = False
+    vocabulary_dim: int = 0
+
+    @property
+    def nodes(self) -> list[Node]:
+        found: list[Node] = []
+        torch.fx.map_arg((self.args, dict(self.kwargs)), found.append)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A matrix product that makes logits: ``input @ weight.T + bias``.
+
+    Attributes:
+        node: whose result they are, in the user's code.
+        input: [..., hidden], hidden in `vocabulary_dim`.
+        linear_weight: what `weight_operations` make a [vocabulary, hidden] matrix of.
+        weight_operations: in order.
+        linear_bias: a node of `vocabulary` elements, or None.
+        bias_operations: what makes [vocabulary] of the bias, in order.
+        vocabulary: of the node's result.
+        hidden: its size.
+        vocabulary_dim: the dimension of the result that counts the vocabulary, from the front.
+        absorbed: nodes that a rule looked through, of no use once their users are gone.
+    """
+
+    node: Node
+    input: Node
+    linear_weight: Node
+    weight_operations: tuple[TensorOperation, ...]
+    linear_bias: Node | None
+    vocabulary: int
+    hidden: int
+    vocabulary_dim: int
+    absorbed: tuple[Node, ...] = ()
+    bias_operations: tuple[TensorOperation, ...] = ()
+
+    def replace(self, **changes: Any) -> Projection:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """What it reads."""
+        found = [self.input, self.linear_weight]
+        if self.linear_bias is not None:
+            found.append(self.linear_bias)
+        for operation in self.weight_operations:
+            found += operation.nodes
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """Logits that nobody has computed: ``modification(rows(input) @ linear_weight.T + bias)``.
+    """Logits that nobody has computed, or a pointwise function of them.
 
     Attributes:
-        projection: the node whose result they are, in the user's code.
-        input: [..., hidden].
-        linear_weight: [vocabulary, hidden], or [hidden, vocabulary] if `transposed`.
-        transposed: which of the two.
-        linear_bias: a node of `vocabulary` elements, or None.
-        row_operations: what happened to the rows since, first applied first.
+        projection: where they come from.
         vocabulary_dim: the dimension that counts the vocabulary, from the front.
-        modification: what happened to each logit.
+        vocabulary: its size.
         compute_dtype: dtype of the matrix product.
-        absorbed: nodes that a rule looked through, of no use once their users are gone.
+        row_operations: what happened to the rows since, first applied first.
+        expression: what happened to each logit.
         path: the operations so far as a person would write them, for reports.
     """
 
-    projection: Node
-    input: Node
-    linear_weight: Node
-    transposed: bool
-    linear_bias: Node | None
+    projection: Projection
     vocabulary_dim: int
+    vocabulary: int
     compute_dtype: torch.dtype
-    row_operations: tuple[RowOperation, ...] = ()
-    modification: Modification = IDENTITY
-    absorbed: tuple[Node, ...] = ()
+    row_operations: tuple[TensorOperation, ...] = ()
+    expression: Expression = LOGIT
     path: tuple[str, ...] = ()
 
     def replace(self, **changes: Any) -> Logits:
         return dataclasses.replace(self, **changes)
 
     def with_row_operation(
-        self, target: Any, *args: Any, vocabulary_dim: int | None = None, **kwargs: Any
+        self,
+        target: Any,
+        *args: Any,
+        vocabulary_dim: int | None = None,
+        reshapes: bool = False,
+        **kwargs: Any,
     ) -> Logits:
         """After one more operation on rows, which leaves the vocabulary in `vocabulary_dim`."""
-        operation = RowOperation(target, args, kwargs)
         dim = self.vocabulary_dim if vocabulary_dim is None else vocabulary_dim
+        operation = TensorOperation(target, args, tuple(kwargs.items()), reshapes, dim)
         return self.replace(row_operations=(*self.row_operations, operation), vocabulary_dim=dim)
 
     @property
-    def captured(self) -> tuple[Node, ...]:
+    def nodes(self) -> list[Node]:
         """Every node whose value is read where the loss is computed, not where it was made."""
-        captured = [self.input, self.linear_weight]
-        if self.linear_bias is not None:
-            captured.append(self.linear_bias)
+        found = self.projection.nodes
         for operation in self.row_operations:
-            torch.fx.map_arg((operation.args, operation.kwargs), captured.append)
-        return tuple(captured)
+            found += operation.nodes
+        return [*found, *nodes_of(self.expression)]
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
-    """A loss that one call of ``cce_inductor::linear_cross_entropy`` computes.
+class Stack:
+    """Logits of several projections, stacked.
 
     Attributes:
-        logits: what it is computed from.
-        target: node of class indices, shaped like the rows.
-        weight, reduction, ignore_index, label_smoothing: as in
-            `torch.nn.functional.cross_entropy`; `ignore_index` may be a SymInt's node.
+        dim: the dimension that counts them, from the front.
+        parts: of each projection, with 1 in that dimension.
     """
 
+    dim: int
+    parts: tuple[Logits, ...]
+
+
+Value = Logits | Stack | tuple[Logits, ...]
+"""What a node holds that holds logits."""
+
+
+def all_logits(value: Value) -> tuple[Logits, ...]:
+    if isinstance(value, Logits):
+        return (value,)
+    return value.parts if isinstance(value, Stack) else value
+
+
+def each_logits(value: Value, change: Callable[[Logits], Logits]) -> Value:
+    """The value with all its logits changed."""
+    if isinstance(value, Logits):
+        return change(value)
+    if isinstance(value, Stack):
+        return Stack(value.dim, tuple(change(part) for part in value.parts))
+    return tuple(change(part) for part in value)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistic:
+    """A reduction over the vocabulary, by `kernels.program`.
+
+    As all values of rows, it has the shape of the logits with 1 in the vocabulary dimension (or
+    the number of indices), and is float64 unless it is an index.
+
+    Attributes:
+        kind: of the reduction.
+        logits: whose rows these are; their expression is not what is reduced.
+        values: what is reduced; for "mean" the logits of the softmax, then of what.
+        index: the indices of "gather", "index" and "target", a node or a call.
+        constants: further arguments of the reduction.
+        output: which of its results.
+        ignored: a target and the index of it that make the row's value one nobody looks at.
+    """
+
+    kind: str
     logits: Logits
-    target: Node
-    weight: Node | None
-    reduction: str
-    ignore_index: int | Node
-    label_smoothing: float
+    values: tuple[Expression, ...]
+    index: Node | Call | None = None
+    constants: tuple[Any, ...] = ()
+    output: int = 0
+    ignored: tuple[Node, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A function of values of rows: ``target(*args, **kwargs)``."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtRows:
+    """An operand of kind "r" or "s" as a value of rows of `logits`."""
+
+    operand: Operand
+    logits: Logits
+
+
+Row = Statistic | Call | AtRows | Node
+"""A value for each row, or what is made of such values: what takes the place of a loss."""
+
+
+def parts(row: Any) -> list[Any]:
+    """What a value of rows is made of, the innermost first, itself last."""
+    found: dict[int, Any] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, (tuple, list)):
+            for each in item:
+                visit(each)
+        elif isinstance(item, (Statistic, Call, AtRows, Node)) and id(item) not in found:
+            if isinstance(item, Call):
+                visit((item.args, [value for _, value in item.kwargs]))
+            elif isinstance(item, AtRows):
+                visit(item.operand.source)
+            elif isinstance(item, Statistic):
+                visit([leaf.source for v in item.values for leaf in _operands(v)])
+                visit([item.index])
+            found[id(item)] = item
+
+    visit(row)
+    return list(found.values())
+
+
+def _operands(expression: Any) -> list[Operand]:
+    return [leaf for leaf in leaves(expression) if isinstance(leaf, Operand)]
+
+
+def nodes_of(item: Any) -> list[Node]:
+    """Every node that an expression or a value of rows reads, beside logits."""
+    if isinstance(item, Node):
+        return [item]
+    if not isinstance(item, (Statistic, Call, AtRows)):
+        return [n for operand in _operands(item) for n in nodes_of(operand.source)]
+    found = []
+    for part in parts(item):
+        if isinstance(part, Node):
+            found.append(part)
+        elif isinstance(part, Statistic):
+            found += part.logits.replace(expression=LOGIT).nodes
+    return found

@@ -1,12 +1,14 @@
-"""The three tables of rules and the decorators that fill them.
+"""The tables of rules, the decorators that fill them, and what a rule can ask.
 
 A rule is a function with the signature of the operation it stands for, after a `Site` that knows
 the node. It is registered for the ways in which a graph spells the operation: functions by
 themselves, methods by name.
 
 - *projection* makes logits: returns `Logits`, or None when the operation is something else.
-- *transform* keeps logits logits: returns the `Logits` after the operation.
-- *loss* consumes them: returns what replaces the node.
+- *transform* keeps logits logits: returns the `Logits` after the operation. Pointwise functions
+  need no rule.
+- *reduction* makes one value of each row: returns what replaces the node.
+- *loss* is a reduction that means a loss: one that is left alone is reported with the reason.
 
 A rule raises `UnsupportedError` with a sentence that says why the operation cannot be followed.
 """
@@ -20,7 +22,9 @@ from typing import Any, NoReturn
 import torch
 from torch.fx import Node
 
-from .logits import Logits
+from ..kernels.program import NotPointwiseError
+from .expression import LOGIT, Apply, Expression, Operand, capture, leaves
+from .logits import Logits, Stack, Statistic, Value, parts
 
 Spelling = str | Callable[..., Any]
 Rule = Callable[..., Any]
@@ -61,15 +65,33 @@ class Table:
 
 projection = Table("projection")
 transform = Table("transform")
+reduction = Table("reduction")
 loss = Table("loss")
+TABLES = (projection, transform, reduction, loss)
 
 
 class Site:
-    """A node as rules see it: its arguments' examples, and which of them are logits."""
+    """A node as rules see it: its arguments' examples, and which of them are logits.
 
-    def __init__(self, node: Node, logits: dict[Node, Logits]):
+    Args:
+        node: the node.
+        values: what each node holds that holds logits: `Logits`, or several in a tuple.
+        is_late: whether a node is computed from a loss or reduction of these logits.
+    """
+
+    Unsupported = UnsupportedError
+
+    def __init__(
+        self,
+        node: Node,
+        values: dict[Node, Value],
+        is_late: Callable[[Node, Logits], bool] = lambda node, logits: False,
+    ):
         self.node = node
-        self._logits = logits
+        self._values = values
+        self._is_late = is_late
+        self.stored: list[Node] = []
+        """Logits that the rule reads as a stored tensor."""
 
     def apply(self, rule: Rule) -> Any:
         """Calls `rule` with the node's arguments.
@@ -89,12 +111,147 @@ class Site:
         Raises:
             UnsupportedError: it holds none, so the logits are another argument.
         """
-        if not self.is_logits(argument):
+        value = self._values.get(argument) if isinstance(argument, Node) else None
+        if isinstance(value, Stack):
+            raise UnsupportedError("it mixes the logits of several projections")
+        if not isinstance(value, Logits):
             raise UnsupportedError("the logits are not its first operand")
-        return self._logits[argument]
+        return value
 
     def is_logits(self, argument: Any) -> bool:
-        return isinstance(argument, Node) and argument in self._logits
+        return isinstance(argument, Node) and isinstance(self._values.get(argument), Logits)
+
+    def several(self, argument: Any) -> tuple[Logits, ...] | None:
+        """The logits in a tuple of them, as `split` returns, None if `argument` is none."""
+        value = self._values.get(argument) if isinstance(argument, Node) else None
+        return value if isinstance(value, tuple) else None
+
+    def stack(self, argument: Any) -> Stack | None:
+        """The stacked logits that `argument` holds, None if it holds none."""
+        value = self._values.get(argument) if isinstance(argument, Node) else None
+        return value if isinstance(value, Stack) else None
+
+    def seeing(self, argument: Node, logits: Logits) -> Site:
+        """The same place, with other logits in an argument."""
+        return Site(self.node, {**self._values, argument: logits}, self._is_late)
+
+    def is_late(self, expression: Any, logits: Logits) -> bool:
+        """Whether an expression reads what is reduced from the same logits before."""
+        sources = [leaf.source for leaf in leaves(expression) if isinstance(leaf, Operand)]
+        return any(
+            isinstance(part, Statistic) or (isinstance(part, Node) and self._is_late(part, logits))
+            for source in sources
+            for part in parts(source)
+        )
+
+    def over_vocabulary(self, logits: Logits, dim: Any) -> Logits:
+        """The logits whose vocabulary is what `dim` counts: themselves, or for a matrix of two
+        kinds of rows (contrastive learning), its transpose.
+
+        Raises:
+            UnsupportedError: `dim` counts rows.
+        """
+        rank = len(self.shape_of(logits))
+        if dim is None or isinstance(dim, (tuple, list)):
+            dims = range(rank) if not dim else dim
+            if len(dims) != 1:
+                self.unsupported("it reduces over rows and vocabulary")
+            (dim,) = dims
+        if dimension(dim, rank) == logits.vocabulary_dim:
+            return logits
+        return self.unsupported("it reduces over the rows, not over the vocabulary")
+
+    def shape_of(self, logits: Logits) -> tuple[Any, ...]:
+        for argument in self.node.all_input_nodes:
+            if self._values.get(argument) is logits:
+                return tuple(tensor_example(argument).shape)
+        raise AssertionError("these logits are not an argument of the node")
+
+    def operand(self, argument: Node, logits: Logits, shape: tuple[Any, ...]) -> Operand:
+        """A tensor that is broadcast against logits of `shape`.
+
+        Raises:
+            UnsupportedError: it makes them larger, or is as large and needs a gradient.
+        """
+        value = tensor_example(argument)
+        dim = logits.vocabulary_dim
+        sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+        if len(sizes) > len(shape):
+            self.unsupported("it is broadcast to more dimensions")
+        for size, expected in zip(sizes, shape, strict=True):
+            if not _is(size, 1) and not _same(size, expected):
+                self.unsupported("it is broadcast to a larger shape")
+        over_rows = any(not _is(size, 1) for at, size in enumerate(sizes) if at != dim)
+        over_columns = not _is(sizes[dim], 1)
+        kind = {
+            (False, False): "s",
+            (True, False): "r",
+            (False, True): "c",
+            (True, True): "b",
+        }[over_rows, over_columns]
+        if kind == "s" and value.dim() > 0 and value.numel() != 1:
+            self.unsupported("it has a size that is not known")
+        if kind == "b" and value.requires_grad:
+            self.unsupported(
+                "what it combines them with is as large as the logits and requires a gradient"
+            )
+        return Operand(kind, argument, logits.row_operations, dim, self.node)
+
+    def pointwise(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Logits:
+        """The logits after a pointwise function of them and of whatever broadcasts to them.
+
+        Raises:
+            UnsupportedError: it is not pointwise, or an operand does not fit.
+        """
+        nodes: list[Node] = []
+        torch.fx.map_arg((args, kwargs), nodes.append)
+        of_logits = [node for node in dict.fromkeys(nodes) if self.is_logits(node)]
+        if not of_logits:
+            self.unsupported("it has no rule")
+        # What needs a gradient cannot be read as a stored tensor.
+        main = next((n for n in of_logits if tensor_example(n).requires_grad), of_logits[0])
+        logits = self._values[main]
+        shape = tuple(tensor_example(main).shape)
+        dtypes: list[torch.dtype | None] = [logits.compute_dtype]
+
+        def meaning(node: Node) -> tuple[Any, torch.dtype]:
+            dtypes.append(self._compute_dtype(node))
+            return self.read(node, logits, shape), tensor_example(node).dtype
+
+        args, kwargs = _without_symbols((args, kwargs))
+        try:
+            expression = capture(function, args, kwargs, meaning)
+        except NotPointwiseError as why:
+            raise UnsupportedError(f"it is not a pointwise function ({why})") from None
+        if isinstance(expression, (int, float)):  # `zeros_like`, say
+            expression = Apply("full_like", (LOGIT, float(expression)))
+        if self.example.dtype == torch.float64 or torch.float64 in dtypes:
+            logits = logits.replace(compute_dtype=torch.float64)
+        return logits.replace(expression=expression)
+
+    def read(
+        self, argument: Node, logits: Logits, shape: tuple[Any, ...] | None = None
+    ) -> Expression:
+        """What an argument is in an expression of `logits`, whose shape the node's logits have
+        if none is given.
+
+        Raises:
+            UnsupportedError: it does not fit.
+        """
+        shape = self.shape_of(logits) if shape is None else shape
+        if self.is_logits(argument):
+            other = self._values[argument]
+            if alike(other, logits) and tuple(tensor_example(argument).shape) == shape:
+                return other.expression
+            if other.projection.node is logits.projection.node:
+                self.unsupported("it combines logits with other rows of the same logits")
+            self.stored.append(argument)
+        elif argument in self._values:
+            self.unsupported("it combines logits with a tuple of logits")
+        return self.operand(argument, logits, shape)
+
+    def _compute_dtype(self, node: Node) -> torch.dtype | None:
+        return self._values[node].compute_dtype if self.is_logits(node) else None
 
     @property
     def example(self) -> torch.Tensor:
@@ -103,6 +260,35 @@ class Site:
 
     def unsupported(self, why: str) -> NoReturn:
         raise UnsupportedError(why)
+
+
+def alike(first: Logits, second: Logits) -> bool:
+    """Whether both are functions of the same logits in the same places."""
+    return first.replace(expression=second.expression, path=(), compute_dtype=torch.float32) == (
+        second.replace(path=(), compute_dtype=torch.float32)
+    )
+
+
+def detached(expression: Any) -> Apply:
+    return Apply("detach", (expression,))
+
+
+def _is(size: Any, number: int) -> bool:
+    return isinstance(size, int) and size == number
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, int) and isinstance(second, int):
+        return first == second
+    return str(first) == str(second) or bool(first == second)
+
+
+def _without_symbols(arguments: Any) -> Any:
+    def number(node: Node) -> Any:
+        symbolic = isinstance(example(node), (torch.SymFloat, torch.SymInt))
+        return constant(node) if symbolic else node
+
+    return torch.fx.map_arg(arguments, number)
 
 
 def example(argument: Any) -> Any:
@@ -135,11 +321,13 @@ def constant(argument: Any) -> float:
         UnsupportedError: `argument` is not a number.
     """
     value = example(argument)
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if isinstance(value, torch.SymFloat):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UnsupportedError("it has an operand that is a tensor, not a number")
-    return float(value)
+    return value
 
 
 def dimension(dim: Any, rank: int) -> int:

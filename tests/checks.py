@@ -14,6 +14,7 @@ import cce_inductor
 from cce_inductor.options import Options
 from cce_inductor.report import LossReport
 from cce_inductor.rewrite import rewrite
+from cce_inductor.testing import assert_matches_eager
 
 
 def capture(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> list[GraphModule]:
@@ -43,7 +44,7 @@ def rewritten_graph(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> 
 
 def code(module: GraphModule) -> str:
     """The statements of a graph, one a line, with nothing of its inputs' bookkeeping."""
-    lines = [line.strip().split(";")[0] for line in module.code.splitlines() if line[:4] == "    "]
+    lines = [line.strip().split(";  ")[0] for line in module.code.splitlines() if line[:4] == "    "]
     body = [line for line in lines if line and not re.fullmatch(r"\w+ = L_\w+", line)]
     return "\n".join(body) + "\n"
 
@@ -82,55 +83,11 @@ def value_and_gradients(fn: Callable[..., Any], *args: Any) -> list[Tensor | Non
     return [*(output.detach() for output in outputs), *gradients]
 
 
-def in_float64(args: Sequence[Any]) -> list[Any]:
-    """The arguments with floating tensors exactly converted, as new leaves."""
-    return [
-        a.detach().double().requires_grad_(a.requires_grad)
-        if isinstance(a, Tensor) and a.is_floating_point()
-        else a
-        for a in args
-    ]
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``|value - reference| / |reference|`` in the Euclidean norm, absolute for a zero one."""
-    difference = (value.double() - reference.double()).norm()
-    norm = reference.double().norm()
-    return (difference / norm if norm > 0 else difference).item()
-
-
 def assert_as_accurate_as_eager(
     fn: Callable[..., Any], *args: Any, backend: str = "cce_inductor_eager", slack: float = 1.25
 ) -> None:
-    """The rewritten `fn` must have the shapes and dtypes of eager's results, and be as near to
-    float64 as eager is.
-
-    Args:
-        fn: of tensors; its result and its gradients with respect to every argument that requires
-            one are compared.
-        *args: its arguments.
-        backend: what compiles it.
-        slack: rounding is random: allowed error in units of eager's, plus one unit in the last
-            place of the result's dtype.
-    """
-    torch._dynamo.reset()
+    """`assert_matches_eager`, with every loss rewritten."""
     cce_inductor.clear_reports()
-    compiled = torch.compile(fn, backend=backend, options={"min_logits_bytes": 0})
-    got = value_and_gradients(compiled, *args)
-    reports = cce_inductor.reports()
+    reports = assert_matches_eager(fn, *args, backend=backend, slack=slack)
     assert reports
     assert all(report.rewritten for report in reports), "\n".join(map(str, reports))
-    eager = value_and_gradients(fn, *args)
-    reference = value_and_gradients(fn, *in_float64(args))
-    assert len(got) == len(eager) == len(reference)
-    for ours, theirs, exact in zip(got, eager, reference, strict=True):
-        if exact is None:
-            assert ours is None
-            assert theirs is None
-            continue
-        assert ours is not None
-        assert theirs is not None
-        assert ours.shape == theirs.shape
-        assert ours.dtype == theirs.dtype
-        allowed = slack * relative_error(theirs, exact) + torch.finfo(ours.dtype).eps
-        assert relative_error(ours, exact) <= allowed

@@ -1,13 +1,16 @@
-"""`torch.nn.functional.cross_entropy` and `torch.nn.CrossEntropyLoss`, with class indices."""
+"""`torch.nn.functional.cross_entropy`, of class indices and of class probabilities, and `nll_loss`."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.nn import _reduction
 
-from ..logits import CrossEntropy
+from ..algebra import Algebra, call, ignoring, late
+from ..expression import Apply, Operand
+from ..logits import Call, Logits, Row
 from ..rules import Site, constant, loss, tensor_example
 
 
@@ -22,24 +25,126 @@ def cross_entropy(
     reduce: Any = None,
     reduction: Any = "mean",
     label_smoothing: Any = 0.0,
-) -> CrossEntropy:
-    logits = site.logits(input)
+) -> Row:
+    logits = _over_classes(site, input)
+    reduction = _reduction_of(size_average, reduce, reduction)
+    _check_weight(site, weight)
+    smoothing = float(constant(label_smoothing))
     if site.is_logits(target) or tensor_example(target).is_floating_point():
-        site.unsupported("its targets are class probabilities")
-    class_dim = 0 if tensor_example(input).dim() == 1 else 1
-    if logits.vocabulary_dim != class_dim:
-        site.unsupported("its class dimension is not the vocabulary")
-    if tensor_example(target).device != tensor_example(input).device:
-        site.unsupported("its targets are on another device")
+        return _with_probabilities(site, logits, target, weight, reduction, smoothing)
+    return _with_indices(
+        site, logits, target, weight, int(constant(ignore_index)), reduction, smoothing
+    )
+
+
+@loss(F.nll_loss)
+def nll_loss(
+    site: Site,
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+) -> Row:
+    logits = _over_classes(site, input)
+    _check_weight(site, weight)
+    _check_indices(site, target, input)
+    ignored = int(constant(ignore_index))
+    found = Algebra(site, logits).gather(
+        logits.expression, target, kind="target", constants=(ignored,)
+    )
+    return call(
+        torch.ops.cce_inductor.cross_entropy.default,
+        None,
+        ignoring(found, target, ignored),
+        None,
+        target,
+        weight,
+        logits.vocabulary,
+        _reduction_of(size_average, reduce, reduction),
+        ignored,
+        0.0,
+        site.example.dtype,
+    )
+
+
+def _with_indices(
+    site: Site,
+    logits: Logits,
+    target: Any,
+    weight: Any,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Call:
+    _check_indices(site, target, site.node.all_input_nodes[0])
+    algebra, x = Algebra(site, logits), logits.expression
+    logit_sum = None
+    if label_smoothing > 0:  # as PyTorch, which ignores a negative one
+        summed = x if weight is None else Apply("mul.Tensor", (x, _classes(site, weight, logits)))
+        logit_sum = ignoring(algebra.sum(summed), target, ignore_index)
+    lse = algebra.logsumexp(x)
+    found = algebra.gather(x, target, kind="target", constants=(ignore_index,))
+    return call(
+        torch.ops.cce_inductor.cross_entropy.default,
+        ignoring(lse, target, ignore_index),
+        ignoring(found, target, ignore_index),
+        logit_sum,
+        target,
+        weight,
+        logits.vocabulary,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        site.example.dtype,
+    )
+
+
+def _with_probabilities(
+    site: Site, logits: Logits, target: Any, weight: Any, reduction: str, smoothing: float
+) -> Row:
+    algebra, x = Algebra(site, logits), logits.expression
+    expected = site.read(target, logits)
+    if smoothing > 0:
+        scaled = Apply("mul.Tensor", (expected, 1.0 - smoothing))
+        expected = Apply("add.Tensor", (scaled, smoothing / logits.vocabulary))
+    if weight is not None:
+        expected = Apply("mul.Tensor", (expected, _classes(site, weight, logits)))
+    log_probability = Apply("sub.Tensor", (x, late(site, algebra.logsumexp(x), logits)))
+    rows = call(torch.neg, algebra.sum(Apply("mul.Tensor", (expected, log_probability))))
+    if reduction == "none":
+        return call(torch.squeeze, rows, logits.vocabulary_dim)
+    return call(torch.mean if reduction == "mean" else torch.sum, rows)
+
+
+def _over_classes(site: Site, input: Any) -> Logits:
+    logits = site.logits(input)
+    rank = tensor_example(input).dim()
+    try:
+        return site.over_vocabulary(logits, 0 if rank == 1 else 1)
+    except site.Unsupported:
+        return site.unsupported("its class dimension is not the vocabulary")
+
+
+def _classes(site: Site, weight: Any, logits: Logits) -> Operand:
+    return Operand("c", weight, logits.row_operations, logits.vocabulary_dim, site.node)
+
+
+def _check_weight(site: Site, weight: Any) -> None:
     if weight is not None and tensor_example(weight).requires_grad:
         site.unsupported("its class weights require a gradient")
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    return CrossEntropy(
-        logits=logits,
-        target=target,
-        weight=weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=constant(label_smoothing),
-    )
+
+
+def _check_indices(site: Site, target: Any, input: Any) -> None:
+    if site.is_logits(target):
+        site.unsupported("its targets are logits")
+    if tensor_example(target).device != tensor_example(input).device:
+        site.unsupported("its targets are on another device")
+
+
+def _reduction_of(size_average: Any, reduce: Any, reduction: str) -> str:
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)

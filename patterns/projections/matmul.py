@@ -1,4 +1,4 @@
-"""``input @ weight.T`` by ``@``, `matmul`, `mm` and, with a bias, `addmm`."""
+"""``input @ weight.T`` by ``@``, `matmul`, `mm`, `bmm` and, with a bias, `addmm`, `baddbmm`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..product import product
 from ..rules import Site, projection
 
 
-@projection(operator.matmul, torch.matmul, "matmul", "__matmul__", torch.mm, "mm")
+@projection(operator.matmul, torch.matmul, "matmul", "__matmul__", torch.mm, "mm", torch.bmm, "bmm")
 def matmul(site: Site, input: Any, other: Any) -> Logits | None:
     return product(site, input, other, transposed=True)
 
 
-@projection(torch.addmm, "addmm")
+@projection(torch.addmm, "addmm", torch.baddbmm, "baddbmm")
 def addmm(
     site: Site, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1
 ) -> Logits | None:

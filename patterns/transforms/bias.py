@@ -1,4 +1,7 @@
-"""``logits + bias`` with one value for each vocabulary entry, the same in every row."""
+"""``logits + bias`` with one value for each vocabulary entry, the same in every row.
+
+Where nothing stands between, it is the projection's bias; anywhere else it is pointwise.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,37 @@ import operator
 from typing import Any
 
 import torch
+from torch.fx import Node
 
+from ..expression import LOGIT
 from ..logits import Logits
+from ..product import COMPUTE_DTYPES
 from ..rules import Site, is_tensor, tensor_example, transform
 
 
-@transform(operator.add, torch.add, "add", "__add__", "__radd__")
+@transform(operator.add, torch.add, "add", "__add__", "__radd__", operator.iadd, "add_")
 def add(site: Site, input: Any, other: Any, *, alpha: Any = 1) -> Logits:
-    if not site.is_logits(input):
-        input, other = other, input
-    logits = site.logits(input)
-    if alpha != 1 or site.is_logits(other) or not is_tensor(other):
-        site.unsupported("what it adds is not a bias over the vocabulary")
-    if logits.linear_bias is not None or logits.modification.steps:
-        site.unsupported("it adds a bias to logits that have one or were scaled before")
-    if logits.vocabulary_dim != site.example.dim() - 1:
-        site.unsupported("what it adds is not a bias over the vocabulary")
-    if site.example.shape != tensor_example(input).shape:
-        site.unsupported("what it adds differs from row to row")
-    shape = tensor_example(other).shape
-    if not shape or any(size != 1 for size in shape[:-1]):
-        site.unsupported("what it adds differs from row to row")
-    if shape[-1] != site.example.shape[logits.vocabulary_dim]:
-        site.unsupported("what it adds is not a bias over the vocabulary")
-    if site.example.dtype == torch.float64:
-        logits = logits.replace(compute_dtype=torch.float64)
-    return logits.replace(linear_bias=other)
+    if alpha == 1:
+        for logits_node, bias in ((input, other), (other, input)):
+            if site.is_logits(logits_node) and is_tensor(bias) and not site.is_logits(bias):
+                logits = site.logits(logits_node)
+                if _is_bias(site, logits, logits_node, bias):
+                    projection = logits.projection.replace(linear_bias=bias)
+                    return logits.replace(projection=projection)
+    return site.pointwise(torch.add, input, other, alpha=alpha)
+
+
+def _is_bias(site: Site, logits: Logits, logits_node: Node, bias: Node) -> bool:
+    before, value = tensor_example(logits_node), tensor_example(bias)
+    return (
+        logits.expression is LOGIT
+        and logits.projection.linear_bias is None
+        and logits.vocabulary == logits.projection.vocabulary
+        and site.example.dtype != torch.float64
+        and value.dtype in COMPUTE_DTYPES
+        and logits.vocabulary_dim == before.dim() - 1
+        and site.example.shape == before.shape
+        and value.dim() > 0
+        and tuple(value.shape[-1:]) == (logits.vocabulary,)
+        and value.numel() == logits.vocabulary
+    )

@@ -6,19 +6,26 @@ from typing import Any
 
 import torch
 
+from ..expression import Apply
 from ..logits import Logits
 from ..product import COMPUTE_DTYPES
 from ..rules import Site, tensor_example, transform
 
 
-@transform("float", "double", "half", "bfloat16", "to", "type", "type_as")
+@transform("float", "double", "half", "bfloat16", "to", "type", "type_as", "bool", "int", "long")
 def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
     logits = site.logits(input)
     before, after = tensor_example(input), site.example
     if after.device != before.device:
         site.unsupported(f"it moves the logits from {before.device} to {after.device}")
-    if after.dtype not in COMPUTE_DTYPES:
+    if after.dtype == torch.bool:
+        return logits.replace(expression=Apply("ne.Scalar", (logits.expression, 0)))
+    exact = not before.dtype.is_floating_point  # a truth value or a small number
+    if after.dtype not in COMPUTE_DTYPES and not exact:
         site.unsupported(f"it casts the logits to {after.dtype}")
+    if before.dtype == torch.bool:
+        one_or_zero = Apply("where.Scalar", (logits.expression, 1.0, 0.0))
+        logits = logits.replace(expression=one_or_zero)
     if after.dtype == torch.float64:
         return logits.replace(compute_dtype=torch.float64)
     return logits

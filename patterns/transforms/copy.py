@@ -1,15 +1,27 @@
-"""``contiguous`` and ``clone``: another memory layout or another copy of the same logits."""
+"""What leaves every logit as it is: another memory layout, a copy, a detached alias."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..logits import Logits
-from ..rules import Site, transform
+from ..rules import Site, constant, transform
 
 
-@transform("contiguous", "clone", torch.clone)
+@transform("contiguous", "clone", torch.clone, "detach", torch.detach, "requires_grad_", "cpu")
 def copy(site: Site, input: Any, *, memory_format: Any = None) -> Logits:
+    if site.example.device != site.node.args[0].meta["example_value"].device:
+        site.unsupported("it moves the logits to another device")
+    return site.logits(input)
+
+
+@transform(F.dropout, torch.dropout)
+def dropout(
+    site: Site, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False
+) -> Logits:
+    if training and constant(p) != 0:
+        site.unsupported("it is random")
     return site.logits(input)

@@ -1,4 +1,4 @@
-"""Some of the rows: ``logits[:, :-1]``, ``logits[:, -1]``, ``logits[i]``."""
+"""Some of the rows, or a range of the vocabulary: ``logits[:, :-1]``, ``logits[..., :v]``."""
 
 from __future__ import annotations
 
@@ -8,55 +8,172 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..logits import HERE, Logits
-from ..rules import Site, UnsupportedError, example, tensor_example, transform
+from ..expression import COLUMN, Operand, leaves
+from ..logits import HERE, Logits, TensorOperation
+from ..rules import (
+    Site,
+    UnsupportedError,
+    constant,
+    dimension,
+    example,
+    is_tensor,
+    tensor_example,
+    transform,
+)
 
 
 @transform(operator.getitem)
 def getitem(site: Site, input: Any, index: Any) -> Logits:
+    several = site.several(input)
+    if several is not None:
+        if not isinstance(index, int):
+            site.unsupported("it takes several of the parts")
+        return several[index]
     logits = site.logits(input)
     rank = tensor_example(input).dim()
-    entries = _without_ellipsis(index if isinstance(index, tuple) else (index,), rank)
-    if any(_is_tensor_like(entry) for entry in entries):
+    entries = without_ellipsis(index if isinstance(index, tuple) else (index,), rank)
+    if any(_is_index_tensor(entry) for entry in entries):
         return _gathered(site, logits, entries, index, rank)
 
     source, result, moved = 0, 0, None
-    for entry in entries:
+    for place, entry in enumerate(entries):
         if source == logits.vocabulary_dim and entry is not None:
-            if entry != slice(None):
-                site.unsupported("it selects some entries of the vocabulary")
+            if not isinstance(entry, slice):
+                site.unsupported("it selects one entry of the vocabulary")
+            logits = vocabulary_range(site, logits, entry)
+            entries = (*entries[:place], slice(None), *entries[place + 1 :])
             moved = result
         source += entry is not None
         result += entry is None or isinstance(entry, slice)
     assert moved is not None, "an index without ellipsis has an entry for every dimension"
+    if all(entry == slice(None) for entry in entries):
+        return logits
+    if Ellipsis not in (index if isinstance(index, tuple) else ()):
+        index = entries if isinstance(index, tuple) else index
+    elif any(isinstance(e, slice) and e != slice(None) for e in entries) or None in entries:
+        index = entries
     return logits.with_row_operation(operator.getitem, HERE, index, vocabulary_dim=moved)
+
+
+def vocabulary_range(site: Site, logits: Logits, entries: slice) -> Logits:
+    """The logits of a range of the vocabulary: of a range of the weight's rows."""
+    parts = (entries.start, entries.stop, entries.step)
+    if any(isinstance(part, Node) for part in parts):
+        parts = tuple(None if part is None else int(constant(part)) for part in parts)
+    start, stop, step = slice(*parts).indices(logits.vocabulary)
+    if (start, stop, step) == (0, logits.vocabulary, 1):
+        return logits
+    if step != 1 or stop <= start:
+        site.unsupported("it selects some entries of the vocabulary")
+    for leaf in leaves(logits.expression):
+        if isinstance(leaf, Operand) and not isinstance(leaf.source, Node):
+            site.unsupported("it selects some entries of a softmax over the vocabulary")
+        if leaf is COLUMN or (isinstance(leaf, Operand) and leaf.kind in ("c", "b")):
+            site.unsupported("it selects some entries of the vocabulary after a mask or bias")
+    return _narrowed(logits, start, stop)
+
+
+def _narrowed(logits: Logits, start: int, stop: int) -> Logits:
+    projection = logits.projection
+    entries = TensorOperation(operator.getitem, (HERE, slice(start, stop)))
+    projection = projection.replace(
+        weight_operations=(*projection.weight_operations, entries),
+        bias_operations=(*projection.bias_operations, entries),
+    )
+    return logits.replace(projection=projection, vocabulary=stop - start)
 
 
 def _gathered(
     site: Site, logits: Logits, entries: tuple[Any, ...], index: Any, rank: int
 ) -> Logits:
-    """Rows by index tensors, which leave the last dimension last when it is not indexed."""
+    """Rows by index tensors or masks, which leave the last dimension last when it is not
+    indexed."""
     if logits.vocabulary_dim != rank - 1 or entries[-1] != slice(None):
         site.unsupported("it selects some entries of the vocabulary")
-    for entry in entries:
-        if _is_tensor_like(entry) and tensor_example(entry).dtype not in (torch.int64, torch.int32):
-            site.unsupported("it selects rows by a mask, so their number depends on the data")
+    if any(isinstance(entry, (list, tuple)) for entry in entries):
+        site.unsupported("it selects rows by a list")
     return logits.with_row_operation(
         operator.getitem, HERE, index, vocabulary_dim=site.example.dim() - 1
     )
 
 
-def _is_tensor_like(entry: Any) -> bool:
+def _is_index_tensor(entry: Any) -> bool:
     if isinstance(entry, (list, tuple)):
         raise UnsupportedError("it selects rows by a list")
     return isinstance(entry, Node) and isinstance(example(entry), torch.Tensor)
 
 
-def _without_ellipsis(entries: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
-    """One entry for each dimension, None for each new one."""
-    used = sum(entry is not None and entry is not Ellipsis for entry in entries)
+def without_ellipsis(entries: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
+    """One entry for each dimension, None for each new one; a mask stands for as many as it has."""
+    used = sum(_dimensions(entry) for entry in entries)
     fill = (slice(None),) * (rank - used)
     for position, entry in enumerate(entries):
         if entry is Ellipsis:
             return (*entries[:position], *fill, *entries[position + 1 :])
     return (*entries, *fill)
+
+
+def _dimensions(entry: Any) -> int:
+    if entry is None or entry is Ellipsis:
+        return 0
+    if isinstance(entry, Node) and is_tensor(entry) and tensor_example(entry).dtype == torch.bool:
+        return tensor_example(entry).dim()
+    return 1
+
+
+@transform(torch.narrow, "narrow")
+def narrow(site: Site, input: Any, dim: Any, start: Any, length: Any) -> Logits:
+    logits = site.logits(input)
+    dim = dimension(dim, tensor_example(input).dim())
+    if dim == logits.vocabulary_dim:
+        return vocabulary_range(site, logits, slice(start, start + length))
+    return logits.with_row_operation(torch.narrow, HERE, dim, start, length)
+
+
+@transform(torch.select, "select")
+def select(site: Site, input: Any, dim: Any, index: Any) -> Logits:
+    logits = site.logits(input)
+    dim = dimension(dim, tensor_example(input).dim())
+    if dim == logits.vocabulary_dim:
+        site.unsupported("it selects one entry of the vocabulary")
+    moved = logits.vocabulary_dim - (dim < logits.vocabulary_dim)
+    return logits.with_row_operation(torch.select, HERE, dim, index, vocabulary_dim=moved)
+
+
+@transform(torch.index_select, "index_select")
+def index_select(site: Site, input: Any, dim: Any, index: Any) -> Logits:
+    logits = site.logits(input)
+    dim = dimension(dim, tensor_example(input).dim())
+    if dim == logits.vocabulary_dim:
+        site.unsupported("it selects some entries of the vocabulary")
+    return logits.with_row_operation(torch.index_select, HERE, dim, index)
+
+
+@transform("split", torch.split, "chunk", torch.chunk, "tensor_split", torch.tensor_split)
+def split(site: Site, input: Any, sizes: Any, dim: Any = 0) -> tuple[Logits, ...]:
+    """Parts, one after another: their sizes are those of the examples."""
+    logits = site.logits(input)
+    dim = dimension(dim, tensor_example(input).dim())
+    if dim == logits.vocabulary_dim:
+        site.unsupported("it splits the vocabulary")
+    parts, start = [], 0
+    for part in example(site.node):
+        length = part.shape[dim]
+        if not isinstance(length, int):
+            site.unsupported("it splits rows of a dynamic number")
+        parts.append(logits.with_row_operation(torch.narrow, HERE, dim, start, length))
+        start += length
+    return tuple(parts)
+
+
+@transform("unbind", torch.unbind)
+def unbind(site: Site, input: Any, dim: Any = 0) -> tuple[Logits, ...]:
+    logits = site.logits(input)
+    dim = dimension(dim, tensor_example(input).dim())
+    if dim == logits.vocabulary_dim:
+        site.unsupported("it splits the vocabulary")
+    moved = logits.vocabulary_dim - (dim < logits.vocabulary_dim)
+    return tuple(
+        logits.with_row_operation(torch.select, HERE, dim, index, vocabulary_dim=moved)
+        for index in range(len(example(site.node)))
+    )

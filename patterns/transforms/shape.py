@@ -1,4 +1,4 @@
-"""Other shapes of the same rows: view, reshape, flatten, (un)squeeze, transpose, permute."""
+"""Other shapes of the same rows: view, reshape, flatten, (un)squeeze, transpose, permute, stack."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..logits import HERE, Logits
+from ..logits import HERE, WIDTH, Logits
 from ..rules import Site, dimension, tensor_example, transform
 
 
@@ -17,24 +17,24 @@ def _sizes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return arguments
 
 
-def _hidden_size(logits: Logits) -> int:
-    """The size of `input` where the logits have the vocabulary."""
-    return tensor_example(logits.linear_weight).shape[0 if logits.transposed else 1]
-
-
-@transform("view", "reshape", torch.reshape)
-def view(site: Site, input: Any, *shape: Any) -> Logits:
+@transform("view", "reshape", torch.reshape, "view_as", "reshape_as")
+def view(site: Site, input: Any, *shape: Any, **named: Any) -> Logits:
     logits = site.logits(input)
     before, after = tensor_example(input), site.example
-    sizes = _sizes(shape)
+    sizes = _sizes((*shape, *named.values()))
+    if site.node.target in ("view_as", "reshape_as"):
+        sizes = tuple(after.shape)
+        if not all(isinstance(size, int) for size in sizes):
+            site.unsupported("it takes a dynamic shape from another tensor")
     if not sizes or isinstance(sizes[0], torch.dtype):
         site.unsupported("it reinterprets the logits as another dtype")
     if logits.vocabulary_dim != before.dim() - 1:
         site.unsupported("it reshapes logits whose last dimension is not the vocabulary")
     if after.dim() == 0 or after.shape[-1] != before.shape[-1]:
         site.unsupported("it does not keep the vocabulary as the last dimension")
-    new_shape = (*sizes[:-1], _hidden_size(logits))
-    return logits.with_row_operation(torch.reshape, HERE, new_shape, vocabulary_dim=after.dim() - 1)
+    return logits.with_row_operation(
+        torch.reshape, HERE, (*sizes[:-1], WIDTH), vocabulary_dim=after.dim() - 1, reshapes=True
+    )
 
 
 @transform("flatten", torch.flatten)
@@ -46,7 +46,24 @@ def flatten(site: Site, input: Any, start_dim: Any = 0, end_dim: Any = -1) -> Lo
         site.unsupported("it flattens the vocabulary into the rows")
     shift = end - start if end < logits.vocabulary_dim else 0
     return logits.with_row_operation(
-        torch.flatten, HERE, start, end, vocabulary_dim=logits.vocabulary_dim - shift
+        torch.flatten,
+        HERE,
+        start,
+        end,
+        vocabulary_dim=logits.vocabulary_dim - shift,
+        reshapes=True,
+    )
+
+
+@transform("unflatten", torch.unflatten)
+def unflatten(site: Site, input: Any, dim: Any, sizes: Any) -> Logits:
+    logits = site.logits(input)
+    dim = dimension(dim, tensor_example(input).dim())
+    if dim == logits.vocabulary_dim:
+        site.unsupported("it splits the vocabulary")
+    moved = logits.vocabulary_dim + (len(sizes) - 1 if dim < logits.vocabulary_dim else 0)
+    return logits.with_row_operation(
+        torch.unflatten, HERE, dim, tuple(sizes), vocabulary_dim=moved, reshapes=True
     )
 
 
@@ -55,20 +72,32 @@ def unsqueeze(site: Site, input: Any, dim: Any) -> Logits:
     logits = site.logits(input)
     new = dimension(dim, tensor_example(input).dim() + 1)
     moved = logits.vocabulary_dim + (new <= logits.vocabulary_dim)
-    return logits.with_row_operation(torch.unsqueeze, HERE, new, vocabulary_dim=moved)
+    return logits.with_row_operation(
+        torch.unsqueeze, HERE, new, vocabulary_dim=moved, reshapes=True
+    )
 
 
 @transform("squeeze", torch.squeeze)
-def squeeze(site: Site, input: Any, dim: Any) -> Logits:
+def squeeze(site: Site, input: Any, dim: Any = None) -> Logits:
     logits = site.logits(input)
     before = tensor_example(input)
-    gone = dimension(dim, before.dim())
-    if gone == logits.vocabulary_dim:
+    given = range(before.dim()) if dim is None else dim if isinstance(dim, tuple) else (dim,)
+    dims = {dimension(each, before.dim()) for each in given}
+    gone = sorted(each for each in dims if _is_one(before.shape[each]))
+    if logits.vocabulary_dim in gone:
         site.unsupported("it squeezes the vocabulary")
-    if site.example.dim() == before.dim():
-        return logits
-    moved = logits.vocabulary_dim - (gone < logits.vocabulary_dim)
-    return logits.with_row_operation(torch.squeeze, HERE, gone, vocabulary_dim=moved)
+    if site.example.dim() != before.dim() - len(gone):
+        site.unsupported("it squeezes dimensions of a size that is not known")
+    for each in reversed(gone):
+        moved = logits.vocabulary_dim - (each < logits.vocabulary_dim)
+        logits = logits.with_row_operation(
+            torch.squeeze, HERE, each, vocabulary_dim=moved, reshapes=True
+        )
+    return logits
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 @transform("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
@@ -81,9 +110,51 @@ def transpose(site: Site, input: Any, dim0: Any, dim1: Any) -> Logits:
 
 
 @transform("permute", torch.permute)
-def permute(site: Site, input: Any, *dims: Any) -> Logits:
+def permute(site: Site, input: Any, *dims: Any, **named: Any) -> Logits:
     rank = tensor_example(input).dim()
-    return _permuted(site.logits(input), [dimension(dim, rank) for dim in _sizes(dims)])
+    given = _sizes((*dims, *named.values()))
+    return _permuted(site.logits(input), [dimension(dim, rank) for dim in given])
+
+
+@transform("movedim", torch.movedim, "moveaxis", torch.moveaxis)
+def movedim(site: Site, input: Any, source: Any, destination: Any) -> Logits:
+    if not isinstance(source, int) or not isinstance(destination, int):
+        site.unsupported("it moves several dimensions")
+    rank = tensor_example(input).dim()
+    order = list(range(rank))
+    moved = order.pop(dimension(source, rank))
+    order.insert(dimension(destination, rank), moved)
+    return _permuted(site.logits(input), order)
+
+
+@transform("t", torch.t, torch.ops.aten.numpy_T)
+def matrix_transpose(site: Site, input: Any) -> Logits:
+    rank = tensor_example(input).dim()
+    return _permuted(site.logits(input), list(range(rank))[::-1])
+
+
+@transform("adjoint", torch.adjoint, torch.ops.aten.mT)
+def matrices_transpose(site: Site, input: Any) -> Logits:
+    return transpose(site, input, -2, -1)
+
+
+@transform(getattr)
+def attribute(site: Site, input: Any, name: Any) -> Logits:
+    if name == "T":
+        return matrix_transpose(site, input)
+    if name == "mT":
+        return matrices_transpose(site, input)
+    return site.unsupported(f"it reads their attribute {name}")
+
+
+@transform("expand", torch.broadcast_to, "broadcast_to")
+def expand(site: Site, input: Any, *sizes: Any) -> Logits:
+    """More rows, which are the same."""
+    logits = site.logits(input)
+    given = list(_sizes(sizes))
+    dim = logits.vocabulary_dim + len(given) - tensor_example(input).dim()
+    given[dim] = WIDTH
+    return logits.with_row_operation(torch.Tensor.expand, HERE, tuple(given), vocabulary_dim=dim)
 
 
 def _permuted(logits: Logits, order: list[int]) -> Logits:

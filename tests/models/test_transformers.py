@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checks import relative_error
 
 import cce_inductor
+from cce_inductor.testing import relative_error
 
 VOCABULARY = 5003
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}

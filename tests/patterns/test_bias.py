@@ -31,9 +31,11 @@ def test_graph():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
         """\
-reshape = torch.reshape(l_input_, (-1, 8))
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, l_weight_, l_target_, linear_bias = l_bias_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, l_bias_, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -46,10 +48,12 @@ def test_graph_of_a_bias_with_more_dimensions():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, bias, TARGET),
         """\
-reshape = torch.reshape(l_input_, (-1, 8))
-reshape_1 = torch.reshape(l_bias_, (-1,))
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, l_weight_, l_target_, linear_bias = reshape_1)
-return (linear_cross_entropy,)
+reshape = torch.reshape(l_bias_, (-1,))
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, reshape, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 

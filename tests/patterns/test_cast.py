@@ -28,8 +28,11 @@ def test_graph():
     assert_expected_inline(
         rewritten_graph(loss_after(lambda x: x.float()), INPUT, WEIGHT, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, result_dtype = torch.float32)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -39,8 +42,11 @@ def test_graph_of_a_cast_that_does_nothing():
     assert_expected_inline(
         rewritten_graph(loss_after(lambda x: x.float()), input, weight, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -49,8 +55,11 @@ def test_graph_of_float64():
     assert_expected_inline(
         rewritten_graph(loss_after(lambda x: x.double()), INPUT, WEIGHT, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, compute_dtype = torch.float64, result_dtype = torch.float64)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True, compute_dtype = torch.float64)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float64)
+return (cross_entropy_1,)
 """,
     )
 

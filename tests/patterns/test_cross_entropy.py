@@ -26,8 +26,11 @@ def test_graph():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -46,8 +49,12 @@ def test_graph_with_every_argument():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, TARGET.abs() % 50, CLASS_WEIGHT),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, weight = l_class_weight_, reduction = 'sum', ignore_index = 7, label_smoothing = 0.1)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_, l_class_weight_], 't0 = mul.Tensor(z, c1); logsumexp(z); target(z, r0, 7); sum(t0)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+getitem_2 = reduce[2]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, getitem_2, l_target_, l_class_weight_, 50, 'sum', 7, 0.1, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -61,8 +68,11 @@ def test_graph_with_class_dimension_1():
         """\
 permute = torch.permute(l_input_, (0, 2, 1))
 movedim = torch.movedim(permute, 1, -1)
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(movedim, l_weight_, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(movedim, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 

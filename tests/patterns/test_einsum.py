@@ -26,9 +26,11 @@ def test_graph():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, TARGET),
         """\
-reshape = torch.reshape(l_input_, (-1, 8))
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, l_weight_, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -39,10 +41,12 @@ def test_graph_of_a_weight_that_is_hidden_by_vocabulary():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, weight, TARGET),
         """\
-reshape = torch.reshape(l_input_, (-1, 8))
 t = torch.t(l_weight_)
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, t, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, t, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 

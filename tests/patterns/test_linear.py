@@ -19,8 +19,11 @@ def test_graph():
     assert_expected_inline(
         rewritten_graph(loss, INPUT, WEIGHT, BIAS, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, linear_bias = l_bias_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, l_bias_, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -36,8 +39,11 @@ def test_module_without_bias():
     assert_expected_inline(
         rewritten_graph(lambda input, target: criterion(head(input), target), INPUT, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_head_parameters_weight_, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_head_parameters_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 

@@ -29,8 +29,11 @@ def test_graph_of_a_transposed_weight():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -42,8 +45,11 @@ def test_graph_of_a_weight_that_is_hidden_by_vocabulary():
         rewritten_graph(fn, INPUT, weight, BIAS, TARGET),
         """\
 t = torch.t(l_weight_)
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, t, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, t, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -53,8 +59,11 @@ def test_graph_of_addmm():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, linear_bias = l_bias_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, l_bias_, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -68,10 +77,13 @@ def test_graph_of_a_transposed_weight_with_other_uses():
         rewritten_graph(fn, INPUT, WEIGHT, TARGET),
         """\
 transposed = l_weight_.t()
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 square = transposed.square()
 sum_1 = square.sum()
-add = linear_cross_entropy + sum_1
+add = cross_entropy_1 + sum_1
 return (add,)
 """,
     )

@@ -33,8 +33,11 @@ def test_graph_of_a_scale():
     assert_expected_inline(
         rewritten_graph(loss_after(lambda logits: logits * 0.5), INPUT, WEIGHT, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, modification = 'mul 0.5')
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = mul.Tensor(z, 0.5); logsumexp(t0); target(t0, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -46,8 +49,11 @@ def test_graph_of_a_softcap():
     assert_expected_inline(
         rewritten_graph(loss_after(softcap), INPUT, WEIGHT, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, modification = 'div 30.0, tanh, mul 30.0')
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = div.Tensor(z, 30.0); t1 = tanh(t0); t2 = mul.Tensor(t1, 30.0); logsumexp(t2); target(t2, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -59,8 +65,11 @@ def test_graph_of_a_softcap_with_two_constants():
     assert_expected_inline(
         rewritten_graph(loss_after(softcap), INPUT, WEIGHT, TARGET),
         """\
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(l_input_, l_weight_, l_target_, modification = 'div 2.5, tanh, mul 5.0')
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = div.Tensor(z, 2.5); t1 = tanh(t0); t2 = mul.Tensor(t1, 5); logsumexp(t2); target(t2, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 

@@ -34,10 +34,12 @@ def test_graph_of_shifted_logits():
         """\
 getitem_1 = l_target_[(Ellipsis, slice(1, None, None))]
 reshape = getitem_1.reshape(-1)
-getitem_2 = l_input_[(Ellipsis, slice(None, -1, None), slice(None, None, None))]
-reshape_1 = torch.reshape(getitem_2, (-1, 8))
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape_1, l_weight_, reshape)
-return (linear_cross_entropy,)
+getitem_2 = l_input_[(slice(None, None, None), slice(None, -1, None), slice(None, None, None))]
+reduce = torch.ops.cce_inductor.reduce.default(getitem_2, l_weight_, None, [reshape], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem_3 = reduce[0]
+getitem_4 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_3, getitem_4, None, reshape, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -53,8 +55,11 @@ getitem_1 = l_target_[(slice(None, None, None), l_index_)]
 getitem_2 = l_input_[(slice(None, None, None), l_index_)]
 permute = torch.permute(getitem_2, (0, 2, 1))
 movedim = torch.movedim(permute, 1, -1)
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(movedim, l_weight_, getitem_1)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(movedim, l_weight_, None, [getitem_1], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem_3 = reduce[0]
+getitem_4 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_3, getitem_4, None, getitem_1, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 

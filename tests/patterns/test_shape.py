@@ -40,9 +40,11 @@ def test_graph_of_view():
         rewritten_graph(fn, INPUT, WEIGHT, TARGET),
         """\
 view_1 = l_target_.view(-1)
-reshape = torch.reshape(l_input_, (-1, 8))
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(reshape, l_weight_, view_1)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [view_1], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, view_1, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 
@@ -56,8 +58,11 @@ def test_graph_of_transpose():
         """\
 permute = torch.permute(l_input_, (0, 2, 1))
 movedim = torch.movedim(permute, 1, -1)
-linear_cross_entropy = torch.ops.cce_inductor.linear_cross_entropy.default(movedim, l_weight_, l_target_)
-return (linear_cross_entropy,)
+reduce = torch.ops.cce_inductor.reduce.default(movedim, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
 """,
     )
 

@@ -1,0 +1,280 @@
+"""What a program's reductions do with one block of values: forward accumulation, and cotangents.
+
+Each class of the first half is one reduction, which sees every block once. `Cotangent` is the
+opposite direction: what the gradients of all reductions of one value make of a block of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .program import Name, Program, Reduction
+
+NOWHERE = -1
+"""The index of a row that has none: its class index is ignored."""
+
+
+def index_of(reduction: Reduction, operand: Tensor, vocabulary: int) -> Tensor:
+    """[rows, k] indices, counted from the front, `NOWHERE` where they are ignored."""
+    index = operand.to(torch.int64)
+    if reduction.kind == "index":
+        index = torch.where(index < 0, index + vocabulary, index)
+    if reduction.kind == "target":
+        index = index.masked_fill(index == reduction.args[2], NOWHERE)
+    return index if index.dim() == 2 else index.unsqueeze(1)
+
+
+def columns_in(index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """For each index whether it lies in `tile`, and a column of the tile to address: its own if
+    it does, any valid one if not."""
+    inside = (index >= tile.start) & (index < tile.stop)
+    return inside, (index - tile.start).clamp_(0, tile.stop - tile.start - 1)
+
+
+class LogSumExp:
+    """Of each tile, then of the tiles. Writes over the values."""
+
+    def __init__(self, rows: int, tiles: int, device: torch.device):
+        self.tiles = torch.empty(rows, tiles, dtype=torch.float64, device=device)
+
+    def add(self, value: Tensor, block: slice, number: int) -> None:
+        shift = _shift(value)
+        total = value.sub_(shift.unsqueeze(1)).exp_().sum(1)
+        self.tiles[block, number] = shift.double() + total.double().log()
+
+    def result(self) -> Tensor:
+        return torch.logsumexp(self.tiles, 1)
+
+
+def _shift(value: Tensor) -> Tensor:
+    """The greatest of each row, 0 in a row of only -inf, whose logsumexp then is -inf, not nan."""
+    top = value.amax(1)
+    return top.masked_fill(top == -math.inf, 0.0)
+
+
+class Mean:
+    """Of `y` under softmax(x), in each tile; then of the tiles under theirs."""
+
+    def __init__(self, rows: int, tiles: int, device: torch.device, normalizer: LogSumExp):
+        self.tiles = torch.empty(rows, tiles, dtype=torch.float64, device=device)
+        self.normalizer = normalizer
+
+    def add(self, x: Tensor, y: Tensor, block: slice, number: int) -> None:
+        shift = _shift(x)
+        distance = x - shift.unsqueeze(1)
+        mass = distance.exp()
+        total = mass.sum(1)
+        # The mean of x itself is near its greatest: only the distance to that is rounded.
+        weighted = mass.mul_(distance if y is x else y).sum(1)
+        # A tile without any mass says 0, and will have no weight.
+        mean = (weighted / total).masked_fill(total == 0, 0.0).double()
+        if y is x:
+            mean += shift
+        self.tiles[block, number] = mean
+
+    def result(self) -> Tensor:
+        weights = (self.normalizer.tiles - self.normalizer.result().unsqueeze(1)).exp()
+        return (weights * self.tiles).sum(1)
+
+
+class Sum:
+    def __init__(self, rows: int, device: torch.device):
+        self.total = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def add(self, value: Tensor, block: slice) -> None:
+        self.total[block] += value.sum(1, dtype=torch.promote_types(value.dtype, torch.float32))
+
+
+class Gather:
+    """The values at given indices."""
+
+    def __init__(self, index: Tensor):
+        self.index = index
+        self.found = torch.zeros(index.shape, dtype=torch.float64, device=index.device)
+
+    def add(self, value: Tensor, block: slice, tile: slice) -> None:
+        inside, columns = columns_in(self.index[block], tile)
+        here = value.gather(1, columns).double()
+        self.found[block] = torch.where(inside, here, self.found[block])
+
+
+class Max:
+    """The greatest value and its first index; nan is greater than any number."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.value = torch.full((rows,), -math.inf, dtype=torch.float64, device=device)
+        self.index = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def add(self, value: Tensor, block: slice, tile: slice) -> None:
+        top, where = value.max(1)
+        top, best = top.double(), self.value[block]
+        better = (top > best) | (top.isnan() & ~best.isnan())
+        self.value[block] = torch.where(better, top, best)
+        self.index[block] = torch.where(better, where + tile.start, self.index[block])
+
+
+class TopK:
+    """The greatest k values, greatest first, and their indices; k is at most a tile."""
+
+    def __init__(self, rows: int, k: int, device: torch.device):
+        self.k = k
+        self.value = torch.empty(rows, k, dtype=torch.float64, device=device)
+        self.index = torch.empty(rows, k, dtype=torch.int64, device=device)
+
+    def add(self, value: Tensor, block: slice, tile: slice) -> None:
+        top, where = value.topk(min(self.k, value.shape[1]), dim=1)
+        top, where = top.double(), where + tile.start
+        if tile.start > 0:
+            both = torch.cat([self.value[block], top], 1)
+            top, order = both.topk(self.k, dim=1)
+            where = torch.cat([self.index[block], where], 1).gather(1, order)
+        self.value[block], self.index[block] = top, where
+
+
+class Cotangent:
+    """The gradient of everything that is reduced from one value of the program.
+
+    Attributes:
+        name: the value.
+        lse: its logsumexp, float64 [rows]; None if no gradient goes through its softmax.
+        grad_lse, grad_sum: float64 [rows].
+        means: for each mean under softmax(name): its gradient, the mean, of what.
+        weights: for each mean of this value: its gradient, the logsumexp and value of the softmax.
+        grad_at: for each reduction at indices: the indices and their gradients, [rows, k].
+    """
+
+    def __init__(self, name: Name, rows: int, device: torch.device, dtype: torch.dtype):
+        self.name = name
+        self.dtype = dtype
+        self.lse: Tensor | None = None
+        self.grad_lse = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.grad_sum: Tensor | None = None
+        self.means: list[tuple[Tensor, Tensor, Name]] = []
+        self.weights: list[tuple[Tensor, Tensor, Name]] = []
+        self.grad_at: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def is_zero(self) -> bool:
+        given = (self.lse, self.grad_sum)
+        return all(g is None for g in given) and not (self.weights or self.grad_at)
+
+    def prepare(self) -> None:
+        """Once, when every gradient has been added."""
+        if self.grad_at:
+            indices, grads = zip(*self.grad_at, strict=True)
+            self.index, self.grad_index = torch.cat(indices, 1), torch.cat(grads, 1)
+            if self.index.shape[1] > 1:  # of equal indices each gets what all of them get
+                same = self.index.unsqueeze(2) == self.index.unsqueeze(1)
+                self.grad_index = (same * self.grad_index.unsqueeze(1)).sum(2)
+        if self.lse is not None:
+            # exp(x - lse) = exp(x - shift) * exp(shift - lse): the first factor is exact where it
+            # matters (x near lse), the second carries what float32 cannot hold of lse.
+            self.shift = self.lse.to(self.dtype)
+            self.residual = (self.shift - self.lse).exp()
+
+    def of_block(
+        self, values: Mapping[Name, Tensor], block: slice, tile: slice, *, overwrite: bool
+    ) -> Tensor:
+        """[rows, tile], in the memory of the values themselves if `overwrite`."""
+        value = values[self.name].expand(values[Name("z")].shape)
+        if self.grad_at:
+            inside, columns = columns_in(self.index[block], tile)
+            at_index = value.gather(1, columns).double()
+        if self.lse is None:
+            cotangent = value.new_zeros(value.shape, dtype=self.dtype)
+        else:
+            shift = self.shift[block].unsqueeze(1)
+            cotangent = (value.sub_(shift) if overwrite else value - shift).exp_()
+            probability = cotangent
+            if self.means:
+                probability = cotangent * self._column(self.residual[block])
+            cotangent.mul_(self._column(self.grad_lse[block] * self.residual[block]))
+        if self.grad_at:
+            grad = self.grad_index[block]
+            if self.lse is not None:
+                # The target's g p + g_t, with g_t near -g and p near 1: (g + g_t) + g (p - 1).
+                grad_lse = self.grad_lse[block].unsqueeze(1)
+                log_probability = at_index - self.lse[block].unsqueeze(1)
+                grad = (grad_lse + grad) + grad_lse * log_probability.expm1()
+            for k in range(columns.shape[1]):
+                column = columns[:, k : k + 1]
+                here = torch.where(
+                    inside[:, k : k + 1],
+                    grad[:, k : k + 1].to(self.dtype),
+                    cotangent.gather(1, column),
+                )
+                cotangent.scatter_(1, column, here)
+        if self.grad_sum is not None:
+            cotangent += self._column(self.grad_sum[block])
+        for grad_mean, mean, y in self.means:
+            distance = values[y] - self._column(mean[block])
+            cotangent += distance * probability * self._column(grad_mean[block])
+        for grad_mean, lse, x in self.weights:
+            probability = (values[x] - self._column(lse[block])).exp_()
+            cotangent += probability.mul_(self._column(grad_mean[block]))
+        return cotangent
+
+    def _column(self, row_values: Tensor) -> Tensor:
+        return row_values.to(self.dtype).unsqueeze(1)
+
+
+def cotangents(
+    program: Program,
+    grads: list[Tensor | None],
+    results: list[Tensor],
+    indices: Mapping[Name, Tensor],
+    dtype: torch.dtype,
+) -> dict[Name, Cotangent]:
+    """A `Cotangent` for each value that a reduction with a gradient reads.
+
+    Args:
+        program: whose reductions they are.
+        grads: of the results, float64; None for one that has none.
+        results: of the forward, as many.
+        indices: the operands that are indices, [rows, k] and `NOWHERE` where ignored; by the
+            text of their reduction.
+        dtype: of the values.
+    """
+    found: dict[Name, Cotangent] = {}
+    lse: dict[Name, Tensor] = {}
+    rows, device = results[0].shape[0], results[0].device
+
+    def cotangent(name: Name) -> Cotangent:
+        return found.setdefault(name, Cotangent(name, rows, device, dtype))
+
+    position = 0
+    placed = []
+    for reduction in program.reductions:
+        placed.append((reduction, position))
+        if reduction.kind == "logsumexp":
+            lse[reduction.value] = results[position]
+        position += reduction.outputs
+    for reduction, position in placed:
+        grad, result = grads[position], results[position]
+        if grad is None:
+            continue
+        of = cotangent(reduction.value)
+        if reduction.kind == "logsumexp":
+            of.grad_lse = of.grad_lse + grad
+            of.lse = result
+        elif reduction.kind == "mean":
+            y = Name(reduction.args[1])
+            of.lse = lse[reduction.value]
+            of.means.append((grad, result, y))
+            cotangent(y).weights.append((grad, of.lse, reduction.value))
+        elif reduction.kind == "sum":
+            of.grad_sum = grad if of.grad_sum is None else of.grad_sum + grad
+        else:
+            index = indices.get(Name(str(reduction)))
+            if index is None:  # max and topk
+                index = results[position + 1]
+            if index.dim() == 1:
+                index, grad = index.unsqueeze(1), grad.unsqueeze(1)
+            of.grad_at.append((index, grad.reshape(index.shape)))
+    for each in found.values():
+        each.prepare()
+    return found

@@ -1,0 +1,135 @@
+"""What has been done to a logit since the projection: a graph of pointwise ATen operators.
+
+Nothing is known about an operator but that it is pointwise, which ATen says of itself: any
+function of PyTorch made of such operators can be captured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..kernels.program import Name, NotPointwiseError, steps_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+    """``z``, the logit, or ``j``, its place in the vocabulary."""
+
+    name: str
+
+
+LOGIT, COLUMN = Leaf("z"), Leaf("j")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor that a pointwise operator read beside the logits.
+
+    Attributes:
+        kind: ``"r"``: one value a row, ``"c"``: one a vocabulary entry, ``"s"``: one, ``"b"``:
+            one a logit.
+        source: a node, or a value made of statistics of the same logits.
+        row_operations: those of the logits when it was read.
+        vocabulary_dim: the dimension that counted the vocabulary then.
+        reader: the node that read it.
+    """
+
+    kind: str
+    source: Any
+    row_operations: tuple[Any, ...]
+    vocabulary_dim: int
+    reader: Node
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Apply:
+    """``target(*args, **kwargs)``, where `target` names an ATen overload, "div.Tensor"."""
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+Expression = Leaf | Operand | Apply
+
+
+def leaves(expression: Any) -> Iterator[Leaf | Operand]:
+    """Each leaf of an expression, once."""
+    seen: set[int] = set()
+    pending = [expression]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or not isinstance(item, Expression):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Apply):
+            pending += [*item.args, *(value for _, value in item.kwargs)]
+        else:
+            yield item
+
+
+def is_constant_over_row(expression: Any) -> bool:
+    """Whether every entry of a row has the same value: no logit and nothing of its column."""
+    return not any(isinstance(leaf, Leaf) or leaf.kind in ("c", "b") for leaf in leaves(expression))
+
+
+def capture(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    operand_of: Callable[[Node], tuple[Any, torch.dtype]],
+) -> Any:
+    """What ``function(*args, **kwargs)`` does to each element.
+
+    Args:
+        function: anything that works on tensors; an in-place one counts as the function of the
+            same name that is not.
+        args, kwargs: its arguments, with nodes for tensors.
+        operand_of: for a node, the expression that it stands for, and its dtype.
+
+    Returns:
+        An `Expression`, or a number.
+
+    Raises:
+        NotPointwiseError: it mixes elements, draws random numbers or returns something else than
+            one tensor.
+    """
+    nodes: list[Node] = []
+    torch.fx.map_arg((args, kwargs), nodes.append)
+    nodes = list(dict.fromkeys(nodes))
+    meanings = [operand_of(node) for node in nodes]
+
+    def on_scalars(values: list[Tensor]) -> Any:
+        by_node = dict(zip(nodes, values, strict=True))
+        given, named = torch.fx.map_arg((args, kwargs), lambda node: by_node[node].clone())
+        return function(*given, **named)
+
+    # 0-d tensors have no elements to mix.
+    examples = [torch.full((), 0.5, dtype=torch.float64).to(_wide(d)) for _, d in meanings]
+    try:
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            traced = make_fx(on_scalars)(examples)
+    except Exception as error:
+        raise NotPointwiseError(f"{type(error).__name__}: {error}") from error
+    steps, results = steps_of(traced, [Name(f"${i}") for i in range(len(nodes))], prefix="%")
+    if len(results) != 1:
+        raise NotPointwiseError("it returns several tensors")
+    made: dict[Any, Any] = {Name(f"${i}"): meaning for i, (meaning, _) in enumerate(meanings)}
+    for step in steps:
+        args = tuple(made[a] if isinstance(a, Name) else a for a in step.args)
+        named = tuple((k, made[a] if isinstance(a, Name) else a) for k, a in step.kwargs)
+        made[step.name] = Apply(step.target, args, named)
+    (result,) = results
+    return made[result] if isinstance(result, Name) else result
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """One dtype for all floating operands, so that a trace shows no conversions."""
+    return torch.float64 if dtype.is_floating_point else dtype

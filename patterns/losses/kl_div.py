@@ -1,0 +1,46 @@
+"""`torch.nn.functional.kl_div`: distillation from a teacher's probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn import _reduction
+
+from ..algebra import Algebra, call
+from ..expression import Apply
+from ..logits import Logits, Row
+from ..rules import Site, loss
+
+
+@loss(F.kl_div)
+def kl_div(
+    site: Site,
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    log_target: Any = False,
+) -> Row | Logits:
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    logits = site.logits(input if site.is_logits(input) else target)
+    input, target = site.read(input, logits), site.read(target, logits)
+    if log_target:
+        difference = Apply("sub.Tensor", (target, input))
+        divergence = Apply("mul.Tensor", (Apply("exp", (target,)), difference))
+    else:
+        itself = Apply("xlogy.Tensor", (target, target))
+        divergence = Apply("sub.Tensor", (itself, Apply("mul.Tensor", (target, input))))
+    if reduction == "none":
+        return logits.replace(expression=divergence)
+    rows = Algebra(site, logits).sum(divergence)
+    if reduction == "sum":
+        return call(torch.sum, rows)
+    if reduction == "mean":
+        return call(torch.div, call(torch.mean, rows), logits.vocabulary)
+    if logits.vocabulary_dim == 0:
+        site.unsupported("its batch dimension is the vocabulary")
+    return call(torch.sum, call(torch.mean, rows, 0))

@@ -1,0 +1,1 @@
+"""Operations that make one value of each row of logits."""

@@ -1,0 +1,28 @@
+"""``einsum("bsv,bsv->bs", one_hot, log_probs)``: a product, summed over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..algebra import Algebra, without_vocabulary
+from ..logits import Row
+from ..rules import Site, reduction
+
+
+@reduction(torch.einsum)
+def einsum(site: Site, equation: Any, *operands: Any) -> Row:
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    terms, _, result = str(equation).replace(" ", "").partition("->")
+    subscripts = terms.split(",")
+    if len(operands) != 2 or len(set(subscripts)) != 1 or "." in terms:
+        site.unsupported("it is no product of logits with something like them")
+    product = site.pointwise(torch.mul, *operands)
+    (summed,) = set(subscripts)
+    letter = summed[product.vocabulary_dim]
+    if result != summed.replace(letter, "") or len(set(summed)) != len(summed):
+        site.unsupported("it does not sum over the vocabulary alone")
+    rows = Algebra(site, product).sum(product.expression)
+    return without_vocabulary(rows, product, False)

@@ -1,0 +1,17 @@
+"""``torch.logsumexp`` over the vocabulary, as the z-loss has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..algebra import Algebra, without_vocabulary
+from ..logits import Row
+from ..rules import Site, reduction
+
+
+@reduction(torch.logsumexp, "logsumexp", torch.special.logsumexp)
+def logsumexp(site: Site, input: Any, dim: Any, keepdim: Any = False) -> Row:
+    logits = site.over_vocabulary(site.logits(input), dim)
+    return without_vocabulary(Algebra(site, logits).logsumexp(logits.expression), logits, keepdim)

@@ -1,0 +1,37 @@
+"""``sum`` and ``mean`` over the vocabulary, or over everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..algebra import Algebra, call
+from ..logits import Row
+from ..rules import Site, dimension, reduction, tensor_example
+
+
+@reduction(torch.sum, "sum")
+def sum(site: Site, input: Any, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> Row:
+    return _reduced(site, input, dim, keepdim, torch.sum)
+
+
+@reduction(torch.mean, "mean")
+def mean(
+    site: Site, input: Any, dim: Any = None, keepdim: Any = False, *, dtype: Any = None
+) -> Row:
+    rows = _reduced(site, input, dim, keepdim, torch.mean)
+    return call(torch.div, rows, site.logits(input).vocabulary)
+
+
+def _reduced(site: Site, input: Any, dim: Any, keepdim: Any, over_rows: Any) -> Row:
+    logits = site.logits(input)
+    rank = tensor_example(input).dim()
+    given = range(rank) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
+    dims = sorted({dimension(each, rank) for each in given}) or list(range(rank))
+    if len(dims) == 1:
+        logits = site.over_vocabulary(logits, dims[0])
+    if logits.vocabulary_dim not in dims:
+        site.unsupported("it reduces over the rows, not over the vocabulary")
+    rows = Algebra(site, logits).sum(logits.expression)
+    return call(over_rows, rows, tuple(dims), keepdim=keepdim)

@@ -1,0 +1,81 @@
+"""``torch.stack`` of several heads' logits, and what may follow until one head is taken again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..logits import Stack, Value
+from ..rules import Rule, Site, dimension, is_tensor, tensor_example, transform
+from .cast import cast
+from .copy import copy
+from .select import getitem, without_ellipsis
+from .shape import permute, transpose, unsqueeze
+
+
+@transform(torch.stack)
+def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
+    if not all(site.is_logits(tensor) for tensor in tensors):
+        site.unsupported("it stacks logits with something else")
+    dim = dimension(dim, site.example.dim())
+    shape = tensor_example(tensors[0]).shape
+    parts = []
+    for tensor in tensors:
+        if tensor_example(tensor).shape != shape:
+            site.unsupported("it stacks logits of several shapes")
+        parts.append(unsqueeze(site.seeing(tensor, site.logits(tensor)), tensor, dim))
+    return Stack(dim, tuple(parts))
+
+
+def through_stack(site: Site, input: Node, rule: Rule | None, default: Callable[..., Any]) -> Value:
+    """What a transform makes of stacked logits.
+
+    Args:
+        site: a node with stacked logits among its arguments.
+        input: that argument.
+        rule: the node's transform, None for a pointwise function.
+        default: what follows a pointwise function, called with a site.
+
+    Raises:
+        UnsupportedError: it cannot be followed.
+    """
+    stacked = site.stack(input)
+    assert stacked is not None
+    if rule is getitem:
+        return _taken(site, stacked, *site.node.args)
+    if rule is None and any(
+        is_tensor(other) and tensor_example(other).dim() > 0
+        for other in site.node.all_input_nodes
+        if other is not input
+    ):
+        site.unsupported("it combines the logits of several projections with a tensor")
+    if rule not in (None, cast, copy, permute, transpose):
+        site.unsupported("it mixes the logits of several projections")
+    parts = []
+    for part in stacked.parts:
+        inner = site.seeing(input, part)
+        parts.append(default(inner) if rule is None else inner.apply(rule))
+    dim = stacked.dim
+    if rule in (permute, transpose):
+        dim = parts[0].row_operations[-1].args[1].index(dim)
+    return Stack(dim, tuple(parts))
+
+
+def _taken(site: Site, stacked: Stack, input: Any, index: Any) -> Value:
+    rank = tensor_example(input).dim()
+    entries = without_ellipsis(index if isinstance(index, tuple) else (index,), rank)
+    if len(entries) != rank or None in entries:
+        site.unsupported("it adds dimensions to the logits of several projections")
+    entry = entries[stacked.dim]
+    if isinstance(entry, slice) and entry == slice(None):
+        parts = tuple(getitem(site.seeing(input, p), input, entries) for p in stacked.parts)
+        gone = sum(not isinstance(e, slice) for e in entries[: stacked.dim])
+        return Stack(stacked.dim - gone, parts)
+    if not isinstance(entry, int):
+        site.unsupported("it takes several of the projections")
+    part = stacked.parts[entry]
+    first = (*entries[: stacked.dim], 0, *entries[stacked.dim + 1 :])
+    return getitem(site.seeing(input, part), input, first)
