@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .kernels import blockwise
 from .kernels.product import accumulation_dtype, operand_dtype
-from .kernels.program import INDEXED, Program, position
+from .kernels.program import INDEXED, OPERAND_KINDS, Program, position
 from .options import DEFAULT_WORKSPACE_BYTES
 
 NAMESPACE = "cce_inductor"
@@ -157,7 +157,11 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     need_input, need_weight, need_bias, need_operands, *_ = ctx.needs_input_grad
     if not isinstance(need_operands, (list, tuple)):
         need_operands = [need_operands] * len(operands)
-    output_mask = [need_input, need_weight, need_bias, *need_operands]
+    reached = Program.parse(ctx.constants[0]).reached(grad is not None for grad in grads)
+    through_logit = "z" in reached
+    positions = {position(name) for name in reached if name[0] in OPERAND_KINDS}
+    output_mask = [need and through_logit for need in (need_input, need_weight, need_bias)]
+    output_mask += [need and at in positions for at, need in enumerate(need_operands)]
     found = iter(
         torch.ops.cce_inductor.reduce_rows_backward(
             list(grads),

@@ -30,6 +30,7 @@ from .patterns import (
     example,
     leaves,
     loss,
+    nodes_of,
     parts,
     projection,
     reduction,
@@ -309,11 +310,11 @@ class _Walker:
 
     def _row(self, node: Node, used: list[Node], result: Any) -> Any:
         """The result, without gradient where the user's graph has none."""
-        if not any(map(_requires_grad, used)) or any(
-            t.requires_grad
-            for t in torch.utils._pytree.tree_leaves(example(node))
-            if isinstance(t, torch.Tensor)
-        ):
+        rows = result if isinstance(result, tuple) else (result,)
+        outputs = torch.utils._pytree.tree_leaves(example(node))
+        if any(isinstance(o, torch.Tensor) and o.requires_grad for o in outputs):
+            return result
+        if not any(_requires_grad(read) for row in rows for read in nodes_of(row)):
             return result
         if isinstance(result, tuple):
             return tuple(detach_row(each) for each in result)

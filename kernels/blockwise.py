@@ -276,11 +276,9 @@ def reduce(input: Tensor, head: Head) -> list[Tensor]:
                     accumulator.add(value, block, tile)
             for name, normalizer in normalizers.items():  # last, as they write over the values
                 value = values[name].expand(logits.shape)
-                own = name[0] in "zt" and not program.forward.has_aliases
-                own = own and value.dtype == head.logit_dtype and 0 not in value.stride()
-                normalizer.add(
-                    value if own else value.to(head.logit_dtype, copy=True), block, number
-                )
+                if program.forward.has_aliases or name[0] not in "zt" or 0 in value.stride():
+                    value = value.clone()
+                normalizer.add(value.to(head.logit_dtype), block, number)
 
     results: list[Tensor] = []
     for reduction, accumulator in accumulators:

@@ -3,7 +3,8 @@
 A program is text, so that it can be an operator's argument, a cache key and a line that a person
 reads. Cross-entropy under a softcap of 30 is
 
-    t0 = div.Tensor(z, 30.0); t1 = tanh(t0); t2 = mul.Tensor(t1, 30.0); logsumexp(t2); target(t2, r0, -100)
+    t0 = div.Tensor(z, 30.0); t1 = tanh(t0); t2 = mul.Tensor(t1, 30.0);
+    logsumexp(t2); target(t2, r0, -100)
 
 Each statement before the reductions applies one pointwise ATen operator. Names:
 
@@ -38,7 +39,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-KINDS = {"r": "row", "c": "column", "s": "scalar", "b": "block"}
+OPERAND_KINDS = "rcsb"
 _CONSTANTS = {"inf": math.inf, "nan": math.nan}
 _OUTPUTS = {"max": 2, "topk": 2}
 TOPK_LIMIT = 1024
@@ -80,6 +81,10 @@ class Reduction:
         return Name(self.args[0])
 
     @property
+    def values(self) -> tuple[Name, ...]:
+        return self.args[: 2 if self.kind == "mean" else 1]
+
+    @property
     def outputs(self) -> int:
         return _OUTPUTS.get(self.kind, 1)
 
@@ -119,12 +124,7 @@ class Program:
     @property
     def roots(self) -> tuple[Name, ...]:
         """The values that are reduced, each once."""
-        values = [
-            argument
-            for reduction in self.reductions
-            for argument in reduction.args[: 2 if reduction.kind == "mean" else 1]
-        ]
-        return tuple(dict.fromkeys(values))
+        return tuple(dict.fromkeys(v for reduction in self.reductions for v in reduction.values))
 
     @property
     def is_plain(self) -> bool:
@@ -135,7 +135,19 @@ class Program:
     def operands(self) -> dict[Name, int]:
         """Operands that the steps read, and their position in the list of operands."""
         uses = [use for step in self.steps for use in step.uses]
-        return {use: position(use) for use in (*uses, *self.roots) if use[0] in KINDS}
+        return {use: position(use) for use in (*uses, *self.roots) if use[0] in OPERAND_KINDS}
+
+    def reached(self, outputs: Iterable[bool]) -> set[Name]:
+        """What has a gradient if these of the program's outputs do: no path to it is detached."""
+        found: set[Name] = set()
+        wanted = iter(outputs)
+        for reduction in self.reductions:
+            if any([next(wanted) for _ in range(reduction.outputs)]):
+                found.update(reduction.values)
+        for step in reversed(self.steps):
+            if step.name in found and step.target != "detach":
+                found.update(step.uses)
+        return found
 
     @functools.cached_property
     def forward(self) -> Schedule:

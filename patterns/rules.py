@@ -153,7 +153,7 @@ class Site:
         """
         rank = len(self.shape_of(logits))
         if dim is None or isinstance(dim, (tuple, list)):
-            dims = range(rank) if not dim else dim
+            dims = dim or range(rank)
             if len(dims) != 1:
                 self.unsupported("it reduces over rows and vocabulary")
             (dim,) = dims

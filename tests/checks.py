@@ -44,7 +44,9 @@ def rewritten_graph(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> 
 
 def code(module: GraphModule) -> str:
     """The statements of a graph, one a line, with nothing of its inputs' bookkeeping."""
-    lines = [line.strip().split(";  ")[0] for line in module.code.splitlines() if line[:4] == "    "]
+    lines = [
+        line.strip().split(";  ")[0] for line in module.code.splitlines() if line[:4] == "    "
+    ]
     body = [line for line in lines if line and not re.fullmatch(r"\w+ = L_\w+", line)]
     return "\n".join(body) + "\n"
 

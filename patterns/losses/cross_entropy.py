@@ -1,4 +1,4 @@
-"""`torch.nn.functional.cross_entropy`, of class indices and of class probabilities, and `nll_loss`."""
+"""`torch.nn.functional.cross_entropy` of class indices or probabilities, and `nll_loss`."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from ..logits import Logits
-from ..rules import Site, constant, transform
+from ..rules import Site, constant, tensor_example, transform
 
 
 @transform("contiguous", "clone", torch.clone, "detach", torch.detach, "requires_grad_", "cpu")
 def copy(site: Site, input: Any, *, memory_format: Any = None) -> Logits:
-    if site.example.device != site.node.args[0].meta["example_value"].device:
+    if site.example.device != tensor_example(input).device:
         site.unsupported("it moves the logits to another device")
     return site.logits(input)
 
