@@ -162,6 +162,7 @@ def _erase_unused(graph: Graph, chosen: list[FoundLoss], found: Walk) -> None:
     """What held logits and holds nothing now; nothing else, for a graph before autograd has
     nodes without users that matter."""
     projections = {each.logits.projection.node for each in chosen if each.logits is not None}
+    _erase_with_users(graph, found.unused)
     of_logits = {**found.values, **found.assignments}
     for node in sorted(of_logits, key=lambda node: -found.position[node]):
         for logits in all_logits(of_logits[node]):
@@ -172,6 +173,13 @@ def _erase_unused(graph: Graph, chosen: list[FoundLoss], found: Walk) -> None:
             for absorbed in logits.projection.absorbed:
                 if not absorbed.users and absorbed in graph.nodes:
                     graph.erase_node(absorbed)
+
+
+def _erase_with_users(graph: Graph, nodes: list[Node]) -> None:
+    for node in nodes:
+        if node in graph.nodes:
+            _erase_with_users(graph, list(node.users))
+            graph.erase_node(node)
 
 
 def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:

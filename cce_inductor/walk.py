@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .kernels.program import INDEXED
 from .location import at, describe, operation
 from .mutation import UNKNOWN, functional, mutated_storages, storage_key, storage_of
 from .patterns import (
@@ -58,11 +57,10 @@ class FoundLoss:
     reason: str | None = None
 
     @property
-    def is_of_classes(self) -> bool:
-        """Whether it needs the normalizer of a softmax, or the logit of a class: only logits
-        have those."""
+    def has_softmax(self) -> bool:
+        """Whether it needs the normalizer of a softmax, as every loss over classes does."""
         return any(
-            isinstance(part, Statistic) and part.kind in ("logsumexp", "mean", *INDEXED)
+            isinstance(part, Statistic) and part.kind in ("logsumexp", "mean")
             for part in parts(self.result)
         )
 
@@ -75,6 +73,7 @@ class Walk:
         losses: in the graph's order.
         values: every node that holds logits, or several in a tuple.
         assignments: nodes that change logits in place and have no other result.
+        unused: nodes that read logits, and whose results nobody reads.
         position: of every node in the graph.
         gradient_mode: what `torch.set_grad_enabled` was at each node.
         mutations: every change in place: where, of which storage, by which node.
@@ -83,6 +82,7 @@ class Walk:
     losses: list[FoundLoss] = dataclasses.field(default_factory=list)
     values: dict[Node, Any] = dataclasses.field(default_factory=dict)
     assignments: dict[Node, Logits] = dataclasses.field(default_factory=dict)
+    unused: list[Node] = dataclasses.field(default_factory=list)
     position: dict[Node, int] = dataclasses.field(default_factory=dict)
     gradient_mode: dict[Node, object] = dataclasses.field(default_factory=dict)
     mutations: list[tuple[int, object, Node]] = dataclasses.field(default_factory=list)
@@ -115,7 +115,8 @@ class _Walker:
         self.lost: dict[Node, tuple[str, object, Node]] = {}
         # Node computed from a reduction -> the projections of what was reduced.
         self.reduced: dict[Node, set[Node]] = {}
-        self.transforms = 0  # torch.func transforms that are open
+        # torch.func transforms that are open, or derivatives taken anywhere in the graph
+        self.transforms = int(any(node.target is torch.autograd.grad for node in graph.nodes))
 
     def run(self) -> Walk:
         gradient_mode: object = "ambient"
@@ -174,7 +175,7 @@ class _Walker:
         if logits is None:
             return
         if self.transforms:
-            reason = "the graph is inside a torch.func transform"
+            reason = "the graph is inside a torch.func transform, or takes derivatives itself"
             self.lost[node] = (reason, example(node).shape[-1], node)
             return
         if not _requires_grad(node) and any(map(_requires_grad, logits.projection.nodes)):
@@ -207,6 +208,9 @@ class _Walker:
             if mutated:
                 self._assign(node, mutated, value)
         except UnsupportedError as why:
+            if _is_unused(node):
+                self.found.unused.append(node)
+                return
             self._escape(node, used, str(why))
             self._visit_projection(node)  # what one projection made may be another's input
         else:
@@ -218,7 +222,9 @@ class _Walker:
 
     def _check_transforms(self) -> None:
         if self.transforms:
-            raise UnsupportedError("it is inside a torch.func transform")
+            raise UnsupportedError(
+                "it is inside a torch.func transform, or the graph takes derivatives itself"
+            )
 
     def _pointwise(self, site: Site) -> Logits:
         node = site.node
@@ -414,7 +420,7 @@ class _Walker:
         of_classes = [
             found.logits.projection
             for found in self.found.losses
-            if found.logits is not None and (found.is_loss or found.is_of_classes)
+            if found.logits is not None and (found.is_loss or _is_written_by_hand(found))
         ]
         nodes = {projection.node for projection in of_classes}
         # Of the same vocabulary is a teacher whose labels are an argmax.
@@ -426,6 +432,15 @@ class _Walker:
             or found.logits.projection.node in nodes
             or found.logits.projection.vocabulary in vocabularies
         ]
+
+
+def _is_written_by_hand(found: FoundLoss) -> bool:
+    """Whether it may be a loss without having its name. The router of a mixture of experts has a
+    softmax too, but fewer experts than hidden units: storing its logits costs next to nothing."""
+    assert found.logits is not None
+    projection = found.logits.projection
+    larger = isinstance(projection.hidden, int) and projection.vocabulary > projection.hidden
+    return found.has_softmax and larger
 
 
 def _keeps_places(node: Node) -> bool:
@@ -445,6 +460,15 @@ def _with_path(value: Any, node: Node) -> Any:
 def _requires_grad(node: Node) -> bool:
     value = example(node)
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _is_unused(node: Node) -> bool:
+    """Whether nobody reads what a node makes, which does nothing else: only such operations are
+    meant as have a rule, for one without users may well have an effect."""
+    known = transform.get(node) is not None or reduction.get(node) is not None
+    if not known or any(True for _ in mutated_storages(node)):
+        return False
+    return all(_is_unused(user) for user in node.users)
 
 
 def _opens_transform(node: Node) -> int:

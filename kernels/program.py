@@ -142,7 +142,8 @@ class Program:
         found: set[Name] = set()
         wanted = iter(outputs)
         for reduction in self.reductions:
-            if any([next(wanted) for _ in range(reduction.outputs)]):
+            of_reduction = [next(wanted) for _ in range(reduction.outputs)]
+            if True in of_reduction:
                 found.update(reduction.values)
         for step in reversed(self.steps):
             if step.name in found and step.target != "detach":

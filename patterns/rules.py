@@ -15,6 +15,7 @@ A rule raises `UnsupportedError` with a sentence that says why the operation can
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -23,8 +24,8 @@ import torch
 from torch.fx import Node
 
 from ..kernels.program import NotPointwiseError
-from .expression import LOGIT, Apply, Expression, Operand, capture, leaves
-from .logits import Logits, Stack, Statistic, Value, parts
+from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves
+from .logits import HERE, Logits, Stack, Statistic, Value, parts
 
 Spelling = str | Callable[..., Any]
 Rule = Callable[..., Any]
@@ -157,9 +158,13 @@ class Site:
             if len(dims) != 1:
                 self.unsupported("it reduces over rows and vocabulary")
             (dim,) = dims
-        if dimension(dim, rank) == logits.vocabulary_dim:
+        dim = dimension(dim, rank)
+        if dim == logits.vocabulary_dim:
             return logits
-        return self.unsupported("it reduces over the rows, not over the vocabulary")
+        swapped = _swapped(logits)
+        if swapped is None or swapped.vocabulary_dim != dim:
+            self.unsupported("it reduces over the rows, not over the vocabulary")
+        return swapped
 
     def shape_of(self, logits: Logits) -> tuple[Any, ...]:
         for argument in self.node.all_input_nodes:
@@ -260,6 +265,45 @@ class Site:
 
     def unsupported(self, why: str) -> NoReturn:
         raise UnsupportedError(why)
+
+
+def _swapped(logits: Logits) -> Logits | None:
+    """The logits with input and weight in each other's place, None if they have not the same
+    form."""
+    projection = logits.projection
+    input = tensor_example(projection.input)
+    if (
+        input.dim() != 2
+        or projection.linear_bias is not None
+        or logits.vocabulary != projection.vocabulary
+        or not isinstance(input.shape[0], int)
+        or any(operation.target is not torch.permute for operation in logits.row_operations)
+        or any(isinstance(leaf, Operand) and leaf.kind != "s" for leaf in leaves(logits.expression))
+        or COLUMN in leaves(logits.expression)
+    ):
+        return None
+    rows = tuple(
+        dataclasses.replace(operation, vocabulary_dim=1)
+        for operation in projection.weight_operations
+    )
+    swapped = Logits(
+        projection.replace(
+            input=projection.linear_weight,
+            linear_weight=projection.input,
+            weight_operations=(),
+            vocabulary=input.shape[0],
+            vocabulary_dim=1 - (len(rows) % 2),
+        ),
+        vocabulary_dim=1,
+        vocabulary=input.shape[0],
+        compute_dtype=logits.compute_dtype,
+        row_operations=rows,
+        expression=logits.expression,
+        path=logits.path,
+    )
+    if len(logits.row_operations) % 2 == 0:
+        swapped = swapped.with_row_operation(torch.permute, HERE, (1, 0), vocabulary_dim=0)
+    return swapped
 
 
 def alike(first: Logits, second: Logits) -> bool:
