@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
+from .location import in_torch
 from .options import Options
 from .report import LossReport, readable
 from .rewrite import rewrite
@@ -24,11 +26,13 @@ class ExplainedGraph:
         before: its code as captured.
         after: its code after the pass; the same where nothing was rewritten.
         break_reason: why Dynamo ended the graph where it did; None if the function returned.
+        break_location: ``file.py:line`` of that place in the user's code, None if unknown.
     """
 
     before: str
     after: str
     break_reason: str | None
+    break_location: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Explanation:
             lines.append("no operation with a loss rule was found in what Dynamo captured")
         for number, graph in enumerate(self.graphs[:-1], 1):
             if graph.break_reason:
-                lines.append(f"graph {number} ends with a graph break: {graph.break_reason}")
+                where = f" at {graph.break_location}" if graph.break_location else ""
+                lines.append(f"graph {number} ends with a graph break{where}:")
+                lines += [f"  {line}" for line in graph.break_reason.splitlines()]
         return "\n".join(lines)
 
 
@@ -64,13 +70,28 @@ class _Recorder:
         self.options = options
         self.losses: list[LossReport] = []
         self.graphs: list[ExplainedGraph] = []
+        self._breaks = collections.Counter(torch._dynamo.utils.counters["graph_break"])
+
+    def _break_reason(self) -> str | None:
+        """What Dynamo said since the last graph, without the links."""
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        new = [said for said, count in breaks.items() if count > self._breaks[said]]
+        self._breaks = collections.Counter(breaks)
+        if not new:
+            return None
+        lines = (line.strip() for line in new[-1].splitlines())
+        return "\n".join(line for line in lines if line and "more details" not in line)
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = readable(module)
         self.losses += rewrite(module, self.options)
         ended = getattr(module, "compile_subgraph_reason", None)
-        reason = ended.reason if ended is not None and ended.graph_break else None
-        self.graphs.append(ExplainedGraph(before, readable(module), reason))
+        reason = place = None
+        if ended is not None and ended.graph_break:
+            reason = self._break_reason() or ended.reason
+            frames = [f for f in ended.user_stack if not in_torch(f.filename)]
+            place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+        self.graphs.append(ExplainedGraph(before, readable(module), reason, place))
         return module.forward
 
 

@@ -16,8 +16,13 @@ _TORCH = str(Path(torch.__file__).parent)
 def location(node: Node) -> str | None:
     """``file.py:line`` of the innermost frame outside PyTorch, None if the graph does not say."""
     frames = [match.groups() for match in _FRAME.finditer(node.meta.get("stack_trace") or "")]
-    outside = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    outside = [frame for frame in frames if not in_torch(frame[0])]
     return "{}:{}".format(*outside[-1]) if outside else None
+
+
+def in_torch(file: str) -> bool:
+    """Whether a file is PyTorch's own."""
+    return file.startswith(_TORCH)
 
 
 def at(node: Node) -> str:

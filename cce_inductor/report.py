@@ -10,6 +10,7 @@ import threading
 import torch
 from torch.fx import GraphModule, Node
 
+from .advice import advice
 from .location import describe, location
 from .patterns import example
 from .walk import FoundLoss
@@ -41,6 +42,11 @@ class LossReport:
     logits_dtype: torch.dtype | None
     bytes_saved: int
 
+    @property
+    def advice(self) -> str | None:
+        """What can be changed so that it is rewritten, None if nothing is known."""
+        return advice(self.reason)
+
     @classmethod
     def of_failure(cls, node: Node, reason: str) -> LossReport:
         """The record of a loss in a graph that the pass could not look at."""
@@ -58,6 +64,8 @@ class LossReport:
             lines.append(f"  not stored any more: {format_bytes(self.bytes_saved)}")
         else:
             lines.append(f"  because {self.reason}")
+            if self.advice is not None:
+                lines.append(f"  to change that: {self.advice}")
         return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """explain(), reports() and the log say what was done."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import cce_inductor
+from cce_inductor import explain
+from cce_inductor.advice import advice
 
 WEIGHT = torch.randn(50, 8, requires_grad=True)
 INPUT = torch.randn(2, 3, 8)
@@ -51,7 +54,7 @@ def test_rewritten_loss():
     (graph,) = explanation.graphs
     assert "cross_entropy(" in graph.before
     assert "cce_inductor.linear_cross_entropy" not in graph.before
-    assert "cce_inductor.linear_cross_entropy" in graph.after
+    assert "cce_inductor.reduce" in graph.after
     assert graph.break_reason is None
     assert str(explanation) == (
         "1 loss(es) in 1 graph(s), 1 rewritten\n"
@@ -198,4 +201,37 @@ def test_structured_trace(tmp_path):
     subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True)
     (log,) = tmp_path.glob("*.log")
     assert "cce_inductor_rewritten_graph" in log.read_text()
-    assert "torch.ops.cce_inductor.linear_cross_entropy" in log.read_text()
+    assert "torch.ops.cce_inductor.reduce" in log.read_text()
+
+
+def test_graph_break_is_explained():
+    def fn(input, target):
+        logits = F.linear(input, WEIGHT)
+        print("in between")
+        return F.cross_entropy(logits, target)
+
+    text = str(explain(fn, INPUT.view(-1, 8), TARGET.view(-1)))
+    assert "its logits come into this graph from outside" in text
+    assert "to change that: remove the graph break between the projection and the loss" in text
+    assert re.search(r"graph 1 ends with a graph break at .*test_explain.py:\d+:\n  \w+", text)
+    assert "print" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (
+            "the logits are returned by the compiled function, so they must be stored",
+            "only the loss",
+        ),
+        ("the logits are small (1 KiB, and min_logits_bytes is 16 MiB)", "min_logits_bytes=0"),
+        ("linear is no projection that is known: its weight has a dynamic size", "mark_static"),
+    ],
+)
+def test_advice(reason, said):
+    assert said in advice(reason)
+
+
+def test_no_advice():
+    assert advice(None) is None
+    assert advice("there is no kernel for the device 'meta'") is None

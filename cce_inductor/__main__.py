@@ -1,0 +1,70 @@
+"""``python -m cce_inductor patterns``: every rule with its spellings, read off the rules."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import operator
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .patterns import TABLES
+
+_NAMESPACES = {
+    "torch.nn.functional": torch.nn.functional,
+    "torch.special": torch.special,
+    "torch": torch,
+    "operator": operator,
+    "torch.ops.aten": torch.ops.aten,
+}
+_HEADINGS = {
+    "projection": "Projections make logits:",
+    "transform": "Transforms keep logits logits, beside every pointwise function:",
+    "reduction": "Reductions make one value of each row, from the same pass as the loss:",
+    "loss": "Losses:",
+}
+
+
+def spelled(spelling: Any) -> str:
+    """A function or method as a person writes it."""
+    if isinstance(spelling, str):
+        return f".{spelling}()"
+    name = getattr(spelling, "__name__", str(spelling))
+    for namespace, module in _NAMESPACES.items():
+        short = name.removeprefix("special_")
+        if getattr(module, short, None) is spelling:
+            return f"{namespace}.{short}"
+    return name
+
+
+def listing() -> Iterator[str]:
+    """The lines that ``patterns`` prints."""
+    for table in TABLES:
+        yield _HEADINGS[table.name]
+        by_file: dict[Any, list[str]] = {}
+        for spelling, rule in table.items():
+            by_file.setdefault(inspect.getmodule(rule), []).append(spelled(spelling))
+        for module, spellings in by_file.items():
+            folder, file = module.__name__.split(".")[-2:]
+            summary = " ".join(inspect.getdoc(module).split("\n\n")[0].split())
+            yield f"  {folder}/{file}.py: {summary}"
+            yield from textwrap.wrap(
+                ", ".join(spellings), 96, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+        yield ""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cce_inductor")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("patterns", help="list every rule of the matcher with its spellings")
+    parser.parse_args(arguments)
+    sys.stdout.write("\n".join(listing()))
+
+
+if __name__ == "__main__":
+    main()
