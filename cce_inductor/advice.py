@@ -10,9 +10,6 @@ _ADVICE = {
     "come into this graph from outside": (
         "remove the graph break between the projection and the loss, or compile both together"
     ),
-    "its weight has a dynamic size": (
-        "give the weight a static size: torch._dynamo.mark_static(weight), or dynamic=False"
-    ),
     "it is random": "draw the random numbers before the projection, or evaluate with dropout off",
     "class weights require a gradient": "pass weight.detach()",
     "on another device": "move the targets to the logits' device before the loss",

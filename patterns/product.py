@@ -49,11 +49,11 @@ def product(
         weight = source
     if not operations and tensor_example(weight).dim() != 2:
         return None
-    sizes = tensor_example(weight).shape
-    if not all(isinstance(size, int) for size in sizes):
-        site.unsupported("its weight has a dynamic size")
+    if not all(_has_value(size) for size in tensor_example(weight).shape):
+        site.unsupported("its weight has a size that depends on data")
     dim = result.dim() - 1 if vocabulary_dim is None else vocabulary_dim
-    vocabulary = result.shape[dim]
+    # A weight's sizes are the same in every call; a symbolic one is guarded on.
+    vocabulary = int(result.shape[dim])
     if bias is not None and (
         not is_tensor(bias) or tuple(tensor_example(bias).shape) != (vocabulary,)
     ):
@@ -73,11 +73,15 @@ def product(
         weight_operations=tuple(operations),
         linear_bias=bias,
         vocabulary=vocabulary,
-        hidden=tensor_example(input).shape[dim],
+        hidden=int(tensor_example(input).shape[dim]),
         vocabulary_dim=dim,
         absorbed=tuple(absorbed),
     )
     return Logits(projection, dim, vocabulary, result.dtype)
+
+
+def _has_value(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or isinstance(size.node.hint, int)
 
 
 _ATTRIBUTES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)

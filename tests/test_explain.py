@@ -225,7 +225,7 @@ def test_graph_break_is_explained():
             "only the loss",
         ),
         ("the logits are small (1 KiB, and min_logits_bytes is 16 MiB)", "min_logits_bytes=0"),
-        ("linear is no projection that is known: its weight has a dynamic size", "mark_static"),
+        ("the logits are used by dropout at a.py:1: it is random", "dropout off"),
     ],
 )
 def test_advice(reason, said):
