@@ -157,11 +157,16 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     need_input, need_weight, need_bias, need_operands, *_ = ctx.needs_input_grad
     if not isinstance(need_operands, (list, tuple)):
         need_operands = [need_operands] * len(operands)
-    reached = Program.parse(ctx.constants[0]).reached(grad is not None for grad in grads)
+    program = Program.parse(ctx.constants[0])
+    reached = program.reached(grad is not None for grad in grads)
+    if not program.is_plain:
+        reached &= program.backward(operands).gradients.keys()
     through_logit = "z" in reached
     positions = {position(name) for name in reached if name[0] in OPERAND_KINDS}
     output_mask = [need and through_logit for need in (need_input, need_weight, need_bias)]
     output_mask += [need and at in positions for at, need in enumerate(need_operands)]
+    if not any(output_mask):
+        return None, None, None, [None] * len(operands), *(None for _ in ctx.constants)
     found = iter(
         torch.ops.cce_inductor.reduce_rows_backward(
             list(grads),

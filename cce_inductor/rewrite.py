@@ -111,13 +111,17 @@ def _reasons_to_keep(found: Walk, options: Options) -> list[str | None]:
     """For each loss; one projection's are rewritten together or not at all."""
     reasons = [_reason_to_keep(each, options) for each in found.losses]
     kept: dict[Node, str] = {}
-    for each, reason in zip(found.losses, reasons, strict=True):
-        if reason is not None and each.logits is not None:
-            kept.setdefault(each.logits.projection.node, reason)
-    return [
-        kept.get(each.logits.projection.node) if reason is None and each.logits else reason
-        for each, reason in zip(found.losses, reasons, strict=True)
-    ]
+    changed = True
+    while changed:  # what one loss keeps may be joined with what another one reads
+        changed = False
+        for number, each in enumerate(found.losses):
+            origins = each.logits.projection.origins if each.logits is not None else ()
+            reason = reasons[number] or next(filter(None, map(kept.get, origins)), None)
+            changed = changed or reason != reasons[number]
+            reasons[number] = reason
+            if reason is not None:
+                kept.update({origin: reason for origin in origins if origin not in kept})
+    return reasons
 
 
 def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
@@ -161,12 +165,17 @@ def _replace(graph: Graph, chosen: list[FoundLoss], found: Walk, options: Option
 def _erase_unused(graph: Graph, chosen: list[FoundLoss], found: Walk) -> None:
     """What held logits and holds nothing now; nothing else, for a graph before autograd has
     nodes without users that matter."""
-    projections = {each.logits.projection.node for each in chosen if each.logits is not None}
+    origins = {
+        origin
+        for each in chosen
+        if each.logits is not None
+        for origin in each.logits.projection.origins
+    }
     _erase_with_users(graph, found.unused)
     of_logits = {**found.values, **found.assignments}
     for node in sorted(of_logits, key=lambda node: -found.position[node]):
         for logits in all_logits(of_logits[node]):
-            if logits.projection.node not in projections:
+            if origins.isdisjoint(logits.projection.origins):
                 continue
             if not node.users and node in graph.nodes:
                 graph.erase_node(node)
@@ -258,6 +267,8 @@ class _Builder:
 
     def row(self, row: Any) -> Any:
         """The node of a value of rows; numbers and nodes are themselves."""
+        if isinstance(row, tuple):
+            return tuple(self.row(each) for each in row)
         if not isinstance(row, (Statistic, Call, AtRows)):
             return row
         if id(row) not in self._memo:
@@ -304,9 +315,10 @@ class _Builder:
         with self.graph.inserting_before(group.anchor):
             first = len(self.built)
             projection = logits.projection
-            input = self._replay(projection.input, logits.row_operations, projection.hidden)
+            input = self.row(projection.input)
+            input = self._replay(input, logits.row_operations, projection.hidden)
             input = self._to_last(input, logits.vocabulary_dim)
-            weight = projection.linear_weight
+            weight = self.row(projection.linear_weight)
             for operation in projection.weight_operations:
                 weight = self._apply(operation, weight)
             bias = projection.linear_bias
@@ -362,7 +374,7 @@ class _Builder:
     def _expanded(self, node: Node, operand: Operand, logits: Logits, width: int) -> Node:
         """An operand as large as the rows were when it was read."""
         projection = logits.projection
-        rows = self._replay(projection.input, operand.row_operations, projection.hidden)
+        rows = self._replay(self.row(projection.input), operand.row_operations, projection.hidden)
         expand = torch.ops.cce_inductor.expand_rows.default
         return self.call(expand, node, rows, operand.vocabulary_dim, width)
 

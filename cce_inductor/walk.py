@@ -145,14 +145,15 @@ class _Walker:
         self._drop_without_loss()
         for found in self.found.losses:
             if found.reason is None and found.logits is not None:
-                found.reason = self.kept.get(found.logits.projection.node)
+                reasons = map(self.kept.get, found.logits.projection.origins)
+                found.reason = next(filter(None, reasons), None)
         return self.found
 
     def _site(self, node: Node) -> Site:
         return Site(node, self.found.values, self._is_late)
 
     def _is_late(self, node: Node, logits: Logits) -> bool:
-        return logits.projection.node in self.reduced.get(node, ())
+        return not self.reduced.get(node, set()).isdisjoint(logits.projection.origins)
 
     def _visit_other(self, node: Node) -> None:
         inherited = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
@@ -307,12 +308,15 @@ class _Walker:
     def _keep(self, used: list[Node], reason: str) -> None:
         for argument in used:
             for logits in all_logits(self.found.values[argument]):
-                self.kept.setdefault(logits.projection.node, reason)
+                for origin in logits.projection.origins:
+                    self.kept.setdefault(origin, reason)
 
     def _record(self, found: FoundLoss) -> None:
         self.found.losses.append(found)
-        projections = {p.logits.projection.node for p in parts(found.result) if _is_statistic(p)}
-        self.reduced.setdefault(found.node, set()).update(projections)
+        for part in parts(found.result):
+            if isinstance(part, Statistic):
+                origins = part.logits.projection.origins
+                self.reduced.setdefault(found.node, set()).update(origins)
 
     def _row(self, node: Node, used: list[Node], result: Any) -> Any:
         """The result, without gradient where the user's graph has none."""
@@ -396,7 +400,8 @@ class _Walker:
                     f"{at(mutation)} may change what the projection read"
                 )
                 assert found.logits is not None
-                self.kept.setdefault(found.logits.projection.node, found.reason)
+                for origin in found.logits.projection.origins:
+                    self.kept.setdefault(origin, found.reason)
                 return
 
     def _reads(self, result: Any, here: int) -> list[tuple[Node, int]]:
@@ -404,7 +409,8 @@ class _Walker:
         reads: list[tuple[Node, int]] = []
         for part in parts(result):
             if isinstance(part, Statistic):
-                start = self.found.position[part.logits.projection.node]
+                origins = part.logits.projection.origins
+                start = min(self.found.position[origin] for origin in origins)
                 reads += [(n, start) for n in part.logits.projection.nodes]
                 reads += [(n, start) for op in part.logits.row_operations for n in op.nodes]
                 for value in part.values:
@@ -422,14 +428,14 @@ class _Walker:
             for found in self.found.losses
             if found.logits is not None and (found.is_loss or _is_written_by_hand(found))
         ]
-        nodes = {projection.node for projection in of_classes}
+        nodes = {origin for projection in of_classes for origin in projection.origins}
         # Of the same vocabulary is a teacher whose labels are an argmax.
         vocabularies = {projection.vocabulary for projection in of_classes}
         self.found.losses = [
             found
             for found in self.found.losses
             if found.logits is None
-            or found.logits.projection.node in nodes
+            or not nodes.isdisjoint(found.logits.projection.origins)
             or found.logits.projection.vocabulary in vocabularies
         ]
 

@@ -59,7 +59,7 @@ class Projection:
 
     Attributes:
         node: whose result they are, in the user's code.
-        input: [..., hidden], hidden in `vocabulary_dim`.
+        input: [..., hidden], hidden in `vocabulary_dim`; a node, or what is made of several.
         linear_weight: what `weight_operations` make a [vocabulary, hidden] matrix of.
         weight_operations: in order.
         linear_bias: a node of `vocabulary` elements, or None.
@@ -68,11 +68,12 @@ class Projection:
         hidden: its size.
         vocabulary_dim: the dimension of the result that counts the vocabulary, from the front.
         absorbed: nodes that a rule looked through, of no use once their users are gone.
+        joined: the projections that this one is made of, if several.
     """
 
     node: Node
-    input: Node
-    linear_weight: Node
+    input: Node | Call
+    linear_weight: Node | Call
     weight_operations: tuple[TensorOperation, ...]
     linear_bias: Node | None
     vocabulary: int
@@ -80,14 +81,23 @@ class Projection:
     vocabulary_dim: int
     absorbed: tuple[Node, ...] = ()
     bias_operations: tuple[TensorOperation, ...] = ()
+    joined: tuple[Projection, ...] = ()
 
     def replace(self, **changes: Any) -> Projection:
         return dataclasses.replace(self, **changes)
 
     @property
+    def origins(self) -> tuple[Node, ...]:
+        """The nodes that compute the logits, all of which go or stay."""
+        if not self.joined:
+            return (self.node,)
+        return tuple(dict.fromkeys(node for each in self.joined for node in each.origins))
+
+    @property
     def nodes(self) -> list[Node]:
         """What it reads."""
-        found = [self.input, self.linear_weight]
+        sources = parts((self.input, self.linear_weight))
+        found = [part for part in sources if isinstance(part, Node)]
         if self.linear_bias is not None:
             found.append(self.linear_bias)
         for operation in self.weight_operations:
@@ -207,6 +217,20 @@ class Call:
     target: Any
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+def applied(source: Any, operations: tuple[TensorOperation, ...], width: int) -> Any:
+    """A tensor after operations, of a given size in the vocabulary dimension."""
+
+    def fill(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(fill(each) for each in argument)
+        return source if argument is HERE else width if argument is WIDTH else argument
+
+    for operation in operations:
+        args = tuple(fill(argument) for argument in operation.args)
+        source = Call(operation.target, args, operation.kwargs)
+    return source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

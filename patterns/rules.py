@@ -248,7 +248,7 @@ class Site:
             other = self._values[argument]
             if alike(other, logits) and tuple(tensor_example(argument).shape) == shape:
                 return other.expression
-            if other.projection.node is logits.projection.node:
+            if set(other.projection.origins) & set(logits.projection.origins):
                 self.unsupported("it combines logits with other rows of the same logits")
             self.stored.append(argument)
         elif argument in self._values:
@@ -271,6 +271,8 @@ def _swapped(logits: Logits) -> Logits | None:
     """The logits with input and weight in each other's place, None if they have not the same
     form."""
     projection = logits.projection
+    if projection.joined:
+        return None
     input = tensor_example(projection.input)
     if (
         input.dim() != 2

@@ -15,11 +15,19 @@ from ..expression import LOGIT
 from ..logits import Logits
 from ..product import COMPUTE_DTYPES
 from ..rules import Site, is_tensor, tensor_example, transform
+from .join import summed
 
 
 @transform(operator.add, torch.add, "add", "__add__", "__radd__", operator.iadd, "add_")
 def add(site: Site, input: Any, other: Any, *, alpha: Any = 1) -> Logits:
     if alpha == 1:
+        if site.is_logits(input) and site.is_logits(other):
+            first, second = site.logits(input), site.logits(other)
+            same = tensor_example(input).shape == tensor_example(other).shape
+            if first.projection.node is not second.projection.node and same:
+                joined = summed(site, first, second)
+                if joined is not None:
+                    return joined
         for logits_node, bias in ((input, other), (other, input)):
             if site.is_logits(logits_node) and is_tensor(bias) and not site.is_logits(bias):
                 logits = site.logits(logits_node)

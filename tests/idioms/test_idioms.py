@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from checks import relative_error
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from cce_inductor.options import Options
 from cce_inductor.report import LossReport
 from cce_inductor.rewrite import rewrite
+from cce_inductor.testing import relative_error
 
 from .corpus import HIDDEN, IDIOMS, VOCABULARY, Idiom
 
