@@ -173,20 +173,23 @@ class _Planner:
         return max((self.of_statistic[id(part)].level + 1 for part in inner), default=0)
 
     def _anchor(self, statistic: Statistic, consumer: Node) -> Node:
-        """The consumer, or where gradients were switched off before it."""
-        mode = self.found.gradient_mode
-        projection = statistic.logits.projection.node
+        """The consumer, or where gradients were switched off before it: what comes before that
+        may be shared with consumers that need them."""
         node = consumer
-        while mode[node] != mode[projection]:
-            node = node.prev
-        # `node` switched the mode: what comes before it still has the projection's.
+        if not self._is_off(statistic.logits.projection.node):
+            while self._is_off(node):
+                node = node.prev
         return node if self._hoisted(statistic, node, consumer) == [] else consumer
+
+    def _is_off(self, node: Node) -> bool:
+        return self.found.gradient_mode[node] is False
 
     def _hoisted(self, statistic: Statistic, anchor: Node, consumer: Node) -> list[Node] | None:
         """The nodes to move before `anchor`, so that all that a statistic reads is there as its
         consumer sees it; None if that cannot be, or gradients are off there."""
-        mode, position = self.found.gradient_mode, self.found.position
-        if anchor is not consumer and mode[anchor] != mode[statistic.logits.projection.node]:
+        position = self.found.position
+        value = torch.utils._pytree.tree_leaves(example(consumer))[0]
+        if self._is_off(anchor) and isinstance(value, torch.Tensor) and value.requires_grad:
             return None
         operands = [leaf for v in statistic.values for leaf in leaves(v)]
         if anchor is not consumer and any(

@@ -391,7 +391,10 @@ class _Walker:
         """What will be read where the loss is, and kept for its backward, must be what was read
         where the user's graph reads it."""
         here = self.found.position[found.node]
-        last = math.inf if _requires_grad(found.node) else here
+        assert found.logits is not None
+        # One backward may serve several losses.
+        trained = any(map(_requires_grad, found.logits.projection.nodes))
+        last = math.inf if trained else here
         for node, first in self._reads(found.result, here):
             mutation = self.found.mutation_between(node, first, last)
             if mutation is not None:
@@ -399,7 +402,6 @@ class _Walker:
                     f"{operation(found.node)} cannot be rewritten: {operation(mutation)}"
                     f"{at(mutation)} may change what the projection read"
                 )
-                assert found.logits is not None
                 for origin in found.logits.projection.origins:
                     self.kept.setdefault(origin, found.reason)
                 return

@@ -156,7 +156,7 @@ class Program:
 
     def backward(self, operands: Sequence[Tensor]) -> Backward:
         """The pointwise function with its derivative, for operands of such dtypes."""
-        return _backward(self, tuple(_kind(operand.dtype) for operand in operands))
+        return differentiated(self, tuple(_kind(operand.dtype) for operand in operands))
 
 
 def position(operand: Name) -> int:
@@ -170,8 +170,16 @@ def _kind(dtype: torch.dtype) -> torch.dtype:
     return torch.bool if dtype == torch.bool else torch.int64
 
 
-@functools.lru_cache(maxsize=1024)
-def _backward(program: Program, operands: tuple[torch.dtype, ...]) -> Backward:
+@functools.lru_cache(maxsize=4096)
+def differentiated(program: Program, operands: tuple[torch.dtype, ...]) -> Backward:
+    """A program's pointwise function with its derivative.
+
+    Args:
+        operands: the dtype of each, float64 for all floating ones.
+
+    Raises:
+        NotPointwiseError: the derivative has an operator that is not pointwise.
+    """
     return _in_its_own_thread(lambda: _differentiate(program, operands))
 
 
@@ -478,8 +486,7 @@ def steps_of(
             target = node.target
             if base.endswith("_") and not base.startswith("_"):
                 target = overload(f"{base[:-1]}.{target._overloadname}")
-            tags = getattr(target, "tags", ())
-            if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+            if not _is_pointwise(target):
                 raise NotPointwiseError(str(node.target))
             args = tuple(values[a] if isinstance(a, Node) else a for a in node.args)
             kwargs = tuple(
@@ -490,6 +497,18 @@ def steps_of(
             values[node] = name = Name(f"{prefix}{len(steps)}")
             steps.append(Step(name, step_target(target), args, kwargs))
     raise AssertionError("a graph has an output")
+
+
+def _is_pointwise(target: Any) -> bool:
+    """Whether ATen says so of an operator, or of the one whose derivative it is."""
+    tags = getattr(target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags:
+        return False
+    name = step_target(target).split(".")[0]
+    if name.endswith("_backward") and hasattr(torch.ops.aten, name.removesuffix("_backward")):
+        forward = getattr(torch.ops.aten, name.removesuffix("_backward"))
+        return any(_is_pointwise(getattr(forward, o)) for o in forward.overloads())
+    return torch.Tag.pointwise in tags
 
 
 @dataclasses.dataclass

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..kernels.program import Name, NotPointwiseError, steps_of
+from ..kernels.program import (
+    Name,
+    NotPointwiseError,
+    Program,
+    Reduction,
+    differentiated,
+    steps_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,15 +125,21 @@ def capture(
             traced = make_fx(on_scalars)(examples)
     except Exception as error:
         raise NotPointwiseError(f"{type(error).__name__}: {error}") from error
-    steps, results = steps_of(traced, [Name(f"${i}") for i in range(len(nodes))], prefix="%")
+    names = [Name(f"r{i}") for i in range(len(nodes))]
+    steps, results = steps_of(traced, names)
     if len(results) != 1:
         raise NotPointwiseError("it returns several tensors")
-    made: dict[Any, Any] = {Name(f"${i}"): meaning for i, (meaning, _) in enumerate(meanings)}
+    (result,) = results
+    if steps:
+        alone = Program(tuple(steps), (Reduction("sum", (result,)),))
+        differentiated(alone, tuple(example.dtype for example in examples))
+    made: dict[Any, Any] = {
+        name: meaning for name, (meaning, _) in zip(names, meanings, strict=True)
+    }
     for step in steps:
         args = tuple(made[a] if isinstance(a, Name) else a for a in step.args)
         named = tuple((k, made[a] if isinstance(a, Name) else a) for k, a in step.kwargs)
         made[step.name] = Apply(step.target, args, named)
-    (result,) = results
     return made[result] if isinstance(result, Name) else result
 
 
