@@ -231,6 +231,8 @@ class _Walker:
         node = site.node
         if node.op not in ("call_function", "call_method"):
             raise UnsupportedError("")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise UnsupportedError("")
         function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
         return site.pointwise(functional(function), *node.args, **node.kwargs)
 
