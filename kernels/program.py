@@ -392,9 +392,9 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     steps, results = steps_of(traced, inputs)
     made = tuple(Name(result) for result in results[: len(roots)])
     gradients = {
-        name: Name(result)
+        name: result
         for name, result in zip(floating, results[len(roots) :], strict=True)
-        if result is not None
+        if isinstance(result, Name)  # else there is none, or it is 0
     }
     after: set[Name] = {Name(f"g{i}") for i in range(len(roots))}
     for step in steps:
