@@ -129,7 +129,7 @@ class Program:
     @property
     def is_plain(self) -> bool:
         """Whether what is reduced are the logits themselves."""
-        return not self.steps and not self.operands
+        return not self.steps and set(self.roots) == {"z"}
 
     @functools.cached_property
     def operands(self) -> dict[Name, int]:
