@@ -190,7 +190,7 @@ def _parse(text: str) -> Program:
                 assert isinstance(statement, ast.Expr)
                 kind, args, _ = _call(statement.value)
                 reductions.append(Reduction(kind, args))
-    except (AssertionError, AttributeError, SyntaxError, ValueError) as error:
+    except (AssertionError, AttributeError, KeyError, SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} is not a program over logits: {error}") from None
     unknown = {r.kind for r in reductions} - set(REDUCTIONS)
     if unknown or not reductions:
