@@ -211,7 +211,7 @@ class Cotangent:
         if self.grad_sum is not None:
             cotangent += self._column(self.grad_sum[block])
         for grad_mean, mean, y in self.means:
-            distance = values[y] - self._column(mean[block])
+            distance = values[y].to(self.dtype) - self._column(mean[block])
             cotangent += distance * probability * self._column(grad_mean[block])
         for grad_mean, lse, x in self.weights:
             probability = (values[x] - self._column(lse[block])).exp_()
