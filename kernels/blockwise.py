@@ -111,7 +111,7 @@ class KeptRows:
             for reduction in head.program.reductions:
                 if reduction.kind == "target":
                     _, index, ignore_index = reduction.args
-                    keep |= head.operands[position(index)] != ignore_index
+                    keep |= head.operands[position(index)].to(torch.int64) != ignore_index
             if not bool(keep.all()):
                 self.rows = keep.nonzero().squeeze(1)
         self.device = head.linear_weight.device
@@ -302,7 +302,7 @@ def _indices(head: Head, kept: KeptRows, *, check: bool) -> dict[Name, Tensor]:
     indices = {}
     for reduction in head.program.reductions:
         if reduction.kind in INDEXED:
-            index = kept.select(head.operands[position(reduction.args[1])])
+            index = kept.select(head.operands[position(reduction.args[1])]).to(torch.int64)
             if check:
                 check_index(reduction, index, head.linear_weight.shape[0])
             indices[Name(str(reduction))] = index_of(reduction, index, head.linear_weight.shape[0])

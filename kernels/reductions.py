@@ -19,8 +19,8 @@ NOWHERE = -1
 
 
 def index_of(reduction: Reduction, operand: Tensor, vocabulary: int) -> Tensor:
-    """[rows, k] indices, counted from the front, `NOWHERE` where they are ignored."""
-    index = operand.to(torch.int64)
+    """[rows, k] int64 indices, counted from the front, `NOWHERE` where they are ignored."""
+    index = operand
     if reduction.kind == "index":
         index = torch.where(index < 0, index + vocabulary, index)
     if reduction.kind == "target":
