@@ -427,9 +427,9 @@ class NotPointwiseError(Exception):
     """A traced function holds an operator that is not pointwise."""
 
 
-_MAKE_SCALARS = frozenset(["full", "scalar_tensor", "zeros", "ones"])
+_MAKE_SCALARS = frozenset(["full", "scalar_tensor", "zeros", "ones", "_efficientzerotensor"])
 _MAKE_LIKE = frozenset(
-    ["full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"]
+    ["full_like", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_full"]
 )
 _COPIES = frozenset(["detach", "alias", "clone", "lift_fresh_copy", "lift_fresh", "_to_copy"])
 _FACTORY_OPTIONS = ("dtype", "layout", "device", "pin_memory", "memory_format")
@@ -474,11 +474,14 @@ def steps_of(
             if base in _MAKE_SCALARS | _MAKE_LIKE:
                 values[node] = _constant_of(base, node, values)
                 continue
+            if base in ("fill", "fill_"):
+                filler = node.args[1]
+                values[node] = values[filler] if isinstance(filler, Node) else filler
+                continue
             target = node.target
             if base.endswith("_") and not base.startswith("_"):
                 target = overload(f"{base[:-1]}.{target._overloadname}")
-            tags = getattr(target, "tags", ())
-            if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
+            if not _is_pointwise(target):
                 raise NotPointwiseError(str(node.target))
             args = tuple(values[a] if isinstance(a, Node) else a for a in node.args)
             kwargs = tuple(
@@ -491,13 +494,22 @@ def steps_of(
     raise AssertionError("a graph has an output")
 
 
+def _is_pointwise(operator: Any) -> bool:
+    """What ATen says; of a derivative that does not say, what it says of the operator."""
+    tags = set(getattr(operator, "tags", ()))
+    forward, suffix, _ = step_target(operator).partition("_backward")
+    if suffix and hasattr(torch.ops.aten, forward):
+        tags.update(overload(forward).tags)
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
 @dataclasses.dataclass
 class _Boxed:
     value: Any
 
 
 def _constant_of(base: str, node: Node, values: dict[Node, Any]) -> Any:
-    if "zeros" in base:
+    if "zero" in base or base == "empty_like":  # which is filled next
         return 0.0
     if "ones" in base:
         return 1.0
