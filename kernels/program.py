@@ -266,11 +266,18 @@ class Schedule:
         ]
 
     def peak(self) -> int:
-        """Blocks that exist at the same time at most, `z` among them."""
-        live, most = {Name("z")}, 1
+        """Blocks that exist at the same time at most; that of the logits always does."""
+        logits, live, most = Name("z"), set[Name](), 1
         for step, dying in zip(self.steps, self._dying, strict=True):
-            live.add(step.name)
-            most = max(most, len(live))
+            first = step.args[0] if step.args else None
+            over = step.target in _IN_PLACE and first in dying and not self.has_aliases
+            if over and first == logits:
+                logits = step.name
+            else:
+                live.add(step.name)
+            if over:
+                live.discard(first)
+            most = max(most, 1 + len(live))
             live -= dying
         return most
 
@@ -280,7 +287,7 @@ class Schedule:
         With `in_place`, a step writes over a block that it is the last to need, and what is
         needed no more is dropped.
         """
-        in_place = in_place and not self.has_aliases
+        drop, in_place = in_place, in_place and not self.has_aliases
         block = values[Name("z")]
         for step, dying in zip(self.steps, self._dying, strict=True):
             function = overload(step.target)
@@ -306,7 +313,7 @@ class Schedule:
                 result = result.to(block.dtype)
             values[step.name] = result
             for use in dying:
-                if in_place and use[0] == "t":
+                if drop and use[0] == "t":
                     del values[use]
 
 
