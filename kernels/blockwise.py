@@ -151,7 +151,7 @@ class Workspace:
         if not program.is_plain:
             blocks += program.backward(head.operands).peak if backward else program.forward.peak()
         if any(reduction.kind == "mean" for reduction in program.reductions):
-            blocks += 2
+            blocks += 3 if backward else 2
         row_bytes = (
             width * head.logit_dtype.itemsize * blocks
             + width * head.compute_dtype.itemsize * with_operand

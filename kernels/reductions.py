@@ -168,8 +168,11 @@ class Cotangent:
             indices, grads = zip(*self.grad_at, strict=True)
             self.index, self.grad_index = torch.cat(indices, 1), torch.cat(grads, 1)
             if self.index.shape[1] > 1:  # of equal indices each gets what all of them get
-                same = self.index.unsqueeze(2) == self.index.unsqueeze(1)
-                self.grad_index = (same * self.grad_index.unsqueeze(1)).sum(2)
+                sums = [
+                    self.grad_index.where(self.index == column.unsqueeze(1), 0.0).sum(1)
+                    for column in self.index.unbind(1)
+                ]
+                self.grad_index = torch.stack(sums, 1)
         if self.lse is not None:
             # exp(x - lse) = exp(x - shift) * exp(shift - lse): the first factor is exact where it
             # matters (x near lse), the second carries what float32 cannot hold of lse.
@@ -185,7 +188,9 @@ class Cotangent:
             inside, columns = columns_in(self.index[block], tile)
             at_index = value.gather(1, columns).double()
         if self.lse is None:
-            cotangent = value.new_zeros(value.shape, dtype=self.dtype)
+            cotangent = (
+                value.zero_() if overwrite else value.new_zeros(value.shape, dtype=self.dtype)
+            )
         else:
             shift = self.shift[block].unsqueeze(1)
             cotangent = (value.sub_(shift) if overwrite else value - shift).exp_()
@@ -212,7 +217,7 @@ class Cotangent:
             cotangent += self._column(self.grad_sum[block])
         for grad_mean, mean, y in self.means:
             distance = values[y].to(self.dtype) - self._column(mean[block])
-            cotangent += distance * probability * self._column(grad_mean[block])
+            cotangent += distance.mul_(probability).mul_(self._column(grad_mean[block]))
         for grad_mean, lse, x in self.weights:
             probability = (values[x] - self._column(lse[block])).exp_()
             cotangent += probability.mul_(self._column(grad_mean[block]))
