@@ -473,7 +473,7 @@ def _massless_tiles(
     """Which tiles have a gradient that is exactly zero: no row's index, and every probability
     below half the smallest number of the logit dtype, where exp rounds to zero."""
     tiles = tile_count(head.linear_weight.shape[0])
-    if rows == 0:
+    if rows == 0 or not by_value:
         return [True] * tiles
     only = by_value.get(Z) if head.program.is_plain else None
     if only is None or only.lse is None:
