@@ -176,10 +176,10 @@ def test_symbolic_sizes():
     fake = lambda *shape, dtype=torch.float32: mode.from_tensor(  # noqa: E731
         torch.zeros(shape, dtype=dtype), static_shapes=False
     )
+    input, weight = fake(6, 8), fake(3000, 8)
+    target, index = fake(6, dtype=torch.int64), fake(6, 3, dtype=torch.int64)
+    program = "logsumexp(z); target(z, r0, -100); gather(z, r1); topk(z, 2)"
     with mode:
-        input, weight = fake(6, 8), fake(3000, 8)
-        target, index = fake(6, dtype=torch.int64), fake(6, 3, dtype=torch.int64)
-        program = "logsumexp(z); target(z, r0, -100); gather(z, r1); topk(z, 2)"
         results = OPS.reduce_rows(
             input, weight, None, [target, index], program, False, torch.float32, 2**20
         )
