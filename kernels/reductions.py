@@ -216,7 +216,11 @@ class Cotangent:
         if self.grad_sum is not None:
             cotangent += self._column(self.grad_sum[block])
         for grad_mean, mean, y in self.means:
-            distance = values[y].to(self.dtype) - self._column(mean[block])
+            if y == self.name:  # both are near the logsumexp
+                distance = value - shift
+                distance -= self._column(mean[block] - self.shift[block])
+            else:
+                distance = values[y].to(self.dtype) - self._column(mean[block])
             cotangent += distance.mul_(probability).mul_(self._column(grad_mean[block]))
         for grad_mean, lse, x in self.weights:
             probability = (values[x] - self._column(lse[block])).exp_()
@@ -270,7 +274,10 @@ def cotangents(
             y = Name(reduction.args[1])
             of.lse = lse[reduction.value]
             of.means.append((grad, result, y))
-            cotangent(y).weights.append((grad, of.lse, reduction.value))
+            if y == reduction.value:  # the two gradients of an entropy cancel: exactly, here
+                of.grad_lse = of.grad_lse + grad
+            else:
+                cotangent(y).weights.append((grad, of.lse, reduction.value))
         elif reduction.kind == "sum":
             of.grad_sum = grad if of.grad_sum is None else of.grad_sum + grad
         else:
