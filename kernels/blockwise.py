@@ -111,7 +111,7 @@ class KeptRows:
             for reduction in head.program.reductions:
                 if reduction.kind == "target":
                     _, index, ignore_index = reduction.args
-                    keep |= head.operands[position(index)] != ignore_index
+                    keep |= head.operands[position(index)].to(torch.int64) != ignore_index
             if not bool(keep.all()):
                 self.rows = keep.nonzero().squeeze(1)
         self.device = head.linear_weight.device
@@ -151,7 +151,7 @@ class Workspace:
         if not program.is_plain:
             blocks += program.backward(head.operands).peak if backward else program.forward.peak()
         if any(reduction.kind == "mean" for reduction in program.reductions):
-            blocks += 2
+            blocks += 3 if backward else 2
         row_bytes = (
             width * head.logit_dtype.itemsize * blocks
             + width * head.compute_dtype.itemsize * with_operand
@@ -302,7 +302,7 @@ def _indices(head: Head, kept: KeptRows, *, check: bool) -> dict[Name, Tensor]:
     indices = {}
     for reduction in head.program.reductions:
         if reduction.kind in INDEXED:
-            index = kept.select(head.operands[position(reduction.args[1])])
+            index = kept.select(head.operands[position(reduction.args[1])]).to(torch.int64)
             if check:
                 check_index(reduction, index, head.linear_weight.shape[0])
             indices[Name(str(reduction))] = index_of(reduction, index, head.linear_weight.shape[0])

@@ -129,7 +129,7 @@ class Program:
     @property
     def is_plain(self) -> bool:
         """Whether what is reduced are the logits themselves."""
-        return not self.steps and not self.operands
+        return not self.steps and set(self.roots) == {"z"}
 
     @functools.cached_property
     def operands(self) -> dict[Name, int]:
@@ -199,7 +199,7 @@ def _parse(text: str) -> Program:
                 assert isinstance(statement, ast.Expr)
                 kind, args, _ = _call(statement.value)
                 reductions.append(Reduction(kind, args))
-    except (AssertionError, AttributeError, SyntaxError, ValueError) as error:
+    except (AssertionError, AttributeError, KeyError, SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} is not a program over logits: {error}") from None
     unknown = {r.kind for r in reductions} - set(REDUCTIONS)
     if unknown or not reductions:
@@ -275,11 +275,18 @@ class Schedule:
         ]
 
     def peak(self) -> int:
-        """Blocks that exist at the same time at most, `z` among them."""
-        live, most = {Name("z")}, 1
+        """Blocks that exist at the same time at most; that of the logits always does."""
+        logits, live, most = Name("z"), set[Name](), 1
         for step, dying in zip(self.steps, self._dying, strict=True):
-            live.add(step.name)
-            most = max(most, len(live))
+            first = step.args[0] if step.args else None
+            over = step.target in _IN_PLACE and first in dying and not self.has_aliases
+            if over and first == logits:
+                logits = step.name
+            else:
+                live.add(step.name)
+            if over:
+                live.discard(first)
+            most = max(most, 1 + len(live))
             live -= dying
         return most
 
@@ -289,7 +296,7 @@ class Schedule:
         With `in_place`, a step writes over a block that it is the last to need, and what is
         needed no more is dropped.
         """
-        in_place = in_place and not self.has_aliases
+        drop, in_place = in_place, in_place and not self.has_aliases
         block = values[Name("z")]
         for step, dying in zip(self.steps, self._dying, strict=True):
             function = overload(step.target)
@@ -315,7 +322,7 @@ class Schedule:
                 result = result.to(block.dtype)
             values[step.name] = result
             for use in dying:
-                if in_place and use[0] == "t":
+                if drop and use[0] == "t":
                     del values[use]
 
 
@@ -401,9 +408,9 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     steps, results = steps_of(traced, inputs)
     made = tuple(Name(result) for result in results[: len(roots)])
     gradients = {
-        name: Name(result)
+        name: result
         for name, result in zip(floating, results[len(roots) :], strict=True)
-        if result is not None
+        if isinstance(result, Name)  # else there is none, or it is 0
     }
     after: set[Name] = {Name(f"g{i}") for i in range(len(roots))}
     for step in steps:
@@ -436,9 +443,9 @@ class NotPointwiseError(Exception):
     """A traced function holds an operator that is not pointwise."""
 
 
-_MAKE_SCALARS = frozenset(["full", "scalar_tensor", "zeros", "ones"])
+_MAKE_SCALARS = frozenset(["full", "scalar_tensor", "zeros", "ones", "_efficientzerotensor"])
 _MAKE_LIKE = frozenset(
-    ["full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full"]
+    ["full_like", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_full"]
 )
 _COPIES = frozenset(["detach", "alias", "clone", "lift_fresh_copy", "lift_fresh", "_to_copy"])
 _FACTORY_OPTIONS = ("dtype", "layout", "device", "pin_memory", "memory_format")
@@ -483,6 +490,10 @@ def steps_of(
             if base in _MAKE_SCALARS | _MAKE_LIKE:
                 values[node] = _constant_of(base, node, values)
                 continue
+            if base in ("fill", "fill_"):
+                filler = node.args[1]
+                values[node] = values[filler] if isinstance(filler, Node) else filler
+                continue
             target = node.target
             if base.endswith("_") and not base.startswith("_"):
                 target = overload(f"{base[:-1]}.{target._overloadname}")
@@ -517,7 +528,7 @@ class _Boxed:
 
 
 def _constant_of(base: str, node: Node, values: dict[Node, Any]) -> Any:
-    if "zeros" in base:
+    if "zero" in base or base == "empty_like":  # which is filled next
         return 0.0
     if "ones" in base:
         return 1.0

@@ -19,8 +19,8 @@ NOWHERE = -1
 
 
 def index_of(reduction: Reduction, operand: Tensor, vocabulary: int) -> Tensor:
-    """[rows, k] indices, counted from the front, `NOWHERE` where they are ignored."""
-    index = operand.to(torch.int64)
+    """[rows, k] int64 indices, counted from the front, `NOWHERE` where they are ignored."""
+    index = operand
     if reduction.kind == "index":
         index = torch.where(index < 0, index + vocabulary, index)
     if reduction.kind == "target":
@@ -168,8 +168,11 @@ class Cotangent:
             indices, grads = zip(*self.grad_at, strict=True)
             self.index, self.grad_index = torch.cat(indices, 1), torch.cat(grads, 1)
             if self.index.shape[1] > 1:  # of equal indices each gets what all of them get
-                same = self.index.unsqueeze(2) == self.index.unsqueeze(1)
-                self.grad_index = (same * self.grad_index.unsqueeze(1)).sum(2)
+                sums = [
+                    self.grad_index.where(self.index == column.unsqueeze(1), 0.0).sum(1)
+                    for column in self.index.unbind(1)
+                ]
+                self.grad_index = torch.stack(sums, 1)
         if self.lse is not None:
             # exp(x - lse) = exp(x - shift) * exp(shift - lse): the first factor is exact where it
             # matters (x near lse), the second carries what float32 cannot hold of lse.
@@ -185,7 +188,9 @@ class Cotangent:
             inside, columns = columns_in(self.index[block], tile)
             at_index = value.gather(1, columns).double()
         if self.lse is None:
-            cotangent = value.new_zeros(value.shape, dtype=self.dtype)
+            cotangent = (
+                value.zero_() if overwrite else value.new_zeros(value.shape, dtype=self.dtype)
+            )
         else:
             shift = self.shift[block].unsqueeze(1)
             cotangent = (value.sub_(shift) if overwrite else value - shift).exp_()
@@ -211,8 +216,12 @@ class Cotangent:
         if self.grad_sum is not None:
             cotangent += self._column(self.grad_sum[block])
         for grad_mean, mean, y in self.means:
-            distance = values[y] - self._column(mean[block])
-            cotangent += distance * probability * self._column(grad_mean[block])
+            if y == self.name:  # both are near the logsumexp
+                distance = value - shift
+                distance -= self._column(mean[block] - self.shift[block])
+            else:
+                distance = values[y].to(self.dtype) - self._column(mean[block])
+            cotangent += distance.mul_(probability).mul_(self._column(grad_mean[block]))
         for grad_mean, lse, x in self.weights:
             probability = (values[x] - self._column(lse[block])).exp_()
             cotangent += probability.mul_(self._column(grad_mean[block]))
@@ -265,7 +274,10 @@ def cotangents(
             y = Name(reduction.args[1])
             of.lse = lse[reduction.value]
             of.means.append((grad, result, y))
-            cotangent(y).weights.append((grad, of.lse, reduction.value))
+            if y == reduction.value:  # the two gradients of an entropy cancel: exactly, here
+                of.grad_lse = of.grad_lse + grad
+            else:
+                cotangent(y).weights.append((grad, of.lse, reduction.value))
         elif reduction.kind == "sum":
             of.grad_sum = grad if of.grad_sum is None else of.grad_sum + grad
         else:

@@ -1,44 +1,66 @@
-"""The specification: the row statistics of Cut Cross-Entropy from logits that are stored.
+"""The specification: what a program says about each row, from logits that are stored.
 
-Five lines of ordinary PyTorch. `blockwise` must agree with it to rounding; tests run it in float64.
+Ordinary PyTorch, with its own gradients. `blockwise` must agree with it to rounding; tests run it
+in float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .modification import Modification
+from .program import Name, Program, overload, position, tensor_arguments
 
 
-def row_statistics(
+def reduce(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
-    target: Tensor,
-    logit_sum_weight: Tensor | None,
-    ignore_index: int,
-    modification: Modification,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``logsumexp`` over the vocabulary, the target's logit and the weighted sum of the logits.
+    operands: Sequence[Tensor],
+    program: Program,
+) -> list[Tensor]:
+    """The results of the program's reductions, in order.
 
     Args:
-        input: [tokens, hidden].
+        input: [rows, hidden].
         linear_weight: [vocabulary, hidden], the dtype of `input`.
         linear_bias: [vocabulary] or None.
-        target: [tokens], int64, in [0, vocabulary) or `ignore_index`.
-        logit_sum_weight: [vocabulary] or None for all ones.
-        ignore_index: rows with this target are 0 in every statistic.
-        modification: applied to each logit.
-
-    Returns:
-        ``(lse, target_logit, logit_sum)``, each [tokens].
+        operands: what `program` names: [rows] or an index's [rows, k], [vocabulary], [], or
+            [rows, vocabulary].
+        program: what is computed.
     """
-    logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-    modification.apply_(logits)
-    kept = target != ignore_index
-    target_logit = logits.gather(1, target.where(kept, 0)[:, None]).squeeze(1)
-    logit_sum = (logits if logit_sum_weight is None else logits * logit_sum_weight).sum(1)
-    statistics = (torch.logsumexp(logits, 1), target_logit, logit_sum)
-    lse, target_logit, logit_sum = (s.where(kept, 0.0) for s in statistics)
-    return lse, target_logit, logit_sum
+    z = torch.nn.functional.linear(input, linear_weight, linear_bias)
+    values: dict[str, Tensor] = {"z": z, "j": torch.arange(z.shape[1], device=z.device)}
+    for name, at in program.operands.items():
+        values[name] = operands[at].unsqueeze(1) if name[0] == "r" else operands[at]
+    for step in program.steps:
+        args = [
+            values[a] if isinstance(a, Name) else torch.tensor(a, dtype=z.dtype) if is_tensor else a
+            for a, is_tensor in zip(step.args, tensor_arguments(step.target), strict=False)
+        ]
+        kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in step.kwargs}
+        values[step.name] = overload(step.target)(*args, **kwargs)
+
+    results: list[Tensor] = []
+    for reduction in program.reductions:
+        x, (_, *rest) = values[reduction.value].expand(z.shape), reduction.args
+        if reduction.kind == "logsumexp":
+            results.append(torch.logsumexp(x.to(z.dtype), 1))
+        elif reduction.kind == "sum":
+            results.append(x.sum(1))
+        elif reduction.kind == "mean":
+            results.append((torch.softmax(x.to(z.dtype), 1) * values[rest[0]]).sum(1))
+        elif reduction.kind == "gather":
+            results.append(x.gather(1, operands[position(rest[0])]))
+        elif reduction.kind == "index":
+            results.append(x[torch.arange(len(x), device=x.device), operands[position(rest[0])]])
+        elif reduction.kind == "target":
+            target = operands[position(rest[0])]
+            kept = target != rest[1]
+            found = x.gather(1, target.where(kept, 0).unsqueeze(1)).squeeze(1)
+            results.append(found.where(kept, 0.0))
+        else:
+            results += x.max(1) if reduction.kind == "max" else x.topk(rest[0], 1)
+    return results
