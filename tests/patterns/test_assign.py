@@ -37,13 +37,16 @@ def test_graph():
         logits[..., 40:] = -torch.inf
         return F.cross_entropy(logits.view(-1, 50), target)
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET % 40), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET % 40),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = ge.Scalar(j, 40); t1 = where.ScalarSelf(t0, -inf, z); logsumexp(t1); target(t1, r0, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 def test_graph_of_entries_by_a_tensor():
@@ -52,7 +55,9 @@ def test_graph_of_entries_by_a_tensor():
         logits[..., entries] = -5.0
         return F.cross_entropy(logits.view(-1, 50), target)
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET, torch.tensor([1, -4])), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET, torch.tensor([1, -4])),
+        """\
 arange = torch.arange(50, device = device(type='cpu'))
 remainder = torch.remainder(l_entries_, 50)
 isin = torch.isin(arange, remainder)
@@ -61,7 +66,8 @@ getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 def through_a_view(logits):

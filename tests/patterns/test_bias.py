@@ -170,18 +170,23 @@ def test_numbers_of_what_is_no_bias_of_the_projection(add):
 
 def test_graph_of_a_bias_after_a_scale():
     fn = loss_after(lambda x, b: x * 2 + b)
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_bias_, l_target_], 't0 = mul.Tensor(z, 2); t1 = add.Tensor(t0, c0); logsumexp(t1); target(t1, r1, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 def test_graph_of_a_value_for_each_row():
     fn = loss_after(lambda x, b: (x + b[:3, None]).tanh())
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        """\
 getitem = l_bias_[(slice(None, 3, None), None)]
 expand_rows = torch.ops.cce_inductor.expand_rows.default(getitem, l_input_, 2, 1)
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [expand_rows, l_target_], 't0 = add.Tensor(z, r0); t1 = tanh(t0); logsumexp(t1); target(t1, r1, -100)', skip_ignored = True)
@@ -189,7 +194,8 @@ getitem_1 = reduce[0]
 getitem_2 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_1, getitem_2, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 LEFT_ALONE = {

@@ -129,13 +129,16 @@ def test_numbers_of_comparisons(cast):
 def test_graph_of_a_comparison():
     input, weight = (t.detach().float().requires_grad_() for t in (INPUT, WEIGHT))
     fn = loss_after(lambda x: x * (x > 0.5).float())
-    assert_expected_inline(rewritten_graph(fn, input, weight, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, input, weight, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = gt.Scalar(z, 0.5); t1 = detach(t0); t2 = where.Scalar(t1, 1.0, 0.0); t3 = mul.Tensor(z, t2); logsumexp(t3); target(t3, r0, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 @pytest.mark.parametrize("cast", [lambda x: x.bool().float(), lambda x: x.bool().int().float()])

@@ -24,7 +24,9 @@ def loss_of(project):
 
 def test_graph():
     fn = loss_of(F.conv1d)
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        """\
 movedim = torch.movedim(l_input_, 1, -1)
 reshape = torch.reshape(l_weight_, (50, 8))
 reduce = torch.ops.cce_inductor.reduce.default(movedim, reshape, l_bias_, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
@@ -32,7 +34,8 @@ getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 SPELLINGS = {

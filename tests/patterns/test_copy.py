@@ -77,13 +77,16 @@ def test_zeroed_clone_is_left_alone():
 
 def test_graph_of_a_detached_half():
     fn = loss_after(lambda x: x + x.detach() / 2)
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = detach(z); t1 = div.Tensor(t0, 2); t2 = add.Tensor(z, t1); logsumexp(t2); target(t2, r0, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 @pytest.mark.parametrize("detach", [lambda x: x.detach(), torch.detach, lambda x: x.data])

@@ -238,7 +238,9 @@ def test_graph_of_class_probabilities():
     def fn(input, weight, target):
         return F.cross_entropy(F.linear(input, weight), target, label_smoothing=0.1)
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, PROBABILITIES), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, PROBABILITIES),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = mul.Tensor(b0, 0.9); t1 = add.Tensor(t0, 0.002); t2 = mul.Tensor(t1, z); sum(t2); sum(t1); logsumexp(z)')
 getitem = reduce[0]
 getitem_1 = reduce[1]
@@ -249,7 +251,8 @@ neg = torch.neg(sub)
 mean = torch.mean(neg)
 to = mean.to(torch.float32)
 return (to,)
-""")
+""",
+    )
 
 
 def test_class_probabilities_with_class_dimension_1():
@@ -331,11 +334,19 @@ def test_another_class_dimension_is_left_alone():
     )
 
 
-def test_softmax_over_the_tokens_is_left_alone():
+def test_softmax_over_the_tokens():
     def fn(input, weight, target):
         return F.cross_entropy(F.linear(input, weight).transpose(0, 1), target)
 
-    assert reason_against(fn, INPUT, WEIGHT, torch.randint(6, (50,))) == (
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, torch.randint(6, (50,)))
+
+
+def test_softmax_over_the_tokens_of_a_head_with_bias_is_left_alone():
+    def fn(input, weight, bias, target):
+        return F.cross_entropy(F.linear(input, weight, bias).transpose(0, 1), target)
+
+    bias = torch.zeros(50)
+    assert reason_against(fn, INPUT, WEIGHT, bias, torch.randint(6, (50,))) == (
         "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
     )
 
@@ -382,14 +393,17 @@ def test_graph_of_nll_loss():
     def fn(input, weight, target):
         return F.nll_loss(F.linear(input, weight).log_softmax(-1), target)
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'target(z, r0, -100); logsumexp(z)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 sub = torch.ops.aten.sub.Tensor(getitem, getitem_1)
 cross_entropy = torch.ops.cce_inductor.cross_entropy.default(None, sub, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy,)
-""")
+""",
+    )
 
 
 def test_other_loss_is_left_alone():

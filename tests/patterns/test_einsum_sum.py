@@ -24,7 +24,9 @@ def beside_a_loss(reduce):
 
 def test_graph():
     fn = beside_a_loss(lambda x, t: torch.einsum("nv,nv->n", F.one_hot(t, 50).float(), x))
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
@@ -36,7 +38,8 @@ getitem_2 = reduce_1[0]
 squeeze = torch.squeeze(getitem_2, 1)
 to = squeeze.to(torch.float32)
 return (cross_entropy_1, to)
-""")
+""",
+    )
 
 
 SPELLINGS = {

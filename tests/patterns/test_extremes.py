@@ -24,7 +24,9 @@ def beside_a_loss(reduce):
 
 def test_graph_of_an_accuracy():
     fn = beside_a_loss(lambda x, t: (x.argmax(-1) == t).float().mean())
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100); max(z)')
 getitem = reduce[0]
 getitem_1 = reduce[1]
@@ -36,7 +38,8 @@ eq = detach == l_target_
 float_1 = eq.float()
 mean = float_1.mean()
 return (cross_entropy_1, mean)
-""")
+""",
+    )
 
 
 def test_graph_of_max():
@@ -45,7 +48,9 @@ def test_graph_of_max():
         value, index = logits.softmax(-1).max(-1)
         return F.cross_entropy(logits, target), value, index
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'max(z); logsumexp(z); target(z, r0, -100)')
 getitem_2 = reduce[0]
 getitem_3 = reduce[2]
@@ -59,7 +64,8 @@ squeeze_1 = torch.squeeze(getitem_4, 1)
 getitem_5 = reduce[3]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_3, getitem_5, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1, to, squeeze_1)
-""")
+""",
+    )
 
 
 SPELLINGS = {
@@ -77,6 +83,7 @@ SPELLINGS = {
     "max of detached logits": lambda x, t: x.detach().max(-1).values,
     "amax": lambda x, t: x.amax(-1),
     "torch.amax": lambda x, t: torch.amax(x, (1,), True),
+    "argmax of rows": lambda x, t: x.argmax(0),
     "topk": lambda x, t: x.topk(5).values,
     "topk, its indices": lambda x, t: x.topk(5).indices,
     "torch.topk": lambda x, t: torch.topk(x, 3, -1)[0],
@@ -100,10 +107,10 @@ ROWS = "it reduces over the rows, not over the vocabulary"
 BOTH = "it reduces over rows and vocabulary"
 OTHER = "it is not a pointwise function"
 LEFT_ALONE = {
-    "argmax of rows": (lambda x, t: x.argmax(0), "argmax", ROWS),
+    "argmax of rows": (lambda x, t: (x + torch.arange(50)).argmax(0), "argmax", ROWS),
     "argmax of everything": (lambda x, t: x.argmax(), "argmax", BOTH),
     "amax of everything": (lambda x, t: x.amax(), "amax", BOTH),
-    "max of rows": (lambda x, t: x.max(0).values, "max", ROWS),
+    "max of rows": (lambda x, t: (x * torch.arange(50)).max(0).values, "max", ROWS),
     "max with a tensor": (
         lambda x, t: torch.max(x, torch.zeros(50)),
         "max",

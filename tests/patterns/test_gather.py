@@ -24,7 +24,9 @@ def beside_a_loss(reduce):
 
 def test_graph():
     fn = beside_a_loss(lambda x, t: x.gather(1, t[:, None]))
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 getitem = l_target_[(slice(None, None, None), None)]
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_, getitem], 'logsumexp(z); target(z, r0, -100); gather(z, r1)')
 getitem_1 = reduce[0]
@@ -33,7 +35,8 @@ cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_1, getite
 getitem_3 = reduce[2]
 to = getitem_3.to(torch.float32)
 return (cross_entropy_1, to)
-""")
+""",
+    )
 
 
 def test_graph_of_index_tensors():
@@ -41,7 +44,9 @@ def test_graph_of_index_tensors():
         log_probs = F.linear(input, weight).log_softmax(-1)
         return -log_probs[torch.arange(6), target].mean()
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 arange = torch.arange(6)
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'index(z, r0); logsumexp(z)')
 getitem_1 = reduce[0]
@@ -52,7 +57,8 @@ to = squeeze.to(torch.float32)
 mean = to.mean()
 neg = -mean
 return (neg,)
-""")
+""",
+    )
 
 
 PERMUTED = torch.tensor([5, 4, 3, 2, 1, 0])

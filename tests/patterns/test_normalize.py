@@ -27,7 +27,9 @@ def test_graph_of_log_softmax():
         return -log_probs.gather(-1, target[..., None]).mean()
 
     target = TARGET.abs().view(2, 3) % 50
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, target), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, target),
+        """\
 getitem = l_target_[(Ellipsis, None)]
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [getitem], 'gather(z, r0); logsumexp(z)')
 getitem_1 = reduce[0]
@@ -37,14 +39,17 @@ to = sub.to(torch.float32)
 mean = to.mean()
 neg = -mean
 return (neg,)
-""")
+""",
+    )
 
 
 def test_graph_of_softmax():
     def fn(input, weight):
         return F.linear(input, weight).softmax(-1).square().sum(-1)
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [], 'logsumexp(z)')
 getitem = reduce[0]
 reduce_1 = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [getitem], 't0 = sub.Tensor(z, r0); t1 = exp(t0); t2 = pow.Tensor_Scalar(t1, 2); sum(t2)')
@@ -52,7 +57,8 @@ getitem_1 = reduce_1[0]
 sum_2 = torch.sum(getitem_1, (2,), keepdim = False)
 to = sum_2.to(torch.float32)
 return (to,)
-""")
+""",
+    )
 
 
 SPELLINGS = {

@@ -234,18 +234,23 @@ def test_numbers_of_functions(function):
 
 def test_graph_of_a_function():
     fn = loss_after(lambda x: 15 * x * torch.rsqrt(x * x + 225))
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = mul.Tensor(z, 15); t1 = mul.Tensor(z, z); t2 = add.Tensor(t1, 225); t3 = rsqrt(t2); t4 = mul.Tensor(t0, t3); logsumexp(t4); target(t4, r0, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 def test_graph_of_a_mask():
     fn = loss_after(lambda x: x.masked_fill(torch.arange(50) > 40, -torch.inf))
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET % 40), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET % 40),
+        """\
 arange = torch.arange(50)
 gt = arange > 40
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [gt, l_target_], 't0 = masked_fill.Scalar(z, c0, -inf); logsumexp(t0); target(t0, r1, -100)', skip_ignored = True)
@@ -253,7 +258,8 @@ getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 OPERANDS = {
@@ -294,13 +300,16 @@ def test_graph_with_operands():
         return F.cross_entropy(logits, target)
 
     operands = torch.ones(6, 1), torch.ones(50), torch.ones(()), torch.ones(6, 50)
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET, *operands), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET, *operands),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_scale_, l_shift_, l_temperature_, l_noise_, l_target_], 't0 = mul.Tensor(z, r0); t1 = add.Tensor(t0, c1); t2 = div.Tensor(t1, s2); t3 = add.Tensor(t2, b3); logsumexp(t3); target(t3, r4, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 def test_numbers_with_an_operand_as_large_as_the_logits():

@@ -29,13 +29,16 @@ def test_graph():
         logits = F.linear(input, weight).scatter(-1, index, -torch.inf)
         return F.cross_entropy(logits.view(-1, 50), target)
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET, INDEX), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET, INDEX),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_index_, l_target_], 't0 = eq.Tensor(j, r0); t1 = where.ScalarSelf(t0, -inf, z); logsumexp(t1); target(t1, r1, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 SPELLINGS = {

@@ -222,7 +222,9 @@ def test_graph_of_a_range_of_the_vocabulary():
         return F.cross_entropy(F.linear(input, weight, bias)[..., :45].view(-1, 45), target)
 
     target = TARGET.view(-1).clamp(max=44)
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, torch.randn(50), target), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, torch.randn(50), target),
+        """\
 getitem_1 = l_weight_[slice(0, 45, None)]
 getitem_2 = l_bias_[slice(0, 45, None)]
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, getitem_1, getitem_2, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
@@ -230,7 +232,8 @@ getitem_3 = reduce[0]
 getitem_4 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_3, getitem_4, None, l_target_, None, 45, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 def test_graph_of_two_parts():
@@ -238,7 +241,9 @@ def test_graph_of_two_parts():
         first, second = F.linear(input, weight).split(2, 1)
         return F.cross_entropy(first.mT, target[:, :2]) + F.cross_entropy(second.mT, target[:, 2:])
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 getitem_2 = l_target_[(slice(None, None, None), slice(None, 2, None))]
 narrow = torch.narrow(l_input_, 1, 0, 2)
 permute = torch.permute(narrow, (0, 2, 1))
@@ -257,7 +262,8 @@ getitem_7 = reduce_1[1]
 cross_entropy_3 = torch.ops.cce_inductor.cross_entropy.default(getitem_6, getitem_7, None, getitem_3, None, 50, 'mean', -100, 0.0, torch.float32)
 add = cross_entropy_2 + cross_entropy_3
 return (add,)
-""")
+""",
+    )
 
 
 VOCABULARY = "it selects some entries of the vocabulary"

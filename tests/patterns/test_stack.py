@@ -27,7 +27,9 @@ def test_graph():
         heads = torch.stack([F.linear(input, first), F.linear(input, second)], 2)
         return F.cross_entropy(heads[:, :, 1].view(-1, 50), target)
 
-    assert_expected_inline(rewritten_graph(fn, INPUT, FIRST, SECOND, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, FIRST, SECOND, TARGET),
+        """\
 linear = torch._C._nn.linear(l_input_, l_first_)
 unsqueeze = torch.unsqueeze(l_input_, 2)
 getitem_1 = unsqueeze[(slice(None, None, None), slice(None, None, None), 0, slice(None, None, None))]
@@ -36,7 +38,8 @@ getitem_2 = reduce[0]
 getitem_3 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_2, getitem_3, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 return (cross_entropy_1,)
-""")
+""",
+    )
 
 
 SPELLINGS = {

@@ -24,7 +24,9 @@ def beside_a_loss(reduce):
 
 def test_graph():
     fn = beside_a_loss(lambda x, t: x.square().sum(-1))
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = pow.Tensor_Scalar(z, 2); logsumexp(z); target(z, r0, -100); sum(t0)')
 getitem = reduce[0]
 getitem_1 = reduce[1]
@@ -33,12 +35,15 @@ getitem_2 = reduce[2]
 sum_2 = torch.sum(getitem_2, (1,), keepdim = False)
 to = sum_2.to(torch.float32)
 return (cross_entropy_1, to)
-""")
+""",
+    )
 
 
 def test_graph_of_a_mean_of_everything():
     fn = beside_a_loss(lambda x, t: x.mean())
-    assert_expected_inline(rewritten_graph(fn, INPUT, WEIGHT, TARGET), """\
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100); sum(z)')
 getitem = reduce[0]
 getitem_1 = reduce[1]
@@ -48,7 +53,8 @@ mean_1 = torch.mean(getitem_2, (0, 1), keepdim = False)
 div = torch.div(mean_1, 50)
 to = div.to(torch.float32)
 return (cross_entropy_1, to)
-""")
+""",
+    )
 
 
 SPELLINGS = {
@@ -63,6 +69,7 @@ SPELLINGS = {
     "sum of softmax": lambda x, t: x.softmax(-1).sum(-1) * 2,
     "sum of a comparison": lambda x, t: (x > 0).sum(-1),
     "sum of all comparisons": lambda x, t: (x > 0).sum(),
+    "sum of rows": lambda x, t: x.sum(0),
     "mean": lambda x, t: x.mean(-1),
     "mean of everything": lambda x, t: x.mean(),
     "mean of both dimensions": lambda x, t: x.mean((0, 1), keepdim=True),
@@ -89,8 +96,8 @@ def test_alone_it_is_no_loss():
 
 ROWS = "it reduces over the rows, not over the vocabulary"
 LEFT_ALONE = {
-    "sum of rows": (lambda x, t: x.sum(0), "sum", ROWS),
-    "mean of rows": (lambda x, t: x.mean(0), "mean", ROWS),
+    "sum of rows": (lambda x, t: (x + torch.arange(50)).sum(0), "sum", ROWS),
+    "mean of rows": (lambda x, t: (x * torch.arange(50)).mean(0), "mean", ROWS),
     "prod": (
         lambda x, t: x.prod(-1),
         "prod",
