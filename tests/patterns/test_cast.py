@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_as_accurate_as_eager, reason_against, rewritten_graph
+from checks import assert_as_accurate_as_eager, capture, reason_against, rewritten_graph
 from expecttest import assert_expected_inline
+
+from cce_inductor.options import Options
+from cce_inductor.rewrite import rewrite
 
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8).bfloat16().requires_grad_()
@@ -105,7 +108,53 @@ def test_cast_of_the_operands():
     assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
 
 
-UNSUPPORTED = {
+TRUTH = {
+    "bool": lambda x: x * (x > 0.5).bool(),
+    "bool, then float": lambda x: x * (x > 0.5).float(),
+    "bool, then bfloat16": lambda x: x * (x > 0.5).bfloat16(),
+    "bool, then to": lambda x: x * (x > 0.5).to(x.dtype),
+    "bool of numbers": lambda x: x * (x * (x > 0.5)).bool(),
+    "bool, then int": lambda x: x * (x > 0.5).int(),
+    "bool, then long": lambda x: x * (x > 0.5).long(),
+    "round": lambda x: x.round() + x,
+}
+
+
+@pytest.mark.parametrize("cast", TRUTH.values(), ids=TRUTH)
+def test_numbers_of_comparisons(cast):
+    input, weight = (t.detach().float().requires_grad_() for t in (INPUT, WEIGHT))
+    assert_as_accurate_as_eager(loss_after(cast), input, weight, TARGET)
+
+
+def test_graph_of_a_comparison():
+    input, weight = (t.detach().float().requires_grad_() for t in (INPUT, WEIGHT))
+    fn = loss_after(lambda x: x * (x > 0.5).float())
+    assert_expected_inline(
+        rewritten_graph(fn, input, weight, TARGET),
+        """\
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = gt.Scalar(z, 0.5); t1 = detach(t0); t2 = where.Scalar(t1, 1.0, 0.0); t3 = mul.Tensor(z, t2); logsumexp(t3); target(t3, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
+""",
+    )
+
+
+@pytest.mark.parametrize("cast", [lambda x: x.bool().float(), lambda x: x.bool().int().float()])
+def test_truth_values_alone_have_no_gradient(cast):
+    def fn(input, weight, target):
+        return F.cross_entropy(cast(F.linear(input, weight)), target)
+
+    (module,) = capture(fn, INPUT, WEIGHT, TARGET)
+    (report,) = rewrite(module, Options(min_logits_bytes=0, on_error="raise"))
+    assert report.rewritten
+    (loss,) = module(*(INPUT, WEIGHT, TARGET))
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, fn(INPUT, WEIGHT, TARGET))
+
+
+LEFT_ALONE = {
     "to integers": (
         lambda x: x.to(torch.int64).float(),
         "to",
@@ -126,9 +175,8 @@ UNSUPPORTED = {
         "to",
         "it casts the logits to torch.complex64",
     ),
-    "long": (lambda x: x.long().float(), "long", None),
-    "bool": (lambda x: x.bool().float(), "bool", None),
-    "round": (lambda x: x.round().float(), "round", None),
+    "long": (lambda x: x.long().float(), "long", "it casts the logits to torch.int64"),
+    "int": (lambda x: x.int().float(), "int", "it casts the logits to torch.int32"),
     "bits": (
         lambda x: x.view(torch.int16).float(),
         "view",
@@ -137,11 +185,11 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize(("cast", "name", "why"), UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_unsupported(cast, name, why):
+@pytest.mark.parametrize(("cast", "name", "why"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone(cast, name, why):
     reason = reason_against(loss_after(cast), INPUT, WEIGHT, TARGET)
     assert reason.startswith(f"the logits are used by {name} at ")
-    assert why is None or reason.endswith(f": {why}")
+    assert reason.endswith(f": {why}")
 
 
 def test_dtype_of_the_logits_given_to_another_tensor():

@@ -1,10 +1,13 @@
-"""`contiguous` and `clone`."""
+"""`contiguous`, `clone`, `detach`, a dropout that does nothing."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_as_accurate_as_eager, reason_against, rewritten_graph
+from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
+
+from cce_inductor.options import Options
+from cce_inductor.rewrite import rewrite
 
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
@@ -41,6 +44,17 @@ SPELLINGS = {
     "clone, its format": lambda x: x.clone(memory_format=torch.preserve_format),
     "torch.clone": lambda x: torch.clone(x),
     "torch.clone, keyword": lambda x: torch.clone(input=x),
+    "cpu": lambda x: x.cpu(),
+    "requires_grad_": lambda x: x.requires_grad_(),
+    "positive": lambda x: +x,
+    "Identity": lambda x: torch.nn.Identity()(x),
+    "dropout, not training": lambda x: F.dropout(x, 0.5, training=False),
+    "dropout, not training, in place": lambda x: F.dropout(x, 0.5, False, True),
+    "dropout of nothing": lambda x: F.dropout(x, 0.0),
+    "torch.dropout, not training": lambda x: torch.dropout(x, 0.5, False),
+    "Dropout, not training": lambda x: torch.nn.Dropout(0.5).eval()(x),
+    "half of it detached": lambda x: x + x.detach() / 2,
+    "torch.detach of a half": lambda x: torch.detach(x) / 2 + x,
     "twice": lambda x: x.clone().contiguous().clone(),
 }
 
@@ -50,24 +64,67 @@ def test_numbers(spelling):
     assert_as_accurate_as_eager(loss_after(spelling), INPUT, WEIGHT, TARGET)
 
 
-def test_clone_changed_in_place_is_left_alone():
+def test_zeroed_clone_is_left_alone():
     def fn(input, weight, target):
         logits = F.linear(input, weight)
         other = logits.clone()
         other.zero_()
         return F.cross_entropy(logits.view(-1, 50), target) + other.sum()
 
-    assert reason_against(fn, INPUT, WEIGHT, TARGET).startswith("the logits are used by zero_ at ")
+    for report in reports_of(fn, INPUT, WEIGHT, TARGET):
+        assert report.reason.startswith("the logits are used by zero_ at ")
 
 
-@pytest.mark.parametrize(
-    ("copy", "name"),
-    [
-        (lambda x: x.detach(), "detach"),
-        (lambda x: x.repeat(1, 1, 1), "repeat"),
-        (lambda x: torch.zeros_like(x).copy_(x), "copy_"),
-    ],
-)
-def test_other_copies_are_left_alone(copy, name):
+def test_graph_of_a_detached_half():
+    fn = loss_after(lambda x: x + x.detach() / 2)
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = detach(z); t1 = div.Tensor(t0, 2); t2 = add.Tensor(z, t1); logsumexp(t2); target(t2, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
+""",
+    )
+
+
+@pytest.mark.parametrize("detach", [lambda x: x.detach(), torch.detach, lambda x: x.data])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_detached_logits(detach, scale):
+    def fn(input, weight, target):
+        loss = F.cross_entropy((detach(F.linear(input, weight)) * scale).view(-1, 50), target)
+        return loss, loss + weight.sum()
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
+
+
+LEFT_ALONE = {
+    "repeat": (lambda x: x.repeat(1, 1, 1), "repeat"),
+    "copy_": (lambda x: torch.zeros_like(x).copy_(x), "copy_"),
+    "dropout": (lambda x: F.dropout(x, 0.5), "dropout"),
+    "torch.dropout": (lambda x: torch.dropout(x, 0.5, True), "dropout"),
+    "Dropout": (lambda x: torch.nn.Dropout(0.5)(x), "dropout"),
+}
+
+
+@pytest.mark.parametrize(("copy", "name"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone(copy, name):
     reason = reason_against(loss_after(copy), INPUT, WEIGHT, TARGET)
     assert reason.startswith(f"the logits are used by {name} at ")
+    assert name != "dropout" or reason.endswith(": it is random")
+
+
+def test_another_device_is_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).cpu(), target)
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return lambda *args: (torch.zeros(()),)  # a meta tensor cannot be copied
+
+    graphs = []
+    input, weight = INPUT.detach().view(6, 8).to("meta"), WEIGHT.detach().to("meta")
+    torch.compile(fn, backend=backend)(input, weight, TARGET)
+    (report,) = rewrite(graphs[0], Options(min_logits_bytes=0, on_error="raise"))
+    assert report.reason.endswith(": it moves the logits to another device")

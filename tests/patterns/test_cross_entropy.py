@@ -215,23 +215,93 @@ def test_result_is_bfloat16_for_bfloat16_logits():
     assert_as_accurate_as_eager(fn, input, weight, TARGET)
 
 
-def test_class_probabilities_are_left_alone():
-    def fn(input, weight, target):
-        return F.cross_entropy(F.linear(input, weight), target)
+PROBABILITIES = torch.randn(6, 50).softmax(1)
 
-    target = torch.randn(6, 50).softmax(1)
-    assert reason_against(fn, INPUT, WEIGHT, target) == (
-        "cross_entropy cannot be rewritten: its targets are class probabilities"
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_class_probabilities(reduction, label_smoothing, weighted):
+    def fn(input, weight, target, class_weight):
+        return F.cross_entropy(
+            F.linear(input, weight),
+            target,
+            class_weight if weighted else None,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, PROBABILITIES, CLASS_WEIGHT)
+
+
+def test_graph_of_class_probabilities():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target, label_smoothing=0.1)
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, PROBABILITIES),
+        """\
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = mul.Tensor(b0, 0.9); t1 = add.Tensor(t0, 0.002); t2 = mul.Tensor(t1, z); sum(t2); sum(t1); logsumexp(z)')
+getitem = reduce[0]
+getitem_1 = reduce[1]
+getitem_2 = reduce[2]
+mul = getitem_1 * getitem_2
+sub = torch.ops.aten.sub.Tensor(getitem, mul)
+neg = torch.neg(sub)
+mean = torch.mean(neg)
+to = mean.to(torch.float32)
+return (to,)
+""",
     )
 
 
-def test_probabilities_made_of_the_logits_are_left_alone():
+def test_class_probabilities_with_class_dimension_1():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).mT, target.view(2, 3, 50).mT)
+
+    assert_as_accurate_as_eager(fn, INPUT.view(2, 3, 8), WEIGHT, PROBABILITIES)
+
+
+def test_class_probabilities_of_one_row():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input[0], weight), target[0])
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, PROBABILITIES)
+
+
+MADE_OF_LOGITS = {
+    "the logits": lambda x: x,
+    "their softmax": lambda x: (x / 2).softmax(-1),
+    "their softmax, detached": lambda x: x.softmax(-1).detach(),
+}
+
+
+@pytest.mark.parametrize("made", MADE_OF_LOGITS.values(), ids=MADE_OF_LOGITS)
+def test_probabilities_made_of_the_logits(made):
     def fn(input, weight):
         logits = F.linear(input, weight)
-        return F.cross_entropy(logits, logits)
+        return F.cross_entropy(logits, made(logits))
 
-    assert reason_against(fn, INPUT, WEIGHT) == (
-        "cross_entropy cannot be rewritten: its targets are class probabilities"
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, slack=3)
+
+
+def test_probabilities_of_a_teacher():
+    def fn(input, weight, other):
+        with torch.no_grad():
+            target = F.linear(input, other).softmax(-1)
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, torch.randn(50, 8))
+
+
+def test_probabilities_with_a_gradient_are_left_alone():
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    target = PROBABILITIES.clone().requires_grad_()
+    assert reason_against(fn, INPUT, WEIGHT, target) == (
+        "cross_entropy cannot be rewritten: "
+        "what it combines them with is as large as the logits and requires a gradient"
     )
 
 
@@ -264,34 +334,82 @@ def test_another_class_dimension_is_left_alone():
     )
 
 
-def test_softmax_over_the_tokens_is_left_alone():
+def test_softmax_over_the_tokens():
     def fn(input, weight, target):
         return F.cross_entropy(F.linear(input, weight).transpose(0, 1), target)
 
-    assert reason_against(fn, INPUT, WEIGHT, torch.randint(6, (50,))) == (
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, torch.randint(6, (50,)))
+
+
+def test_softmax_over_the_tokens_of_a_head_with_bias_is_left_alone():
+    def fn(input, weight, bias, target):
+        return F.cross_entropy(F.linear(input, weight, bias).transpose(0, 1), target)
+
+    bias = torch.zeros(50)
+    assert reason_against(fn, INPUT, WEIGHT, bias, torch.randint(6, (50,))) == (
         "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
     )
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda logits, target: F.nll_loss(F.softmax(logits, 1), target),
-        lambda logits, target: F.multi_margin_loss(logits, target),
-        lambda logits, target: F.cross_entropy(F.softmax(logits, 1), target),
-    ],
-)
-def test_other_losses_keep_their_numbers(loss):
+SOFTMAX_BETWEEN = {
+    "nll_loss": lambda x, t: F.nll_loss(F.softmax(x, 1), t),
+    "cross_entropy": lambda x, t: F.cross_entropy(F.softmax(x, 1), t),
+}
+
+
+@pytest.mark.parametrize("loss", SOFTMAX_BETWEEN.values(), ids=SOFTMAX_BETWEEN)
+def test_softmax_between(loss):
     def fn(input, weight, target):
         return loss(F.linear(input, weight), target)
 
-    target = TARGET.abs() % 50
-    assert not any(report.rewritten for report in reports_of(fn, INPUT, WEIGHT, target))
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET, slack=5)
 
 
-def test_softmax_between_is_named():
+NLL = {
+    "mean": lambda x, t, w: F.nll_loss(x.log_softmax(1), t),
+    "sum": lambda x, t, w: F.nll_loss(x.log_softmax(1), t, reduction="sum"),
+    "none": lambda x, t, w: F.nll_loss(x.log_softmax(1), t, reduction="none"),
+    "weights": lambda x, t, w: F.nll_loss(x.log_softmax(1), t, w),
+    "ignore_index": lambda x, t, w: F.nll_loss(x.log_softmax(1), t, ignore_index=7),
+    "size_average": lambda x, t, w: F.nll_loss(x.log_softmax(1), t, size_average=False),
+    "module": lambda x, t, w: torch.nn.NLLLoss(w)(torch.nn.LogSoftmax(-1)(x), t),
+    "of no log_softmax": lambda x, t, w: F.nll_loss(x, t, w),
+    "class dimension 1": lambda x, t, w: F.nll_loss(
+        x.view(2, 3, 50).mT.log_softmax(1), t.view(2, 3)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
+@pytest.mark.parametrize("loss", NLL.values(), ids=NLL)
+def test_nll_loss(loss):
+    def fn(input, weight, target, class_weight):
+        return loss(F.linear(input, weight), target.clamp(min=0), class_weight)
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET, CLASS_WEIGHT)
+
+
+def test_graph_of_nll_loss():
     def fn(input, weight, target):
-        return F.cross_entropy(F.linear(input, weight).softmax(-1), target)
+        return F.nll_loss(F.linear(input, weight).log_softmax(-1), target)
 
-    reason = reason_against(fn, INPUT, WEIGHT, TARGET)
-    assert reason.startswith("the logits are used by softmax at ")
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'target(z, r0, -100); logsumexp(z)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+sub = torch.ops.aten.sub.Tensor(getitem, getitem_1)
+cross_entropy = torch.ops.cce_inductor.cross_entropy.default(None, sub, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy,)
+""",
+    )
+
+
+def test_other_loss_is_left_alone():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.multi_margin_loss(logits, target) + F.cross_entropy(logits, target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET.abs() % 50)
+    assert reason.startswith("the logits are used by multi_margin_loss at ")

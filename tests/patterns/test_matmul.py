@@ -119,6 +119,27 @@ SPELLINGS = {
     "not a transpose": lambda x, w, b: x @ w.permute(0, 1).transpose(0, 0).t(),
     "linear": lambda x, w, b: F.linear(x, w.t().t()),
     "expression": lambda x, w, b: x @ (w * 2).t(),
+    "bmm": lambda x, w, b: x[None].bmm(w.T[None])[0],
+    "torch.bmm": lambda x, w, b: torch.bmm(x[None], w.T[None])[0],
+    "torch.bmm, expand": lambda x, w, b: torch.bmm(x.view(2, 3, 8), w.t().expand(2, -1, -1)).view(
+        6, 50
+    ),
+    "torch.bmm, unsqueeze, expand": lambda x, w, b: torch.bmm(
+        x.view(2, 3, 8), w.T.unsqueeze(0).expand(2, 8, 50)
+    ).view(6, 50),
+    "torch.bmm, torch.unsqueeze": lambda x, w, b: torch.bmm(x[None], torch.unsqueeze(w.T, 0))[0],
+    "torch.bmm, repeat": lambda x, w, b: torch.bmm(x.view(2, 3, 8), w.T[None].repeat(2, 1, 1)).view(
+        6, 50
+    ),
+    "torch.bmm, torch.broadcast_to": lambda x, w, b: torch.bmm(
+        x.view(2, 3, 8), torch.broadcast_to(w.T, (2, 8, 50))
+    ).view(6, 50),
+    "torch.bmm, expand_as": lambda x, w, b: torch.bmm(
+        x.view(2, 3, 8), w.T.expand_as(torch.empty(2, 8, 50))
+    ).view(6, 50),
+    "torch.baddbmm": lambda x, w, b: torch.baddbmm(b, x[None], w.T[None])[0],
+    "baddbmm": lambda x, w, b: b.baddbmm(x[None], w.T[None])[0],
+    "@, a batch of equal weights": lambda x, w, b: (x[None] @ w.T[None])[0],
 }
 
 
@@ -188,9 +209,12 @@ NO_PROJECTION = {
     "addmm with a column": lambda x, w, b: torch.addmm(b[:6, None], x, w.T),
     "addmm with one element": lambda x, w, b: torch.addmm(b[:1], x, w.T),
     "linear with one element": lambda x, w, b: F.linear(x, w, b[:1]),
-    "bmm": lambda x, w, b: torch.bmm(x[None], w.T[None])[0],
-    "baddbmm": lambda x, w, b: torch.baddbmm(b, x[None], w.T[None])[0],
-    "batch of weights": lambda x, w, b: (x[None] @ w.T[None])[0],
+    "baddbmm with beta": lambda x, w, b: torch.baddbmm(b, x[None], w.T[None], beta=2)[0],
+    "bmm with two weights": lambda x, w, b: torch.bmm(
+        x.view(2, 3, 8), torch.stack([w.T, w.T])
+    ).view(6, 50),
+    "batch of inputs": lambda x, w, b: (w @ x.view(2, 3, 8).mT).mT.reshape(6, 50),
+    "__rmatmul__": lambda x, w, b: w.T.__rmatmul__(x),
     "mv": lambda x, w, b: torch.mv(w, x[0]).expand(6, 50),
     "cdist": lambda x, w, b: torch.cdist(x, w),
 }
@@ -202,12 +226,26 @@ def test_no_projection(project):
     assert "no projection that is known" in reason
 
 
-def test_weight_times_input_is_left_alone():
+def test_graph_of_bmm():
+    fn = loss_of(lambda x, w, b: torch.bmm(x.view(2, 3, 8), w.T.expand(2, -1, -1)).view(6, 50))
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, BIAS, TARGET),
+        """\
+view = l_input_.view(2, 3, 8)
+reduce = torch.ops.cce_inductor.reduce.default(view, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
+""",
+    )
+
+
+def test_weight_times_input():
     def fn(input, weight, target):
         return F.cross_entropy((weight @ input.t()).t(), target)
 
-    reason = reason_against(fn, INPUT, WEIGHT, TARGET)
-    assert reason.startswith("the logits are used by t at ")
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
 
 
 def test_vector_of_logits_is_left_alone():

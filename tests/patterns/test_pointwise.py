@@ -164,70 +164,220 @@ def test_each_constant_of_a_softcap_counts():
     assert len({values(inner, outer) for inner in (2.0, 3.0) for outer in (2.0, 3.0)}) == 4
 
 
-UNSUPPORTED = {
-    "c / x": (lambda x: 2 / x, "truediv", "the logits are not its first operand"),
-    "torch.div, swapped": (
-        lambda x: torch.div(torch.ones(()), x),
-        "div",
-        "the logits are not its first operand",
-    ),
-    "rounded quotient": (
+NO_DERIVATIVE = pytest.mark.xfail(
+    strict=True, reason="rewritten, and its backward operator is not pointwise by its tags: a crash"
+)
+FUNCTIONS = {
+    "c / x": lambda x: 2 / (x.abs() + 1),
+    "c - x": lambda x: 2 - x,
+    "x - c": lambda x: x - 2,
+    "x ** c": lambda x: x**2,
+    "c ** x": lambda x: 2**x,
+    "x % c": lambda x: x % 2,
+    "x * x": lambda x: x * x,
+    "x / x": lambda x: x / (x * x + 1),
+    "x * x.tanh()": lambda x: x * x.tanh(),
+    "polynomial": lambda x: 1 + x + x**2 / 2,
+    "torch.div, swapped": lambda x: torch.div(torch.ones(()), x.abs() + 1),
+    "rounded quotient": lambda x: torch.div(x, 3, rounding_mode="floor") + x,
+    "rounded quotient alone": pytest.param(
         lambda x: torch.div(x, 3, rounding_mode="floor"),
-        "div",
-        "it rounds the quotient",
+        marks=pytest.mark.xfail(
+            strict=True, reason="rewritten, and a gradient that is the number 0 is a KeyError"
+        ),
     ),
-    "x * tensor": (
-        lambda x: x * torch.ones(50),
-        "mul",
-        "it has an operand that is a tensor, not a number",
-    ),
-    "x * tensor of no dimension": (
-        lambda x: x * torch.tensor(2.0),
-        "mul",
-        "it has an operand that is a tensor, not a number",
-    ),
-    "x / tensor": (
-        lambda x: x / torch.full((6, 1), 2.0),
-        "truediv",
-        "it has an operand that is a tensor, not a number",
-    ),
-    "x * x": (lambda x: x * x, "mul", "it has an operand that is a tensor, not a number"),
-    "x / x": (lambda x: x / x, "truediv", "it has an operand that is a tensor, not a number"),
-    "x * x.tanh()": (lambda x: x * x.tanh(), "mul", "it combines logits with logits"),
-    "x // c": (lambda x: x // 2, "floordiv", None),
-    "x % c": (lambda x: x % 2, "mod", None),
-    "x ** c": (lambda x: x**2, "pow", None),
-    "x - c": (lambda x: x - 2, "sub", None),
-    "abs": (lambda x: x.abs(), "abs", None),
-    "clamp": (lambda x: x.clamp(-1, 1), "clamp", None),
-    "dropout": (lambda x: F.dropout(x, 0.5), "dropout", None),
-    "log_softmax": (lambda x: F.log_softmax(x, -1), "log_softmax", None),
-    "softmax": (lambda x: torch.softmax(x, -1), "softmax", None),
-    "sigmoid": (lambda x: x.sigmoid(), "sigmoid", None),
-    "layer_norm": (lambda x: F.layer_norm(x, (50,)), "layer_norm", None),
-    "masked_fill": (
-        lambda x: x.masked_fill(torch.arange(50) > 40, -torch.inf),
-        "masked_fill",
-        None,
-    ),
-    "where": (lambda x: torch.where(torch.arange(50) > 40, -torch.inf, x), "where", None),
-    "cat": (lambda x: torch.cat([x, x[:, :10]], 1), "cat", None),
+    "abs": lambda x: x.abs(),
+    "acos": lambda x: torch.cos(torch.acos((x / 20).clamp(-0.9, 0.9)) + 0.5),
+    "clamp": lambda x: x.clamp(-1, 1),
+    "clip": lambda x: torch.clip(x, max=2),
+    "erf": lambda x: x.erf(),
+    "exp": lambda x: (x / 5).exp(),
+    "gelu": lambda x: F.gelu(x),
+    "gelu, approximate": lambda x: F.gelu(x, approximate="tanh"),
+    "log1p": lambda x: x.abs().log1p(),
+    "logit": lambda x: torch.logit(x.sigmoid() * 0.9 + 0.05),
+    "maximum": lambda x: torch.maximum(x, x * 2),
+    "minimum": lambda x: torch.minimum(x, torch.ones(6, 50)),
+    "nan_to_num": lambda x: x.nan_to_num(),
+    "relu": lambda x: x.relu(),
+    "relu, in place": lambda x: F.relu(x, inplace=True),
+    "round": lambda x: x.round() + x,
+    "rsqrt": lambda x: x * torch.rsqrt(x * x + 4),
+    "sigmoid": lambda x: x.sigmoid(),
+    "sign": lambda x: x.sign() * x,
+    "silu": lambda x: F.silu(x),
+    "sin": lambda x: x.sin(),
+    "softsign": lambda x: F.softsign(x),
+    "threshold": lambda x: F.threshold(x, 0.1, -1),
+    "elu": pytest.param(lambda x: F.elu(x), marks=NO_DERIVATIVE),
+    "hardsigmoid": pytest.param(lambda x: F.hardsigmoid(x), marks=NO_DERIVATIVE),
+    "hardtanh": pytest.param(lambda x: F.hardtanh(x), marks=NO_DERIVATIVE),
+    "hardshrink": pytest.param(lambda x: F.hardshrink(x), marks=NO_DERIVATIVE),
+    "leaky_relu": pytest.param(lambda x: F.leaky_relu(x, 0.1), marks=NO_DERIVATIVE),
+    "mish": pytest.param(lambda x: F.mish(x), marks=NO_DERIVATIVE),
+    "relu6": pytest.param(lambda x: F.relu6(x), marks=NO_DERIVATIVE),
+    "softplus": pytest.param(lambda x: F.softplus(x), marks=NO_DERIVATIVE),
+    "softshrink": pytest.param(lambda x: F.softshrink(x), marks=NO_DERIVATIVE),
+    "where": lambda x: torch.where(x > 0, x, x / 2),
+    "where, a number": lambda x: torch.where(torch.arange(50) > 40, -5.0, x),
+    "where, infinity": lambda x: torch.where(torch.arange(50) == 48, -torch.inf, x),
+    "masked_fill": lambda x: x.masked_fill(torch.arange(50) == 48, -torch.inf),
+    "x * mask": lambda x: x * (torch.arange(300).view(6, 50) % 3 > 0),
+    "x * comparison": lambda x: x * ((x > 0) & (x < 2)),
 }
 
 
-@pytest.mark.parametrize(("change", "name", "why"), UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_unsupported(change, name, why):
-    reason = reason_against(loss_after(change), INPUT, WEIGHT, TARGET)
-    assert reason.startswith(f"the logits are used by {name} at ")
-    assert reason.endswith(
-        f": {why}" if why else "test_pointwise.py" + reason[reason.rindex(":") :]
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_numbers_of_functions(function):
+    assert_as_accurate_as_eager(loss_after(function), INPUT, WEIGHT, TARGET)
+
+
+def test_graph_of_a_function():
+    fn = loss_after(lambda x: 15 * x * torch.rsqrt(x * x + 225))
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = mul.Tensor(z, 15); t1 = mul.Tensor(z, z); t2 = add.Tensor(t1, 225); t3 = rsqrt(t2); t4 = mul.Tensor(t0, t3); logsumexp(t4); target(t4, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
+""",
     )
 
 
-def test_scale_that_is_learned_is_left_alone():
-    def fn(input, weight, target, scale):
-        return F.cross_entropy(F.linear(input, weight) * scale.exp(), target)
+def test_graph_of_a_mask():
+    fn = loss_after(lambda x: x.masked_fill(torch.arange(50) > 40, -torch.inf))
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET % 40),
+        """\
+arange = torch.arange(50)
+gt = arange > 40
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [gt, l_target_], 't0 = masked_fill.Scalar(z, c0, -inf); logsumexp(t0); target(t0, r1, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
+""",
+    )
 
-    scale = torch.zeros((), requires_grad=True)
-    reason = reason_against(fn, INPUT, WEIGHT, TARGET, scale)
-    assert reason.endswith(": it has an operand that is a tensor, not a number")
+
+OPERANDS = {
+    "a number": (),
+    "one element": (1,),
+    "one element of each dimension": (1, 1),
+    "one for each row": (6, 1),
+    "one for each entry": (50,),
+    "a row of entries": (1, 50),
+}
+WITH_OPERAND = {
+    "x * a": lambda x, a: x * a,
+    "x / a": lambda x, a: x / a,
+    "a - x": lambda x, a: a - x * x,
+    "x * exp(a)": lambda x, a: x * a.exp(),
+    "softcap": lambda x, a: a * torch.tanh(x / a),
+    "addcmul": lambda x, a: torch.addcmul(x, x, a, value=0.1),
+    "maximum": lambda x, a: torch.maximum(x, a),
+    "lerp": pytest.param(lambda x, a: torch.lerp(x, x * x, a), marks=NO_DERIVATIVE),
+    "addcdiv": pytest.param(lambda x, a: torch.addcdiv(x, x, a), marks=NO_DERIVATIVE),
+}
+
+
+@pytest.mark.parametrize("shape", OPERANDS.values(), ids=OPERANDS)
+@pytest.mark.parametrize("function", WITH_OPERAND.values(), ids=WITH_OPERAND)
+def test_numbers_with_an_operand(function, shape):
+    def fn(input, weight, target, operand):
+        return F.cross_entropy(function(F.linear(input, weight), operand), target)
+
+    operand = (torch.rand(shape) + 0.5).requires_grad_()
+    # The gradient of one number is a sum of many that cancel.
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET, operand, slack=5)
+
+
+def test_graph_with_operands():
+    def fn(input, weight, target, scale, shift, temperature, noise):
+        logits = (F.linear(input, weight) * scale + shift) / temperature + noise
+        return F.cross_entropy(logits, target)
+
+    operands = torch.ones(6, 1), torch.ones(50), torch.ones(()), torch.ones(6, 50)
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET, *operands),
+        """\
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_scale_, l_shift_, l_temperature_, l_noise_, l_target_], 't0 = mul.Tensor(z, r0); t1 = add.Tensor(t0, c1); t2 = div.Tensor(t1, s2); t3 = add.Tensor(t2, b3); logsumexp(t3); target(t3, r4, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+return (cross_entropy_1,)
+""",
+    )
+
+
+def test_numbers_with_an_operand_as_large_as_the_logits():
+    def fn(input, weight, target, noise):
+        return F.cross_entropy(F.linear(input, weight) * noise, target)
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET, torch.rand(6, 50))
+
+
+NO_FUNCTION = "it is not a pointwise function"
+LEFT_ALONE = {
+    "cat": (lambda x: torch.cat([x, x]), "cat", None),
+    "cat of parts": (
+        lambda x: torch.cat([x, x[:, :10]], 1),
+        "cat",
+        "it combines logits with other rows of the same logits",
+    ),
+    "other rows": (
+        lambda x: x + x[:1],
+        "add",
+        "it combines logits with other rows of the same logits",
+    ),
+    "cumsum": (lambda x: x.cumsum(-1), "cumsum", None),
+    "custom function": (lambda x: Tripled.apply(x), "autograd_function_apply", ""),
+    "dropout": (lambda x: F.dropout(x, 0.5), "dropout", "it is random"),
+    "flip": (lambda x: x.flip(-1), "flip", None),
+    "layer_norm": (lambda x: F.layer_norm(x, (50,)), "layer_norm", None),
+    "noise": (lambda x: x + torch.rand_like(x), "rand_like", None),
+    "normalize": (lambda x: F.normalize(x, dim=-1), "normalize", None),
+    "rrelu": (lambda x: F.rrelu(x, training=True), "rrelu", None),
+    "sort": (lambda x: x.sort(-1).values, "sort", None),
+    "x // c": (lambda x: x // 2, "floordiv", None),
+}
+
+
+class Tripled(torch.autograd.Function):
+    """The gradient is not that of the function."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 3
+
+
+@pytest.mark.parametrize(("change", "name", "why"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone(change, name, why):
+    def fn(input, weight, target):
+        return F.cross_entropy(change(F.linear(input, weight))[:6, :50], target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET)
+    assert reason.startswith(f"the logits are used by {name} at ")
+    assert f": {NO_FUNCTION if why is None else why}" in reason
+
+
+def test_operand_as_large_as_the_logits_with_a_gradient_is_left_alone():
+    def fn(input, weight, target, noise):
+        return F.cross_entropy(F.linear(input, weight) * noise, target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET, torch.rand(6, 50, requires_grad=True))
+    assert reason.endswith("is as large as the logits and requires a gradient")
+
+
+def test_operand_that_enlarges_the_logits_is_left_alone():
+    def fn(input, weight, target, noise):
+        return F.cross_entropy((F.linear(input, weight) * noise)[0], target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET, torch.rand(3, 1, 1))
+    assert reason.endswith(": it is broadcast to more dimensions")

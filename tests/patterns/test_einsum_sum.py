@@ -1,0 +1,76 @@
+"""``einsum`` of logits with something like them, summed over the vocabulary."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_as_accurate_as_eager, reports_of, rewritten_graph
+from expecttest import assert_expected_inline
+
+torch.manual_seed(0)
+INPUT = torch.randn(6, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+TARGET = torch.tensor([3, 0, 49, 1, 7, 7])
+
+
+def beside_a_loss(reduce):
+    """A loss, and ``reduce(logits, target)`` of the same logits, [6, 50]."""
+
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits, target), reduce(logits, target)
+
+    return fn
+
+
+def test_graph():
+    fn = beside_a_loss(lambda x, t: torch.einsum("nv,nv->n", F.one_hot(t, 50).float(), x))
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+getitem = reduce[0]
+getitem_1 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+one_hot = torch._C._nn.one_hot(l_target_, 50)
+float_1 = one_hot.float()
+reduce_1 = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [float_1], 't0 = mul.Tensor(b0, z); sum(t0)')
+getitem_2 = reduce_1[0]
+squeeze = torch.squeeze(getitem_2, 1)
+to = squeeze.to(torch.float32)
+return (cross_entropy_1, to)
+""",
+    )
+
+
+SPELLINGS = {
+    "a tensor": lambda x, t: torch.einsum("nv,nv->n", torch.linspace(0, 1, 300).view(6, 50), x),
+    "a list": lambda x, t: torch.einsum("nv,nv->n", [x, x / 2]),
+    "an entropy": lambda x, t: torch.einsum("nv,nv->n", x.softmax(-1), x.log_softmax(-1)),
+    "three dimensions": lambda x, t: torch.einsum(
+        "bsv,bsv->bs", x.view(2, 3, 50), F.one_hot(t, 50).view(2, 3, 50).float()
+    ),
+}
+
+
+@pytest.mark.parametrize("reduce", SPELLINGS.values(), ids=SPELLINGS)
+def test_numbers(reduce):
+    assert_as_accurate_as_eager(beside_a_loss(reduce), INPUT, WEIGHT, TARGET, slack=2)
+
+
+NO_PRODUCT = "it is no product of logits with something like them"
+NO_SUM = "it does not sum over the vocabulary alone"
+LEFT_ALONE = {
+    "a vector": (lambda x, t: torch.einsum("nv,v->n", x, torch.ones(50)), "einsum", NO_PRODUCT),
+    "other rows": (lambda x, t: torch.einsum("nv,mv->nm", x, x), "einsum", NO_PRODUCT),
+    "three": (lambda x, t: torch.einsum("nv,nv,nv->n", x, x, x), "einsum", NO_PRODUCT),
+    "of everything": (lambda x, t: torch.einsum("nv,nv->", x, x), "einsum", NO_SUM),
+    "of rows": (lambda x, t: torch.einsum("nv,nv->v", x, x), "einsum", NO_SUM),
+    "of nothing": (lambda x, t: torch.einsum("nv,nv->nv", x, x), "einsum", NO_SUM),
+}
+
+
+@pytest.mark.parametrize(("reduce", "name", "why"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone(reduce, name, why):
+    for report in reports_of(beside_a_loss(reduce), INPUT, WEIGHT, TARGET):
+        assert report.reason.startswith(f"the logits are used by {name} at ")
+        assert report.reason.endswith(f": {why}")

@@ -1,0 +1,162 @@
+"""One entry, or some, of each row: ``gather``, ``take_along_dim``, index tensors, a diagonal."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_as_accurate_as_eager, reports_of, rewritten_graph
+from expecttest import assert_expected_inline
+
+torch.manual_seed(0)
+INPUT = torch.randn(6, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+TARGET = torch.tensor([3, 0, 49, 1, 7, 7])
+
+
+def beside_a_loss(reduce):
+    """A loss, and ``reduce(logits, target)`` of the same logits, [6, 50]."""
+
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits, target), reduce(logits, target)
+
+    return fn
+
+
+def test_graph():
+    fn = beside_a_loss(lambda x, t: x.gather(1, t[:, None]))
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+getitem = l_target_[(slice(None, None, None), None)]
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_, getitem], 'logsumexp(z); target(z, r0, -100); gather(z, r1)')
+getitem_1 = reduce[0]
+getitem_2 = reduce[1]
+cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem_1, getitem_2, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
+getitem_3 = reduce[2]
+to = getitem_3.to(torch.float32)
+return (cross_entropy_1, to)
+""",
+    )
+
+
+def test_graph_of_index_tensors():
+    def fn(input, weight, target):
+        log_probs = F.linear(input, weight).log_softmax(-1)
+        return -log_probs[torch.arange(6), target].mean()
+
+    assert_expected_inline(
+        rewritten_graph(fn, INPUT, WEIGHT, TARGET),
+        """\
+arange = torch.arange(6)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'index(z, r0); logsumexp(z)')
+getitem_1 = reduce[0]
+getitem_2 = reduce[1]
+sub = torch.ops.aten.sub.Tensor(getitem_1, getitem_2)
+squeeze = torch.squeeze(sub, 1)
+to = squeeze.to(torch.float32)
+mean = to.mean()
+neg = -mean
+return (neg,)
+""",
+    )
+
+
+PERMUTED = torch.tensor([5, 4, 3, 2, 1, 0])
+SPELLINGS = {
+    "gather": lambda x, t: x.gather(1, t[:, None]),
+    "torch.gather": lambda x, t: torch.gather(x, -1, t[:, None]).squeeze(-1),
+    "gather, several": lambda x, t: x.gather(1, torch.stack([t, t % 3, t * 0], 1)),
+    "gather of log_softmax": lambda x, t: x.log_softmax(-1).gather(-1, t[:, None]),
+    "gather of softmax": lambda x, t: x.softmax(-1).gather(-1, t[:, None]),
+    "gather of transposed logits": lambda x, t: x.T.gather(0, t[None]),
+    "gather of rows": lambda x, t: x.gather(0, PERMUTED[:, None].expand(6, 50)).logsumexp(-1),
+    "take_along_dim": lambda x, t: x.take_along_dim(t[:, None], 1),
+    "torch.take_along_dim": lambda x, t: torch.take_along_dim(x, t[:, None], dim=1),
+    "index tensors": lambda x, t: x[torch.arange(6), t],
+    "index tensors, a step": lambda x, t: x[torch.arange(0, 6, 2), t[:3]],
+    "index tensors, int32": lambda x, t: x[torch.arange(6), t.int()],
+    "index tensors, from the end": lambda x, t: x[torch.arange(6), t - 50],
+    "index tensors, rows in another order": lambda x, t: x[PERMUTED, t],
+    "index tensors, one row twice": lambda x, t: x[torch.tensor([1, 1]), t[:2]],
+    "a range": lambda x, t: x[range(6), t],
+    "a list": lambda x, t: x[[0, 1, 2, 3, 4, 5], t],
+    "three dimensions": lambda x, t: x.view(2, 3, 50)[
+        torch.arange(2)[:, None].expand(2, 3), torch.arange(3).expand(2, 3), t.view(2, 3)
+    ],
+}
+
+
+@pytest.mark.parametrize("reduce", SPELLINGS.values(), ids=SPELLINGS)
+def test_numbers(reduce):
+    assert_as_accurate_as_eager(beside_a_loss(reduce), INPUT, WEIGHT, TARGET, slack=2)
+
+
+def test_alone():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return logits.logsumexp(-1) - logits.gather(1, target[:, None])[:, 0]
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
+
+
+DIAGONALS = {
+    "diagonal": lambda x: x.diagonal(),
+    "torch.diagonal": lambda x: torch.diagonal(x, 0, 0, 1),
+    "diagonal of log_softmax": lambda x: x.log_softmax(-1).diagonal(),
+}
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS.values(), ids=DIAGONALS)
+def test_diagonal(diagonal):
+    def fn(first, second):
+        similarity = first @ second.T
+        return F.cross_entropy(similarity, torch.arange(6)), diagonal(similarity)
+
+    assert_as_accurate_as_eager(fn, INPUT, torch.randn(6, 8, requires_grad=True))
+
+
+@pytest.mark.parametrize("diagonal", [lambda x: x.diagonal(1), lambda x: x[:, :4].diagonal()])
+def test_other_diagonals_are_left_alone(diagonal):
+    def fn(first, second):
+        similarity = first @ second.T
+        return F.cross_entropy(similarity, torch.arange(6)), diagonal(similarity)
+
+    for report in reports_of(fn, INPUT, torch.randn(6, 8, requires_grad=True)):
+        assert report.reason.endswith(": it is not the diagonal of a square matrix")
+
+
+LEFT_ALONE = {
+    "fewer rows": (
+        lambda x, t: x.gather(1, t[:3, None]),
+        "gather",
+        "its index does not have the rows of the logits",
+    ),
+    "rows that differ in the vocabulary": (
+        lambda x, t: x.gather(0, torch.zeros(6, 50, dtype=torch.int64)),
+        "gather",
+        "it gathers from rows by an index that may differ in the vocabulary",
+    ),
+    "from all logits": (
+        lambda x, t: x.take_along_dim(t),
+        "take_along_dim",
+        "it takes from all logits",
+    ),
+    "index tensors of two shapes": (
+        lambda x, t: x[torch.arange(6)[:, None], t],
+        "getitem",
+        "its index is broadcast",
+    ),
+    "one row": (lambda x, t: x[torch.tensor([2]), t], "getitem", "its index is broadcast"),
+    "one entry": (
+        lambda x, t: x[torch.arange(6), 3],
+        "getitem",
+        "it selects some entries of the vocabulary",
+    ),
+}
+
+
+@pytest.mark.parametrize(("reduce", "name", "why"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone(reduce, name, why):
+    for report in reports_of(beside_a_loss(reduce), INPUT, WEIGHT, TARGET):
+        assert report.reason.startswith(f"the logits are used by {name} at ")
+        assert report.reason.endswith(f": {why}")
