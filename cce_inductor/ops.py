@@ -160,7 +160,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     program = Program.parse(ctx.constants[0])
     reached = program.reached(grad is not None for grad in grads)
     if not program.is_plain:
-        reached &= program.backward(operands).gradients.keys()
+        reached &= program.backward(operands).connected
     through_logit = "z" in reached
     positions = {position(name) for name in reached if name[0] in OPERAND_KINDS}
     output_mask = [need and through_logit for need in (need_input, need_weight, need_bias)]

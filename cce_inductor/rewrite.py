@@ -76,7 +76,11 @@ def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
     try:
         found = walk(module.graph)
         reasons = _reasons_to_keep(found, options)
-        reports = [loss_report(*each) for each in zip(found.losses, reasons, strict=True)]
+        reports = [
+            loss_report(each, reason)
+            for each, reason in zip(found.losses, reasons, strict=True)
+            if each.is_loss or each.reduces
+        ]
         chosen = [
             each for each, reason in zip(found.losses, reasons, strict=True) if reason is None
         ]
@@ -252,6 +256,8 @@ class _Builder:
     def _like(self, node: Node, expected: torch.Tensor) -> Node:
         """With the dtype of what is replaced, and memory of its own if somebody changes it."""
         value = example(node)
+        if not isinstance(expected, torch.Tensor):
+            return node
         if value.dtype != expected.dtype:
             node = self.method("to", node, expected.dtype)
         elif self.found.is_changed(expected):

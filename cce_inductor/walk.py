@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from .location import at, describe, operation
 from .mutation import UNKNOWN, functional, mutated_storages, storage_key, storage_of
 from .patterns import (
+    AtRows,
     Logits,
     Operand,
     Row,
@@ -55,6 +56,11 @@ class FoundLoss:
     logits: Logits | None = None
     result: Row | tuple[Row, ...] | None = None
     reason: str | None = None
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it reads more than the shape of the logits."""
+        return any(isinstance(part, Statistic) for part in parts(self.result))
 
     @property
     def has_softmax(self) -> bool:
@@ -142,6 +148,7 @@ class _Walker:
         for found in self.found.losses:
             if found.reason is None:
                 self._check_unchanged(found)
+        self._report_unreduced()
         self._drop_without_loss()
         for found in self.found.losses:
             if found.reason is None and found.logits is not None:
@@ -232,7 +239,7 @@ class _Walker:
         if node.op not in ("call_function", "call_method"):
             raise UnsupportedError("")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise UnsupportedError("")
+            raise UnsupportedError("what it calls is not followed")
         function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
         return site.pointwise(functional(function), *node.args, **node.kwargs)
 
@@ -255,6 +262,8 @@ class _Walker:
         """Gives every name of the changed tensor its new value."""
         if len(mutated) > 1:
             raise UnsupportedError("it changes several logits")
+        if self.found.gradient_mode[node] is False and _requires_grad(mutated[0]):
+            raise UnsupportedError("it changes them in place, hidden from their gradient")
         (changed,) = mutated
         before = self.found.values[changed]
         storage = storage_of(changed)
@@ -324,7 +333,8 @@ class _Walker:
         """The result, without gradient where the user's graph has none."""
         rows = result if isinstance(result, tuple) else (result,)
         outputs = torch.utils._pytree.tree_leaves(example(node))
-        if any(isinstance(o, torch.Tensor) and o.requires_grad for o in outputs):
+        tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
+        if not tensors or any(tensor.requires_grad for tensor in tensors):
             return result
         if not any(_requires_grad(read) for row in rows for read in nodes_of(row)):
             return result
@@ -377,8 +387,8 @@ class _Walker:
             if escaped is input or vocabulary in example(input).shape:
                 return reason
         source = input
-        while isinstance(source, Node) and _keeps_places(source):
-            source = source.all_input_nodes[0] if source.all_input_nodes else None
+        while isinstance(source, Node) and (_keeps_places(source) or _keeps_shape(source)):
+            source = max(source.all_input_nodes, key=_rank)
         if not isinstance(source, Node):
             return "its input is made from no tensor"
         if source.op == "placeholder":
@@ -422,7 +432,21 @@ class _Walker:
                         if isinstance(leaf, Operand) and isinstance(leaf.source, Node):
                             reads.append((leaf.source, self.found.position[leaf.reader]))
                 reads += [(n, here) for n in parts(part.index) if isinstance(n, Node)]
+            elif isinstance(part, AtRows) and isinstance(part.operand.source, Node):
+                operand = part.operand
+                reads.append((operand.source, self.found.position[operand.reader]))
         return reads
+
+    def _report_unreduced(self) -> None:
+        """A loss that is itself logits, like ``kl_div(reduction="none")``, of which nothing is
+        reduced."""
+        for node, value in self.found.values.items():
+            if loss.get(node) is not None:
+                logits = all_logits(value)[0]
+                reasons = map(self.kept.get, logits.projection.origins)
+                reason = next(filter(None, reasons), None)
+                if reason is not None:
+                    self.found.losses.append(FoundLoss(node, True, logits, None, reason))
 
     def _drop_without_loss(self) -> None:
         """Forgets projections from which no loss is computed: what is summed or compared there is
@@ -451,6 +475,22 @@ def _is_written_by_hand(found: FoundLoss) -> bool:
     projection = found.logits.projection
     larger = isinstance(projection.hidden, int) and projection.vocabulary > projection.hidden
     return found.has_softmax and larger
+
+
+def _keeps_shape(node: Node) -> bool:
+    """Whether it may be pointwise."""
+    value = example(node)
+    inputs = [example(argument) for argument in node.all_input_nodes]
+    if projection.get(node) is not None:
+        return False
+    return isinstance(value, torch.Tensor) and any(
+        isinstance(each, torch.Tensor) and each.shape == value.shape for each in inputs
+    )
+
+
+def _rank(node: Node) -> int:
+    value = example(node)
+    return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
 def _keeps_places(node: Node) -> bool:

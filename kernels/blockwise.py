@@ -430,6 +430,8 @@ def _through_program(
     backward.forward.run(values)
     made = {
         root: values[name].expand(shape)
+        if isinstance(name, Name)
+        else values[Z].new_full(shape, name)
         for root, name in zip(program.roots, backward.roots, strict=True)
     }
     made[Z] = values[Z]

@@ -332,15 +332,18 @@ class Backward:
 
     Attributes:
         forward: makes the `roots`.
-        roots: what the values that are reduced are called here, in the order of `Program.roots`.
+        roots: what the values that are reduced are called here, in the order of `Program.roots`;
+            a number for one that is constant.
         backward: from the cotangents ``g0``, ``g1``, ... of the roots to `gradients`.
-        gradients: by ``z`` or operand, what its gradient is called; none for what has none.
+        gradients: by ``z`` or operand, what its gradient is called; none where it is 0.
+        connected: ``z`` and the operands that have a gradient, be it 0.
     """
 
     forward: Schedule
-    roots: tuple[Name, ...]
+    roots: tuple[Name | float, ...]
     backward: Schedule
     gradients: Mapping[Name, Name]
+    connected: frozenset[Name]
 
     @property
     def peak(self) -> int:
@@ -406,7 +409,7 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     )
     inputs = [*floating, *others, *(Name(f"g{i}") for i in range(len(roots)))]
     steps, results = steps_of(traced, inputs)
-    made = tuple(Name(result) for result in results[: len(roots)])
+    made = tuple(results[: len(roots)])
     gradients = {
         name: result
         for name, result in zip(floating, results[len(roots) :], strict=True)
@@ -416,17 +419,26 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     for step in steps:
         if any(use in after for use in step.uses):
             after.add(step.name)
-    first = _needed([s for s in steps if s.name not in after], made)
+    first = _needed([s for s in steps if s.name not in after], _names(made))
     second = _needed(steps, tuple(gradients.values()))
     forward_steps = {step.name for step in first}
     second = [step for step in second if step.name not in forward_steps]
     needed_later = {use for step in second for use in step.uses} | set(gradients.values())
     return Backward(
-        Schedule(tuple(first), (*made, *needed_later)),
+        Schedule(tuple(first), (*_names(made), *needed_later)),
         made,
         Schedule(tuple(second), tuple(gradients.values())),
         gradients,
+        frozenset(
+            name
+            for name, result in zip(floating, results[len(roots) :], strict=True)
+            if result is not None
+        ),
     )
+
+
+def _names(values: Iterable[Any]) -> tuple[Name, ...]:
+    return tuple(value for value in values if isinstance(value, Name))
 
 
 def _needed(steps: list[Step], results: tuple[Name, ...]) -> list[Step]:

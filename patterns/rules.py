@@ -229,8 +229,11 @@ class Site:
         except NotPointwiseError as why:
             raise UnsupportedError(f"it is not a pointwise function ({why})") from None
         if isinstance(expression, (int, float)):  # `zeros_like`, say
+            if tensor_example(self.node).requires_grad:
+                self.unsupported("it overwrites them")
             expression = Apply("full_like", (LOGIT, float(expression)))
-        if self.example.dtype == torch.float64 or torch.float64 in dtypes:
+        result = example(self.node)  # none for an assignment
+        if getattr(result, "dtype", None) == torch.float64 or torch.float64 in dtypes:
             logits = logits.replace(compute_dtype=torch.float64)
         return logits.replace(expression=expression)
 

@@ -24,7 +24,8 @@ def scatter(
     sizes, shape = tensor_example(index).shape, tensor_example(input).shape
     if sizes[logits.vocabulary_dim] != 1 or len(sizes) != len(shape):
         site.unsupported("it scatters to several entries of a row")
-    if any(a != b for a, b in zip(sizes, shape, strict=True) if not (a == 1 and a != b)):
+    rows = [dim for dim in range(len(shape)) if dim != logits.vocabulary_dim]
+    if any(sizes[dim] != shape[dim] for dim in rows):
         site.unsupported("its index does not have the rows of the logits")
     here = Apply("eq.Tensor", (COLUMN, site.read(index, logits)))
     scattered = Apply("where.ScalarSelf", (here, constant(value), logits.expression))

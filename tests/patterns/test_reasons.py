@@ -190,9 +190,6 @@ def test_logits_given_to_the_function():
     assert report.reason.startswith("its logits come into this graph from outside")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="it names the scale, 'which is no projection', and not the argument"
-)
 def test_logits_given_to_the_function_and_scaled():
     def fn(logits, target):
         return F.cross_entropy((logits / 2).view(-1, 50), target)

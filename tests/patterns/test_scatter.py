@@ -59,7 +59,6 @@ def test_numbers(change):
     assert_as_accurate_as_eager(loss_after(change), INPUT, WEIGHT, TARGET)
 
 
-@pytest.mark.xfail(strict=True, reason="the index of some rows is used for all: wrong numbers")
 @pytest.mark.parametrize("index", [INDEX[:1], INDEX[:, :1]])
 def test_index_of_fewer_rows(index):
     fn = loss_after(lambda x: x.scatter(-1, index, -3.0))

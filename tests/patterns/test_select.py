@@ -318,13 +318,7 @@ def test_left_alone(select, name, why):
 MASKS = {
     "of rows before the projection": lambda x, w, m: F.linear(x[m], w) * 2,
     "nonzero": lambda x, w, m: F.linear(x, w).view(-1, 50)[m.view(-1).nonzero()[:, 0]],
-    "of logits": pytest.param(
-        lambda x, w, m: F.linear(x, w)[m],
-        marks=pytest.mark.xfail(
-            strict=True,
-            reason="the size that Dynamo asks for (sym_size.int) counts as a use of the logits",
-        ),
-    ),
+    "of logits": lambda x, w, m: F.linear(x, w)[m],
 }
 
 
