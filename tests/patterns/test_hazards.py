@@ -329,6 +329,19 @@ def test_log_probability_changed_in_place():
     assert_rewritten_with_same_numbers(fn, INPUT, WEIGHT, TARGET)
 
 
+def test_normalizer_changed_in_place_is_not_that_of_the_loss():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        normalizer, best = logits.logsumexp(-1), logits.argmax(-1)
+        normalizer.mul_(2)
+        best.zero_()
+        return normalizer, best, F.cross_entropy(logits, target), logits.argmax(-1)
+
+    # In float64 the operator's results need no cast, which would copy them.
+    input, weight = INPUT.detach().double(), WEIGHT.detach().double()
+    assert_rewritten_with_same_numbers(fn, input, weight, TARGET)
+
+
 def test_maximum_changed_in_place_before_it_is_read():
     def fn(input, weight, target):
         logits = F.linear(input, weight)
@@ -535,8 +548,9 @@ def test_target_changed_between_two_losses():
         target = target.clone()
         logits = F.linear(input, weight)
         first = F.cross_entropy(logits, target)
-        target[target == 7] = -100
-        return first, F.cross_entropy(logits, target)
+        target[target == 7] = 3
+        second = F.cross_entropy(logits, target)
+        return first, second, F.cross_entropy(logits, target.clamp(min=0))
 
     assert_rewritten_with_same_numbers(fn, INPUT.detach(), WEIGHT.detach(), TARGET)
 
@@ -651,13 +665,25 @@ def evaluated_between(logits, target):
     return loss, normalizer, F.cross_entropy(logits * 2, target)
 
 
+def evaluated_with_other_targets(logits, target):
+    with torch.no_grad():
+        evaluated = F.cross_entropy(logits, target.flip(0))
+    return F.cross_entropy(logits, target), evaluated
+
+
 def weighted_by_itself(logits, target):
     with torch.no_grad():
         probabilities = (logits / 2).softmax(-1)
     return -(probabilities * logits.log_softmax(-1)).sum(-1)
 
 
-CONSUMERS = [evaluated_before, evaluated_after, evaluated_between, weighted_by_itself]
+CONSUMERS = [
+    evaluated_before,
+    evaluated_after,
+    evaluated_between,
+    evaluated_with_other_targets,
+    weighted_by_itself,
+]
 
 
 @pytest.mark.parametrize("consumers", CONSUMERS)
