@@ -99,6 +99,8 @@ class Algebra:
             return detach_row(self.sum(x.args[0]))
         if is_constant_over_row(x):
             return call(operator.mul, self.row(x), self.logits.vocabulary)
+        if isinstance(x, Apply) and x.target == "exp":
+            return call(torch.exp, self.logsumexp(x.args[0]))
         if not self._late(x):
             return self._statistic("sum", x)
         assert isinstance(x, Apply), "a late value that varies over the row is made of others"
@@ -106,11 +108,6 @@ class Algebra:
             return Call(overload(x.target), tuple(self.sum(a) for a in x.args))
         if x.target == "neg":
             return call(operator.neg, self.sum(x.args[0]))
-        if x.target == "exp":
-            core, shift = self._split(x.args[0])
-            if shift is not None:
-                lse = self._statistic("logsumexp", core)
-                return call(torch.exp, call(operator.add, lse, shift))
         if x.target == _DIV and not x.kwargs and is_constant_over_row(x.args[1]):
             return call(operator.truediv, self.sum(x.args[0]), self.row(x.args[1]))
         if x.target == _MUL:

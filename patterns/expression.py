@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -122,9 +123,9 @@ def capture(
     examples = [torch.full((), 0.5, dtype=torch.float64).to(_wide(d)) for _, d in meanings]
     try:
         with torch.random.fork_rng(devices=()), torch.no_grad():
-            traced = make_fx(on_scalars)(examples)
+            traced = make_fx(on_scalars, decomposition_table=_UNTAGGED)(examples)
     except Exception as error:
-        raise NotPointwiseError(f"{type(error).__name__}: {error}") from error
+        raise NotPointwiseError from error
     names = [Name(f"r{i}") for i in range(len(nodes))]
     steps, results = steps_of(traced, names)
     if len(results) != 1:
@@ -141,6 +142,12 @@ def capture(
         named = tuple((k, made[a] if isinstance(a, Name) else a) for k, a in step.kwargs)
         made[step.name] = Apply(step.target, args, named)
     return made[result] if isinstance(result, Name) else result
+
+
+_UNTAGGED = get_decompositions(
+    [torch.ops.aten.log_sigmoid_forward, torch.ops.aten.hardswish, torch.ops.aten.hardswish_]
+)
+"""Pointwise operators that ATen does not call so, by others."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

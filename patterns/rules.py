@@ -227,7 +227,8 @@ class Site:
         try:
             expression = capture(function, args, kwargs, meaning)
         except NotPointwiseError as why:
-            raise UnsupportedError(f"it is not a pointwise function ({why})") from None
+            operator = f" ({why})" if str(why) else ""
+            raise UnsupportedError(f"it is not a pointwise function{operator}") from None
         if isinstance(expression, (int, float)):  # `zeros_like`, say
             if tensor_example(self.node).requires_grad:
                 self.unsupported("it overwrites them")

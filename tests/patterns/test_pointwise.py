@@ -320,7 +320,6 @@ LEFT_ALONE = {
         "it combines logits with other rows of the same logits",
     ),
     "cumsum": (lambda x: x.cumsum(-1), "cumsum", None),
-    "custom function": (lambda x: Tripled.apply(x), "autograd_function_apply", ""),
     "dropout": (lambda x: F.dropout(x, 0.5), "dropout", "it is random"),
     "flip": (lambda x: x.flip(-1), "flip", None),
     "layer_norm": (lambda x: F.layer_norm(x, (50,)), "layer_norm", None),
@@ -352,6 +351,11 @@ def test_left_alone(change, name, why):
     reason = reason_against(fn, INPUT, WEIGHT, TARGET)
     assert reason.startswith(f"the logits are used by {name} at ")
     assert f": {NO_FUNCTION if why is None else why}" in reason
+
+
+def test_custom_function_is_left_alone():
+    reason = reason_against(loss_after(Tripled.apply), INPUT, WEIGHT, TARGET)
+    assert reason.startswith("the logits are used by autograd_function_apply at ")
 
 
 def test_operand_as_large_as_the_logits_with_a_gradient_is_left_alone():
