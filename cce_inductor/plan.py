@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .kernels.program import INDEXED, Name, call_text
+from .kernels.program import INDEXED, Name, Program, call_text
 from .location import operation
 from .patterns import (
     Apply,
@@ -74,6 +74,17 @@ class Group:
     def program(self) -> str:
         steps = [f"{name} = {text}" for text, name in self._steps.items()]
         return "; ".join([*steps, *self._reductions])
+
+    def check_derivative(self) -> None:
+        """Raises NotPointwiseError if the program's derivative is not made of pointwise
+        operators, as that of each step is."""
+        dtypes = [
+            example(operand.source).dtype
+            if isinstance(operand, Operand) and isinstance(operand.source, Node)
+            else torch.float64
+            for operand in self.operands
+        ]
+        Program.parse(self.program).backward([torch.empty((), dtype=dtype) for dtype in dtypes])
 
     @property
     def skip_ignored(self) -> bool:

@@ -8,6 +8,7 @@ been built, so that an error leaves it as it was.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import operator
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
+from .kernels.program import NotPointwiseError
 from .options import DEFAULT_WORKSPACE_BYTES, Options
 from .patterns import (
     HERE,
@@ -76,13 +78,16 @@ def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
     try:
         found = walk(module.graph)
         reasons = _reasons_to_keep(found, options)
+        while (chosen := _chosen(found, reasons)) and (why := _undifferentiable(chosen, found)):
+            for each in chosen:
+                assert each.logits is not None
+                if not why.origins.isdisjoint(each.logits.projection.origins):
+                    each.reason = why.reason
+            reasons = _reasons_to_keep(found, options)
         reports = [
             loss_report(each, reason)
             for each, reason in zip(found.losses, reasons, strict=True)
             if each.is_loss or each.reduces
-        ]
-        chosen = [
-            each for each, reason in zip(found.losses, reasons, strict=True) if reason is None
         ]
         if chosen:
             _replace(module.graph, chosen, found, options)
@@ -95,6 +100,26 @@ def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
         _warn_once(type(error).__name__, str(error))
         reason = f"the pass failed with {type(error).__name__}: {error}"
         return [LossReport.of_failure(node, reason) for node in _losses(module.graph)]
+
+
+def _chosen(found: Walk, reasons: list[str | None]) -> list[FoundLoss]:
+    return [each for each, reason in zip(found.losses, reasons, strict=True) if reason is None]
+
+
+@dataclasses.dataclass
+class _Undifferentiable:
+    origins: set[Node]
+    reason: str
+
+
+def _undifferentiable(chosen: list[FoundLoss], found: Walk) -> _Undifferentiable | None:
+    for group in plan(chosen, found).values():
+        try:
+            group.check_derivative()
+        except NotPointwiseError as why:
+            reason = f"the function of the logits has a derivative that is not pointwise ({why})"
+            return _Undifferentiable(set(group.logits.projection.origins), reason)
+    return None
 
 
 def _losses(graph: Graph) -> list[Node]:
