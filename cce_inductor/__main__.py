@@ -50,7 +50,7 @@ def listing() -> Iterator[str]:
             by_file.setdefault(inspect.getmodule(rule), []).append(spelled(spelling))
         for module, spellings in by_file.items():
             folder, file = module.__name__.split(".")[-2:]
-            summary = " ".join(inspect.getdoc(module).split("\n\n")[0].split())
+            summary = " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
             yield f"  {folder}/{file}.py: {summary}"
             yield from textwrap.wrap(
                 ", ".join(spellings), 96, initial_indent=" " * 6, subsequent_indent=" " * 6

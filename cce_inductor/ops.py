@@ -114,7 +114,8 @@ def reduce_rows_backward(
         operand_dtype(compute_dtype),
         workspace_bytes,
     )
-    wanted = blockwise.Wanted(*output_mask[:3], output_mask[3:])
+    need_input, need_weight, need_bias, *need_operands = output_mask
+    wanted = blockwise.Wanted(need_input, need_weight, need_bias, need_operands)
     with _without_autocast(input):
         found = blockwise.reduce_backward(grads, results, input, head, wanted)
     gradients = (found.input, found.linear_weight, found.linear_bias, *found.operands)

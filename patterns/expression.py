@@ -7,6 +7,7 @@ function of PyTorch made of such operators can be captured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 from ..kernels.program import (
     Name,
     NotPointwiseError,
     Program,
     Reduction,
+    Step,
     differentiated,
     steps_of,
 )
@@ -111,37 +114,75 @@ def capture(
     """
     nodes: list[Node] = []
     torch.fx.map_arg((args, kwargs), nodes.append)
-    nodes = list(dict.fromkeys(nodes))
-    meanings = [operand_of(node) for node in nodes]
+    slots = {node: _Slot(number) for number, node in enumerate(dict.fromkeys(nodes))}
+    meanings = [operand_of(node) for node in slots]
+    args, kwargs = torch.fx.map_arg((args, kwargs), slots.__getitem__)
+    dtypes = tuple(_wide(dtype) for _, dtype in meanings)
+    question = (function, tuple(args), tuple(kwargs.items()), dtypes)
+    traced = _trace(*question) if _is_hashable(question) else _trace.__wrapped__(*question)
+    if isinstance(traced, NotPointwiseError):
+        raise traced
+    steps, result = traced
+    made: dict[Any, Any] = {_name(slot): meanings[slot.number][0] for slot in slots.values()}
+    for step in steps:
+        operands = tuple(made[a] if isinstance(a, Name) else a for a in step.args)
+        named = tuple((k, made[a] if isinstance(a, Name) else a) for k, a in step.kwargs)
+        made[step.name] = Apply(step.target, operands, named)
+    return made[result] if isinstance(result, Name) else result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands in arguments for a tensor."""
+
+    number: int
+
+
+def _name(slot: _Slot) -> Name:
+    return Name(f"r{slot.number}")
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _trace(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: tuple[tuple[str, Any], ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> tuple[tuple[Step, ...], Any] | NotPointwiseError:
+    """The steps of a function and its result, or why it is not pointwise."""
 
     def on_scalars(values: list[Tensor]) -> Any:
-        by_node = dict(zip(nodes, values, strict=True))
-        given, named = torch.fx.map_arg((args, kwargs), lambda node: by_node[node].clone())
+        def fill(argument: Any) -> Any:
+            return values[argument.number].clone() if isinstance(argument, _Slot) else argument
+
+        given, named = tree_map(fill, (args, dict(kwargs)))
         return function(*given, **named)
 
     # 0-d tensors have no elements to mix.
-    examples = [torch.full((), 0.5, dtype=torch.float64).to(_wide(d)) for _, d in meanings]
+    examples = [torch.full((), 0.5, dtype=torch.float64).to(dtype) for dtype in dtypes]
     try:
         with torch.random.fork_rng(devices=()), torch.no_grad():
             traced = make_fx(on_scalars, decomposition_table=_UNTAGGED)(examples)
-    except Exception as error:
-        raise NotPointwiseError from error
-    names = [Name(f"r{i}") for i in range(len(nodes))]
-    steps, results = steps_of(traced, names)
-    if len(results) != 1:
-        raise NotPointwiseError("it returns several tensors")
-    (result,) = results
-    if steps:
-        alone = Program(tuple(steps), (Reduction("sum", (result,)),))
-        differentiated(alone, tuple(example.dtype for example in examples))
-    made: dict[Any, Any] = {
-        name: meaning for name, (meaning, _) in zip(names, meanings, strict=True)
-    }
-    for step in steps:
-        args = tuple(made[a] if isinstance(a, Name) else a for a in step.args)
-        named = tuple((k, made[a] if isinstance(a, Name) else a) for k, a in step.kwargs)
-        made[step.name] = Apply(step.target, args, named)
-    return made[result] if isinstance(result, Name) else result
+    except Exception:
+        return NotPointwiseError()
+    try:
+        steps, results = steps_of(traced, [_name(_Slot(i)) for i in range(len(dtypes))])
+        if len(results) != 1:
+            return NotPointwiseError("it returns several tensors")
+        if steps:
+            alone = Program(tuple(steps), (Reduction("sum", (results[0],)),))
+            differentiated(alone, dtypes)
+    except NotPointwiseError as error:
+        return error
+    return tuple(steps), results[0]
 
 
 _UNTAGGED = get_decompositions(

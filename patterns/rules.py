@@ -215,7 +215,7 @@ class Site:
             self.unsupported("it has no rule")
         # What needs a gradient cannot be read as a stored tensor.
         main = next((n for n in of_logits if tensor_example(n).requires_grad), of_logits[0])
-        logits = self._values[main]
+        logits = self.logits(main)
         shape = tuple(tensor_example(main).shape)
         dtypes: list[torch.dtype | None] = [logits.compute_dtype]
 
@@ -249,7 +249,7 @@ class Site:
         """
         shape = self.shape_of(logits) if shape is None else shape
         if self.is_logits(argument):
-            other = self._values[argument]
+            other = self.logits(argument)
             if alike(other, logits) and tuple(tensor_example(argument).shape) == shape:
                 return other.expression
             if set(other.projection.origins) & set(logits.projection.origins):
@@ -260,7 +260,7 @@ class Site:
         return self.operand(argument, logits, shape)
 
     def _compute_dtype(self, node: Node) -> torch.dtype | None:
-        return self._values[node].compute_dtype if self.is_logits(node) else None
+        return self.logits(node).compute_dtype if self.is_logits(node) else None
 
     @property
     def example(self) -> torch.Tensor:

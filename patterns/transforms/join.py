@@ -82,9 +82,9 @@ def _vocabularies(site: Site, parts: list[Logits]) -> Logits:
 def summed(site: Site, first: Logits, second: Logits) -> Logits | None:
     """The sum of two projections, None if it is not that of two products."""
     parts = [first, second]
-    factors = [_factor(part.expression) for part in parts]
+    factors = [factor for part in parts if (factor := _factor(part.expression)) is not None]
     if (
-        None in factors
+        len(factors) != len(parts)
         or first.row_operations != second.row_operations
         or first.vocabulary_dim != second.vocabulary_dim
         or first.vocabulary != second.vocabulary

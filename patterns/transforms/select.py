@@ -58,9 +58,8 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
 def vocabulary_range(site: Site, logits: Logits, entries: slice) -> Logits:
     """The logits of a range of the vocabulary: of a range of the weight's rows."""
     parts = (entries.start, entries.stop, entries.step)
-    if any(isinstance(part, Node) for part in parts):
-        parts = tuple(None if part is None else int(constant(part)) for part in parts)
-    start, stop, step = slice(*parts).indices(logits.vocabulary)
+    numbers = (None if part is None else int(constant(part)) for part in parts)
+    start, stop, step = slice(*numbers).indices(logits.vocabulary)
     if (start, stop, step) == (0, logits.vocabulary, 1):
         return logits
     if step != 1 or stop <= start:
