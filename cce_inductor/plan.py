@@ -270,7 +270,8 @@ def _may_move(node: Node) -> bool:
 
 
 def _reads(statistic: Statistic) -> list[Node]:
-    nodes = [node for op in statistic.logits.row_operations for node in op.nodes]
+    nodes = list(statistic.logits.projection.nodes)
+    nodes += [node for op in statistic.logits.row_operations for node in op.nodes]
     for value in statistic.values:
         nodes += [
             leaf.source

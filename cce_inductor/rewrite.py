@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
-from .kernels.program import NotPointwiseError
 from .options import DEFAULT_WORKSPACE_BYTES, Options
 from .patterns import (
     HERE,
@@ -116,7 +115,7 @@ def _undifferentiable(chosen: list[FoundLoss], found: Walk) -> _Undifferentiable
     for group in plan(chosen, found).values():
         try:
             group.check_derivative()
-        except NotPointwiseError as why:
+        except Exception as why:
             reason = f"the function of the logits has a derivative that is not pointwise ({why})"
             return _Undifferentiable(set(group.logits.projection.origins), reason)
     return None
@@ -173,13 +172,14 @@ def _replace(graph: Graph, chosen: list[FoundLoss], found: Walk, options: Option
     builder = _Builder(graph, chosen, found, options)
     try:
         new = [(each.node, builder.result(each)) for each in chosen]
+        for group in builder.groups.values():
+            for node in group.hoisted:
+                assert group.first is not None, "every group is built"
+                group.first.prepend(node)
+        graph.lint()
     except Exception:
         builder.undo()
         raise
-    for group in builder.groups.values():
-        for node in group.hoisted:
-            assert group.first is not None, "every group is built"
-            group.first.prepend(node)
     for old, nodes in new:
         if isinstance(nodes, tuple):
             for user in list(old.users):
@@ -200,7 +200,14 @@ def _erase_unused(graph: Graph, chosen: list[FoundLoss], found: Walk) -> None:
         if each.logits is not None
         for origin in each.logits.projection.origins
     }
-    _erase_with_users(graph, found.unused)
+    unused = [
+        node
+        for node in found.unused
+        for argument in node.all_input_nodes
+        for logits in all_logits(found.values.get(argument, ()))
+        if not origins.isdisjoint(logits.projection.origins)
+    ]
+    _erase_with_users(graph, unused)
     of_logits = {**found.values, **found.assignments}
     for node in sorted(of_logits, key=lambda node: -found.position[node]):
         for logits in all_logits(of_logits[node]):
@@ -239,6 +246,7 @@ class _Builder:
         self.built: list[Node] = []
         self._fake_mode = _fake_mode([example(node) for node in found.values])
         self._memo: dict[Any, Any] = {}
+        self._gradients_off = False
 
     def undo(self) -> None:
         for node in reversed(self.built):
@@ -262,6 +270,7 @@ class _Builder:
     def result(self, found: FoundLoss) -> Node | tuple[Node, ...]:
         """What takes the place of a loss, right before it."""
         first = len(self.built)
+        self._gradients_off = self.found.gradient_mode[found.node] is False
         with self.graph.inserting_before(found.node):
             expected = example(found.node)
             if isinstance(found.result, tuple):
@@ -302,7 +311,8 @@ class _Builder:
             return tuple(self.row(each) for each in row)
         if not isinstance(row, (Statistic, Call, AtRows)):
             return row
-        if id(row) not in self._memo:
+        key = (id(row), self._gradients_off)  # what is made without gradients has none
+        if key not in self._memo:
             if isinstance(row, Statistic):
                 node = self._statistic(row)
             elif isinstance(row, AtRows):
@@ -318,8 +328,8 @@ class _Builder:
                 ]
                 kwargs = {name: self.row(argument) for name, argument in row.kwargs}
                 node = self.call(row.target, *args, **kwargs)
-            self._memo[id(row)] = node
-        return self._memo[id(row)]
+            self._memo[key] = node
+        return self._memo[key]
 
     def _statistic(self, statistic: Statistic, *, flat: bool = False) -> Node:
         """A result of its group's operator, in the shape of its rows unless `flat`."""
@@ -343,6 +353,7 @@ class _Builder:
     def _reduce(self, group: Group) -> None:
         """The operator of a group, where the group says."""
         logits = group.logits
+        memo, self._memo = self._memo, {}  # what was built may come after the anchor
         with self.graph.inserting_before(group.anchor):
             first = len(self.built)
             projection = logits.projection
@@ -374,6 +385,7 @@ class _Builder:
                 **{k: value for k, (value, default) in arguments.items() if value != default},
             )
         group.first = self.built[first]
+        self._memo = memo
 
     def _operand(self, operand: Operand | Statistic, logits: Logits) -> Node:
         """What a program's operand is at the rows of `logits`, with the vocabulary last."""

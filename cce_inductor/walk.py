@@ -183,7 +183,10 @@ class _Walker:
         if logits is None:
             return
         if self.transforms:
-            reason = "the graph is inside a torch.func transform, or takes derivatives itself"
+            reason = (
+                "the graph is inside a torch.func transform or inference mode, or takes "
+                "derivatives itself"
+            )
             self.lost[node] = (reason, example(node).shape[-1], node)
             return
         if not _requires_grad(node) and any(map(_requires_grad, logits.projection.nodes)):
@@ -195,6 +198,7 @@ class _Walker:
         site = self._site(node)
         try:
             self._check_transforms()
+            self._check_others_unchanged(node, used)
             rule = reduction.get(node)
             result = None if rule is None else site.apply(rule)
             if isinstance(result, Logits):
@@ -231,8 +235,14 @@ class _Walker:
     def _check_transforms(self) -> None:
         if self.transforms:
             raise UnsupportedError(
-                "it is inside a torch.func transform, or the graph takes derivatives itself"
+                "it is inside a torch.func transform or inference mode, or the graph takes "
+                "derivatives itself"
             )
+
+    def _check_others_unchanged(self, node: Node, used: list[Node]) -> None:
+        own = {storage_of(argument) for argument in used}
+        if any(storage not in own for storage in mutated_storages(node)):
+            raise UnsupportedError("it changes another tensor in place")
 
     def _pointwise(self, site: Site) -> Logits:
         node = site.node
@@ -260,7 +270,7 @@ class _Walker:
 
     def _assign(self, node: Node, mutated: list[Node], value: Logits) -> None:
         """Gives every name of the changed tensor its new value."""
-        if len(mutated) > 1:
+        if len(mutated) > 1 or not isinstance(value, Logits):
             raise UnsupportedError("it changes several logits")
         if self.found.gradient_mode[node] is False and _requires_grad(mutated[0]):
             raise UnsupportedError("it changes them in place, hidden from their gradient")
@@ -522,9 +532,12 @@ def _is_unused(node: Node) -> bool:
 
 
 def _opens_transform(node: Node) -> int:
-    """1 for a node that enters a torch.func transform, -1 for one that leaves it."""
+    """1 for a node that enters a torch.func transform or inference mode, -1 for one that leaves
+    it."""
     module = getattr(node.target, "__module__", None) or ""
+    name = operation(node)
+    if name in ("_enter_inference_mode", "_exit_inference_mode"):
+        return 1 if name == "_enter_inference_mode" else -1
     if node.op != "call_function" or "functorch" not in module:
         return 0
-    name = operation(node)
     return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")

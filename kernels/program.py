@@ -170,9 +170,8 @@ def _kind(dtype: torch.dtype) -> torch.dtype:
     return torch.bool if dtype == torch.bool else torch.int64
 
 
-@functools.lru_cache(maxsize=4096)
 def differentiated(program: Program, operands: tuple[torch.dtype, ...]) -> Backward:
-    """A program's pointwise function with its derivative.
+    """A program's pointwise function with its derivative, computed once.
 
     Args:
         operands: the dtype of each, float64 for all floating ones.
@@ -180,7 +179,13 @@ def differentiated(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     Raises:
         NotPointwiseError: the derivative has an operator that is not pointwise.
     """
-    return _in_its_own_thread(lambda: _differentiate(program, operands))
+    key = (str(program), operands)  # text, in which 0.0 and -0.0, 1 and True differ
+    if key not in _differentiated:
+        _differentiated[key] = _in_its_own_thread(lambda: _differentiate(program, operands))
+    return _differentiated[key]
+
+
+_differentiated: dict[tuple[str, tuple[torch.dtype, ...]], Backward] = {}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -241,7 +246,9 @@ def tensor_arguments(target: str) -> tuple[bool, ...]:
 
 def _tensor_if(wanted: bool, number: Any) -> Any:
     """A number as a tensor without dimensions, whose dtype gives way to any block's."""
-    return torch.tensor(number, dtype=torch.float64) if wanted else number
+    if not wanted:
+        return number
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
 
 
 def step_target(operator: Any) -> str:

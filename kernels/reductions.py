@@ -157,11 +157,6 @@ class Cotangent:
         self.weights: list[tuple[Tensor, Tensor, Name]] = []
         self.grad_at: list[tuple[Tensor, Tensor]] = []
 
-    @property
-    def is_zero(self) -> bool:
-        given = (self.lse, self.grad_sum)
-        return all(g is None for g in given) and not (self.weights or self.grad_at)
-
     def prepare(self) -> None:
         """Once, when every gradient has been added."""
         if self.grad_at:

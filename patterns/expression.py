@@ -118,7 +118,9 @@ def capture(
     meanings = [operand_of(node) for node in slots]
     args, kwargs = torch.fx.map_arg((args, kwargs), slots.__getitem__)
     dtypes = tuple(_wide(dtype) for _, dtype in meanings)
-    question = (function, tuple(args), tuple(kwargs.items()), dtypes)
+    # 0.0 and -0.0, 1 and True are equal, but not the same constants.
+    constants = repr((args, kwargs))
+    question = (function, tuple(args), tuple(kwargs.items()), dtypes, constants)
     traced = _trace(*question) if _is_hashable(question) else _trace.__wrapped__(*question)
     if isinstance(traced, NotPointwiseError):
         raise traced
@@ -156,6 +158,7 @@ def _trace(
     args: tuple[Any, ...],
     kwargs: tuple[tuple[str, Any], ...],
     dtypes: tuple[torch.dtype, ...],
+    constants: str,
 ) -> tuple[tuple[Step, ...], Any] | NotPointwiseError:
     """The steps of a function and its result, or why it is not pointwise."""
 
@@ -182,6 +185,8 @@ def _trace(
             differentiated(alone, dtypes)
     except NotPointwiseError as error:
         return error
+    except Exception as error:
+        return NotPointwiseError(f"its derivative fails: {error}")
     return tuple(steps), results[0]
 
 

@@ -113,8 +113,8 @@ def _transpose_of(node: Node) -> Node | None:
 
 
 def _expanded(node: Node) -> Node | None:
-    """The matrix that a batch of equal matrices was made of: by ``unsqueeze(0)``, ``expand``,
-    ``repeat`` or ``[None]``."""
+    """The matrix that a batch of equal matrices was made of: by ``unsqueeze(0)``, ``expand``
+    or ``[None]``, which all are views of it."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     source = node.args[0]
@@ -124,7 +124,7 @@ def _expanded(node: Node) -> Node | None:
     same_matrix = tuple(shape[-2:]) == tuple(result[-2:]) and len(result) == 3
     if not same_matrix or not (len(shape) == 2 or shape[0] == 1):
         return None
-    makers = ("expand", "repeat", "unsqueeze", torch.unsqueeze, torch.broadcast_to, "expand_as")
+    makers = ("expand", "unsqueeze", torch.unsqueeze, torch.broadcast_to, "expand_as")
     if node.target in makers or (node.target, node.args[1:]) == (operator.getitem, (None,)):
         return _first_matrix(source)
     return None

@@ -198,7 +198,7 @@ def test_an_error_in_the_pass_leaves_the_graph(monkeypatch, caplog):
     def broken(*args):
         raise KeyError("surprise of this test")
 
-    monkeypatch.setattr("cce_inductor.rewrite._Builder.loss", broken)
+    monkeypatch.setattr("cce_inductor.rewrite._Builder.result", broken)
     cce_inductor.install(min_logits_bytes=0)
     for _ in range(2):
         run_pre_grad_pass(module := captured())
@@ -218,13 +218,13 @@ def test_an_error_in_the_pass_leaves_the_graph(monkeypatch, caplog):
 def test_an_error_while_building_takes_the_new_nodes_out(monkeypatch):
     from cce_inductor.rewrite import _Builder
 
-    build = _Builder.loss
+    build = _Builder.result
 
     def build_then_fail(self, found, options):
         build(self, found, options)
         raise KeyError("after building")
 
-    monkeypatch.setattr(_Builder, "loss", build_then_fail)
+    monkeypatch.setattr(_Builder, "result", build_then_fail)
     cce_inductor.install(min_logits_bytes=0)
     before = (module := captured()).code
     run_pre_grad_pass(module)

@@ -125,6 +125,7 @@ def narrow(site: Site, input: Any, dim: Any, start: Any, length: Any) -> Logits:
     logits = site.logits(input)
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
+        start, length = int(constant(start)), int(constant(length))
         return vocabulary_range(site, logits, slice(start, start + length))
     return logits.with_row_operation(torch.narrow, HERE, dim, start, length)
 
