@@ -19,10 +19,12 @@ from torch.fx import Node
 
 from ..kernels.program import overload
 from .expression import (
+    LOGIT,
     Apply,
     Expression,
     Operand,
     is_constant_over_row,
+    leaves,
 )
 from .logits import AtRows, Call, Logits, Row, Statistic
 from .rules import Site
@@ -99,7 +101,7 @@ class Algebra:
             return detach_row(self.sum(x.args[0]))
         if is_constant_over_row(x):
             return call(operator.mul, self.row(x), self.logits.vocabulary)
-        if isinstance(x, Apply) and x.target == "exp":
+        if isinstance(x, Apply) and x.target == "exp" and LOGIT in leaves(x):
             return call(torch.exp, self.logsumexp(x.args[0]))
         if not self._late(x):
             return self._statistic("sum", x)

@@ -62,12 +62,13 @@ def _assigned(site: Site, logits: Logits, inside: Any, value: Any) -> Logits:
     return logits.replace(expression=assigned)
 
 
-def _is_among(site: Site, logits: Logits, indices: Node) -> Operand:
+def _is_among(site: Site, logits: Logits, indices: Node) -> Apply:
     """For each entry of the vocabulary whether it is one of `indices`."""
     entries = call(torch.arange, logits.vocabulary, device=tensor_example(indices).device)
     places = call(torch.remainder, indices, logits.vocabulary)
     among = call(torch.isin, entries, places)
-    return Operand("c", among, logits.row_operations, logits.vocabulary_dim, site.node)
+    column = Operand("c", among, logits.row_operations, logits.vocabulary_dim, site.node)
+    return Apply("ne.Scalar", (column, 0))
 
 
 def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:

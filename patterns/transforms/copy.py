@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..rules import Site, constant, tensor_example, transform
 
 
 @transform("contiguous", "clone", torch.clone, "detach", torch.detach, "requires_grad_", "cpu")
+@transform(operator.pos, torch.positive, "positive", "__pos__")
 def copy(site: Site, input: Any, *, memory_format: Any = None) -> Logits:
     if site.example.device != tensor_example(input).device:
         site.unsupported("it moves the logits to another device")

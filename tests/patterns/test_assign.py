@@ -61,7 +61,7 @@ def test_graph_of_entries_by_a_tensor():
 arange = torch.arange(50, device = device(type='cpu'))
 remainder = torch.remainder(l_entries_, 50)
 isin = torch.isin(arange, remainder)
-reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [isin, l_target_], 't0 = where.ScalarSelf(c0, -5.0, z); logsumexp(t0); target(t0, r1, -100)', skip_ignored = True)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [isin, l_target_], 't0 = ne.Scalar(c0, 0); t1 = where.ScalarSelf(t0, -5.0, z); logsumexp(t1); target(t1, r1, -100)', skip_ignored = True)
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
