@@ -251,7 +251,14 @@ class _Walker:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise UnsupportedError("what it calls is not followed")
         function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
-        return site.pointwise(functional(function), *node.args, **node.kwargs)
+        value = site.pointwise(functional(function), *node.args, **node.kwargs)
+        for argument in node.all_input_nodes:
+            before = self.found.values.get(argument)
+            same = isinstance(before, Logits) and value.expression is before.expression
+            # Nothing happens to a scalar, but a matrix may be transposed.
+            if same and _places(node) != _places(argument):
+                raise UnsupportedError("it moves their elements")
+        return value
 
     def _keep_stored(self, node: Node, site: Site) -> None:
         for stored in site.stored:
@@ -496,6 +503,11 @@ def _keeps_shape(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and any(
         isinstance(each, torch.Tensor) and each.shape == value.shape for each in inputs
     )
+
+
+def _places(node: Node) -> tuple[str, str]:
+    value = example(node)
+    return str(tuple(value.shape)), str(value.stride())
 
 
 def _rank(node: Node) -> int:

@@ -234,12 +234,6 @@ class Site:
                 self.unsupported("it overwrites them")
             expression = Apply("full_like", (LOGIT, float(expression)))
         result = example(self.node)  # none for an assignment
-        if isinstance(result, torch.Tensor) and tuple(result.shape) != shape:
-            self.unsupported("it changes their shape")
-        if expression is logits.expression and str(result.stride()) != str(
-            tensor_example(main).stride()
-        ):  # nothing happens to a scalar, but a matrix is transposed, say
-            self.unsupported("it moves their elements")
         if getattr(result, "dtype", None) == torch.float64 or torch.float64 in dtypes:
             logits = logits.replace(compute_dtype=torch.float64)
         return logits.replace(expression=expression)
