@@ -203,7 +203,6 @@ def test_overwritten_logits_are_left_alone(name, change):
     assert reason.startswith(f"the logits are used by {name} at ")
 
 
-@pytest.mark.xfail(strict=True, reason="gradients are None, where eager has zeros")
 def test_filled_logits():
     def fn(input, weight, target):
         return F.cross_entropy(F.linear(input, weight).fill_(2), target)

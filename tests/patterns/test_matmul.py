@@ -128,9 +128,6 @@ SPELLINGS = {
         x.view(2, 3, 8), w.T.unsqueeze(0).expand(2, 8, 50)
     ).view(6, 50),
     "torch.bmm, torch.unsqueeze": lambda x, w, b: torch.bmm(x[None], torch.unsqueeze(w.T, 0))[0],
-    "torch.bmm, repeat": lambda x, w, b: torch.bmm(x.view(2, 3, 8), w.T[None].repeat(2, 1, 1)).view(
-        6, 50
-    ),
     "torch.bmm, torch.broadcast_to": lambda x, w, b: torch.bmm(
         x.view(2, 3, 8), torch.broadcast_to(w.T, (2, 8, 50))
     ).view(6, 50),
