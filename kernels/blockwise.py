@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +20,10 @@ from .product import WideProduct, accumulation_dtype
 from .program import INDEXED, Backward, Name, Program, Reduction, position
 from .reductions import (
     NOWHERE,
+    Block,
     Cotangent,
-    Gather,
     LogSumExp,
-    Max,
-    Mean,
-    Sum,
-    TopK,
+    accumulators,
     cotangents,
     index_of,
 )
@@ -84,8 +80,10 @@ class Head:
 
     def block_operands(self, kept: KeptRows, block: slice, tile: slice) -> dict[Name, Tensor]:
         """The operands as they broadcast against a block of logits."""
-        columns = torch.arange(tile.start, tile.stop, device=self.linear_weight.device)
-        values = {COLUMN: columns.unsqueeze(0)}
+        device = self.linear_weight.device
+        values: dict[Name, Tensor] = {}
+        if self.program.reads_columns:
+            values[COLUMN] = torch.arange(tile.start, tile.stop, device=device).unsqueeze(0)
         for name, at in self.program.operands.items():
             operand = self.operands[at]
             if name[0] == "r":
@@ -96,7 +94,7 @@ class Head:
                 operand = kept.select_block(operand, block, tile)
             if operand.is_floating_point():
                 operand = operand.to(self.logit_dtype)
-            values[name] = operand.to(columns.device)
+            values[name] = operand.to(device)
         return values
 
 
@@ -236,68 +234,37 @@ def reduce(input: Tensor, head: Head) -> list[Tensor]:
     workspace = Workspace(head, kept.count, hidden, device, backward=False)
     indices = _indices(head, kept, check=True)
 
-    normalizers: dict[Name, LogSumExp] = {}
-    accumulators: list[tuple[Reduction, Any]] = []
-    for reduction in program.reductions:
-        if reduction.kind == "logsumexp":
-            normalizers[reduction.value] = LogSumExp(kept.count, tile_count(vocabulary), device)
-    for reduction in program.reductions:
-        accumulator: Any
-        if reduction.kind == "logsumexp":
-            accumulator = normalizers[reduction.value]
-        elif reduction.kind == "mean":
-            normalizer = normalizers[reduction.value]
-            accumulator = Mean(kept.count, tile_count(vocabulary), device, normalizer)
-        elif reduction.kind == "sum":
-            accumulator = Sum(kept.count, device)
-        elif reduction.kind == "max":
-            accumulator = Max(kept.count, device)
-        elif reduction.kind == "topk":
-            accumulator = TopK(kept.count, reduction.args[1], device)
-        else:
-            accumulator = Gather(indices[Name(str(reduction))])
-        accumulators.append((reduction, accumulator))
+    reducing = accumulators(program, indices, kept.count, tile_count(vocabulary), device)
+    normalizers = {id(each): each for each in reducing if isinstance(each, LogSumExp)}
 
     for number, tile in head.tiles():
         weight = head.weight_of(tile)
-        for block in workspace.row_blocks(kept.count):
-            values = head.block_operands(kept, block, tile)
-            values[Z] = logits = workspace.logits(head, kept_input[block], weight, tile)
+        for rows in workspace.row_blocks(kept.count):
+            values = head.block_operands(kept, rows, tile)
+            values[Z] = logits = workspace.logits(head, kept_input[rows], weight, tile)
             program.forward.run(values)
-            for reduction, accumulator in accumulators:
-                value = values[reduction.value].expand(logits.shape)
-                if reduction.kind == "mean":
-                    same = reduction.args[0] == reduction.args[1]
-                    y = value if same else values[Name(reduction.args[1])]
-                    accumulator.add(value, y, block, number)
-                elif reduction.kind == "sum":
-                    accumulator.add(value, block)
-                elif reduction.kind != "logsumexp":
-                    accumulator.add(value, block, tile)
-            for name, normalizer in normalizers.items():  # last, as they write over the values
-                value = values[name].expand(logits.shape)
-                if program.forward.has_aliases or name[0] not in "zt" or 0 in value.stride():
-                    value = value.clone()
-                normalizer.add(value.to(head.logit_dtype), block, number)
+            at = Block(rows, tile, number)
+            for reduction, accumulator in zip(program.reductions, reducing, strict=True):
+                if id(accumulator) not in normalizers:
+                    found = [values[name].expand(logits.shape) for name in reduction.values]
+                    accumulator.add(at, *found)
+            for normalizer in normalizers.values():  # last, as they write over the values
+                value = values[normalizer.name].expand(logits.shape)
+                normalizer.add(at, _own_memory(value, normalizer.name, head))
 
-    results: list[Tensor] = []
-    for reduction, accumulator in accumulators:
-        if reduction.kind in ("logsumexp", "mean"):
-            results.append(accumulator.result())
-        elif reduction.kind == "sum":
-            results.append(accumulator.total)
-        elif reduction.kind in ("max", "topk"):
-            results += [accumulator.value, accumulator.index]
-        else:
-            flat = head.operands[position(reduction.args[1])].dim() == 1
-            results.append(accumulator.found.squeeze(1) if flat else accumulator.found)
-    if normalizers:
-        first = next(iter(normalizers.values()))
-        results.append(first.tiles.to(head.logit_dtype))
+    results = [result for accumulator in reducing for result in accumulator.results()]
+    results += [normalizer.tiles.to(head.logit_dtype) for normalizer in normalizers.values()][:1]
     return [kept.restore(result) for result in results]
 
 
-def _indices(head: Head, kept: KeptRows, *, check: bool) -> dict[Name, Tensor]:
+def _own_memory(value: Tensor, name: Name, head: Head) -> Tensor:
+    """A block of the logit dtype that may be written over."""
+    if head.program.forward.has_aliases or name[0] not in "zt" or 0 in value.stride():
+        value = value.clone()
+    return value.to(head.logit_dtype)
+
+
+def _indices(head: Head, kept: KeptRows, *, check: bool) -> dict[str, Tensor]:
     """For each reduction with an index, by its text, the indices of the kept rows."""
     indices = {}
     for reduction in head.program.reductions:
@@ -305,7 +272,7 @@ def _indices(head: Head, kept: KeptRows, *, check: bool) -> dict[Name, Tensor]:
             index = kept.select(head.operands[position(reduction.args[1])]).to(torch.int64)
             if check:
                 check_index(reduction, index, head.linear_weight.shape[0])
-            indices[Name(str(reduction))] = index_of(reduction, index, head.linear_weight.shape[0])
+            indices[str(reduction)] = index_of(reduction, index, head.linear_weight.shape[0])
     return indices
 
 

@@ -29,9 +29,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import itertools
 import math
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -65,8 +66,12 @@ class Step:
     def uses(self) -> list[Name]:
         return [a for a in (*self.args, *dict(self.kwargs).values()) if isinstance(a, Name)]
 
+    @property
+    def call(self) -> str:
+        return _call_text(self.target, self.args, self.kwargs)
+
     def __str__(self) -> str:
-        return f"{self.name} = {call_text(self.target, self.args, self.kwargs)}"
+        return f"{self.name} = {self.call}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +94,10 @@ class Reduction:
         return _OUTPUTS.get(self.kind, 1)
 
     def __str__(self) -> str:
-        return call_text(self.kind, self.args, ())
+        return _call_text(self.kind, self.args, ())
 
 
-def call_text(target: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]]) -> str:
-    """A statement's right side."""
+def _call_text(target: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]]) -> str:
     shown = [*map(_text, args), *(f"{name}={_text(value)}" for name, value in kwargs)]
     return f"{target}({', '.join(shown)})"
 
@@ -127,6 +131,12 @@ class Program:
         return tuple(dict.fromkeys(v for reduction in self.reductions for v in reduction.values))
 
     @property
+    def outputs(self) -> list[tuple[int, Reduction]]:
+        """Every reduction, with the position of its first result."""
+        counts = [reduction.outputs for reduction in self.reductions]
+        return list(zip(itertools.accumulate(counts, initial=0), self.reductions, strict=False))
+
+    @property
     def is_plain(self) -> bool:
         """Whether what is reduced are the logits themselves."""
         return not self.steps and set(self.roots) == {"z"}
@@ -136,6 +146,11 @@ class Program:
         """Operands that the steps read, and their position in the list of operands."""
         uses = [use for step in self.steps for use in step.uses]
         return {use: position(use) for use in (*uses, *self.roots) if use[0] in OPERAND_KINDS}
+
+    @functools.cached_property
+    def reads_columns(self) -> bool:
+        """Whether an entry's place in the vocabulary matters."""
+        return "j" in self.roots or any("j" in step.uses for step in self.steps)
 
     def reached(self, outputs: Iterable[bool]) -> set[Name]:
         """What has a gradient if these of the program's outputs do: no path to it is detached."""
@@ -181,7 +196,10 @@ def differentiated(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     """
     key = (str(program), operands)  # text, in which 0.0 and -0.0, 1 and True differ
     if key not in _differentiated:
-        _differentiated[key] = _in_its_own_thread(lambda: _differentiate(program, operands))
+        # A new thread has the dispatcher's default state, whatever the caller is in the middle
+        # of: a kernel below autograd, a trace with fake tensors.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            _differentiated[key] = thread.submit(_differentiate, program, operands).result()
     return _differentiated[key]
 
 
@@ -360,26 +378,6 @@ class Backward:
         return self.forward.peak() + self.backward.peak() + kept + len(self.roots)
 
 
-def _in_its_own_thread(function: Callable[[], Any]) -> Any:
-    """A new thread has the dispatcher's default state, whatever the caller is in the middle of:
-    a kernel below autograd, a trace with fake tensors."""
-    result: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(function())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return result[0]
-
-
 def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Backward:
     roots = program.roots
     dtypes = {name: operands[at] for name, at in program.operands.items()}
@@ -470,16 +468,12 @@ _COPIES = frozenset(["detach", "alias", "clone", "lift_fresh_copy", "lift_fresh"
 _FACTORY_OPTIONS = ("dtype", "layout", "device", "pin_memory", "memory_format")
 
 
-def steps_of(
-    traced: GraphModule, inputs: list[Any], prefix: str = "t", *, copies: frozenset[str] = _COPIES
-) -> tuple[list[Step], list[Any]]:
+def steps_of(traced: GraphModule, inputs: list[Any]) -> tuple[list[Step], list[Any]]:
     """The steps of a function of 0-d tensors that `make_fx` traced.
 
     Args:
         traced: the function.
         inputs: what its arguments are called; any objects.
-        prefix: of the names of the steps.
-        copies: operators that are left out, because they only copy.
 
     Returns:
         The steps, and for each result of the function its name, a number, or None.
@@ -503,7 +497,7 @@ def steps_of(
             return steps, [r.value if isinstance(r, _Boxed) else r for r in results]
         else:
             base = str(node.target).split(".")[1] if "." in str(node.target) else ""
-            if base in copies:
+            if base in _COPIES:
                 values[node] = values[node.args[0]]
                 continue
             if base in _MAKE_SCALARS | _MAKE_LIKE:
@@ -524,7 +518,7 @@ def steps_of(
                 for k, a in node.kwargs.items()
                 if k not in _FACTORY_OPTIONS
             )
-            values[node] = name = Name(f"{prefix}{len(steps)}")
+            values[node] = name = Name(f"t{len(steps)}")
             steps.append(Step(name, step_target(target), args, kwargs))
     raise AssertionError("a graph has an output")
 

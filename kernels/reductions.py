@@ -6,6 +6,8 @@ opposite direction: what the gradients of all reductions of one value make of a 
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -35,19 +37,41 @@ def columns_in(index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     return inside, (index - tile.start).clamp_(0, tile.stop - tile.start - 1)
 
 
-class LogSumExp:
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Where a block of values lies: its rows, its range of the vocabulary, the tile's number."""
+
+    rows: slice
+    tile: slice
+    number: int
+
+
+class Accumulator(abc.ABC):
+    """One reduction, which sees every block of its values once."""
+
+    @abc.abstractmethod
+    def add(self, at: Block, *values: Tensor) -> None:
+        """Takes [rows, tile] of each value that the reduction names."""
+
+    @abc.abstractmethod
+    def results(self) -> tuple[Tensor, ...]: ...
+
+
+class LogSumExp(Accumulator):
     """Of each tile, then of the tiles. Writes over the values."""
 
-    def __init__(self, rows: int, tiles: int, device: torch.device):
+    def __init__(self, name: Name, rows: int, tiles: int, device: torch.device):
+        self.name = name
         self.tiles = torch.empty(rows, tiles, dtype=torch.float64, device=device)
 
-    def add(self, value: Tensor, block: slice, number: int) -> None:
+    def add(self, at: Block, *values: Tensor) -> None:
+        (value,) = values
         shift = _shift(value)
         total = value.sub_(shift.unsqueeze(1)).exp_().sum(1)
-        self.tiles[block, number] = shift.double() + total.double().log()
+        self.tiles[at.rows, at.number] = shift.double() + total.double().log()
 
-    def result(self) -> Tensor:
-        return torch.logsumexp(self.tiles, 1)
+    def results(self) -> tuple[Tensor, ...]:
+        return (torch.logsumexp(self.tiles, 1),)
 
 
 def _shift(value: Tensor) -> Tensor:
@@ -56,68 +80,84 @@ def _shift(value: Tensor) -> Tensor:
     return top.masked_fill(top == -math.inf, 0.0)
 
 
-class Mean:
+class Mean(Accumulator):
     """Of `y` under softmax(x), in each tile; then of the tiles under theirs."""
 
-    def __init__(self, rows: int, tiles: int, device: torch.device, normalizer: LogSumExp):
-        self.tiles = torch.empty(rows, tiles, dtype=torch.float64, device=device)
+    def __init__(self, normalizer: LogSumExp, *, of_itself: bool):
+        self.tiles = torch.empty_like(normalizer.tiles)
         self.normalizer = normalizer
+        self.of_itself = of_itself
 
-    def add(self, x: Tensor, y: Tensor, block: slice, number: int) -> None:
+    def add(self, at: Block, *values: Tensor) -> None:
+        x, y = values
         shift = _shift(x)
         distance = x - shift.unsqueeze(1)
         mass = distance.exp()
         total = mass.sum(1)
         # The mean of x itself is near its greatest: only the distance to that is rounded.
-        weighted = mass.mul_(distance if y is x else y).sum(1)
+        weighted = mass.mul_(distance if self.of_itself else y).sum(1)
         # A tile without any mass says 0, and will have no weight.
         mean = (weighted / total).masked_fill(total == 0, 0.0).double()
-        if y is x:
+        if self.of_itself:
             mean += shift
-        self.tiles[block, number] = mean
+        self.tiles[at.rows, at.number] = mean
 
-    def result(self) -> Tensor:
-        weights = (self.normalizer.tiles - self.normalizer.result().unsqueeze(1)).exp()
-        return (weights * self.tiles).sum(1)
+    def results(self) -> tuple[Tensor, ...]:
+        (lse,) = self.normalizer.results()
+        weights = (self.normalizer.tiles - lse.unsqueeze(1)).exp()
+        return ((weights * self.tiles).sum(1),)
 
 
-class Sum:
+class Sum(Accumulator):
     def __init__(self, rows: int, device: torch.device):
         self.total = torch.zeros(rows, dtype=torch.float64, device=device)
 
-    def add(self, value: Tensor, block: slice) -> None:
-        self.total[block] += value.sum(1, dtype=torch.promote_types(value.dtype, torch.float32))
+    def add(self, at: Block, *values: Tensor) -> None:
+        (value,) = values
+        self.total[at.rows] += value.sum(1, dtype=torch.promote_types(value.dtype, torch.float32))
+
+    def results(self) -> tuple[Tensor, ...]:
+        return (self.total,)
 
 
-class Gather:
-    """The values at given indices."""
+class Gather(Accumulator):
+    """The values at indices, [rows, k]; the result is [rows] if `flat`."""
 
-    def __init__(self, index: Tensor):
+    def __init__(self, index: Tensor, *, flat: bool):
         self.index = index
+        self.flat = flat
         self.found = torch.zeros(index.shape, dtype=torch.float64, device=index.device)
 
-    def add(self, value: Tensor, block: slice, tile: slice) -> None:
-        inside, columns = columns_in(self.index[block], tile)
+    def add(self, at: Block, *values: Tensor) -> None:
+        (value,) = values
+        inside, columns = columns_in(self.index[at.rows], at.tile)
         here = value.gather(1, columns).double()
-        self.found[block] = torch.where(inside, here, self.found[block])
+        self.found[at.rows] = torch.where(inside, here, self.found[at.rows])
+
+    def results(self) -> tuple[Tensor, ...]:
+        return (self.found.squeeze(1) if self.flat else self.found,)
 
 
-class Max:
+class Max(Accumulator):
     """The greatest value and its first index; nan is greater than any number."""
 
     def __init__(self, rows: int, device: torch.device):
         self.value = torch.full((rows,), -math.inf, dtype=torch.float64, device=device)
         self.index = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def add(self, value: Tensor, block: slice, tile: slice) -> None:
+    def add(self, at: Block, *values: Tensor) -> None:
+        (value,) = values
         top, where = value.max(1)
-        top, best = top.double(), self.value[block]
+        top, best = top.double(), self.value[at.rows]
         better = (top > best) | (top.isnan() & ~best.isnan())
-        self.value[block] = torch.where(better, top, best)
-        self.index[block] = torch.where(better, where + tile.start, self.index[block])
+        self.value[at.rows] = torch.where(better, top, best)
+        self.index[at.rows] = torch.where(better, where + at.tile.start, self.index[at.rows])
+
+    def results(self) -> tuple[Tensor, ...]:
+        return self.value, self.index
 
 
-class TopK:
+class TopK(Accumulator):
     """The greatest k values, greatest first, and their indices; k is at most a tile."""
 
     def __init__(self, rows: int, k: int, device: torch.device):
@@ -125,14 +165,54 @@ class TopK:
         self.value = torch.empty(rows, k, dtype=torch.float64, device=device)
         self.index = torch.empty(rows, k, dtype=torch.int64, device=device)
 
-    def add(self, value: Tensor, block: slice, tile: slice) -> None:
+    def add(self, at: Block, *values: Tensor) -> None:
+        (value,) = values
         top, where = value.topk(min(self.k, value.shape[1]), dim=1)
-        top, where = top.double(), where + tile.start
-        if tile.start > 0:
-            both = torch.cat([self.value[block], top], 1)
+        top, where = top.double(), where + at.tile.start
+        if at.number > 0:
+            both = torch.cat([self.value[at.rows], top], 1)
             top, order = both.topk(self.k, dim=1)
-            where = torch.cat([self.index[block], where], 1).gather(1, order)
-        self.value[block], self.index[block] = top, where
+            where = torch.cat([self.index[at.rows], where], 1).gather(1, order)
+        self.value[at.rows], self.index[at.rows] = top, where
+
+    def results(self) -> tuple[Tensor, ...]:
+        return self.value, self.index
+
+
+def accumulators(
+    program: Program, indices: Mapping[str, Tensor], rows: int, tiles: int, device: torch.device
+) -> list[Accumulator]:
+    """One for each of the program's reductions, in order.
+
+    Args:
+        program: whose reductions they are.
+        indices: by the text of a reduction, the indices that it reads, as `index_of` makes them.
+        rows: how many are reduced.
+        tiles: how many the vocabulary has.
+        device: where the results are.
+    """
+    normalizers = {
+        reduction.value: LogSumExp(reduction.value, rows, tiles, device)
+        for reduction in program.reductions
+        if reduction.kind == "logsumexp"
+    }
+
+    def made(reduction: Reduction) -> Accumulator:
+        match reduction.kind:
+            case "logsumexp":
+                return normalizers[reduction.value]
+            case "mean":
+                x, y = reduction.values
+                return Mean(normalizers[x], of_itself=x == y)
+            case "sum":
+                return Sum(rows, device)
+            case "max":
+                return Max(rows, device)
+            case "topk":
+                return TopK(rows, reduction.args[1], device)
+        return Gather(indices[str(reduction)], flat=reduction.kind != "gather")
+
+    return [made(reduction) for reduction in program.reductions]
 
 
 class Cotangent:
@@ -230,7 +310,7 @@ def cotangents(
     program: Program,
     grads: list[Tensor | None],
     results: list[Tensor],
-    indices: Mapping[Name, Tensor],
+    indices: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[Name, Cotangent]:
     """A `Cotangent` for each value that a reduction with a gradient reads.
@@ -250,14 +330,10 @@ def cotangents(
     def cotangent(name: Name) -> Cotangent:
         return found.setdefault(name, Cotangent(name, rows, device, dtype))
 
-    position = 0
-    placed = []
-    for reduction in program.reductions:
-        placed.append((reduction, position))
+    for position, reduction in program.outputs:
         if reduction.kind == "logsumexp":
             lse[reduction.value] = results[position]
-        position += reduction.outputs
-    for reduction, position in placed:
+    for position, reduction in program.outputs:
         grad, result = grads[position], results[position]
         if grad is None:
             continue
@@ -276,7 +352,7 @@ def cotangents(
         elif reduction.kind == "sum":
             of.grad_sum = grad if of.grad_sum is None else of.grad_sum + grad
         else:
-            index = indices.get(Name(str(reduction)))
+            index = indices.get(str(reduction))
             if index is None:  # max and topk
                 index = results[position + 1]
             if index.dim() == 1:
