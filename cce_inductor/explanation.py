@@ -123,16 +123,22 @@ def explain_with(
     return Explanation(recorder.losses, recorder.graphs)
 
 
+def own_random_numbers() -> contextlib.AbstractContextManager[Any]:
+    """At its end the random number generators are put back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    context: contextlib.AbstractContextManager[Any] = torch.random.fork_rng(devices=devices)
+    return context
+
+
 @contextlib.contextmanager
 def compiled_for_now(
     fn: Callable[..., Any], backend: Callable[..., Any]
 ) -> Iterator[Callable[..., Any]]:
     """`fn` compiled by `backend`; at the end Dynamo forgets it, and the random number generators
     are put back."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     no_limit = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
     try:
-        with torch.random.fork_rng(devices=devices), no_limit:
+        with own_random_numbers(), no_limit:
             yield torch.compile(uncompiled(fn), backend=backend)
     finally:
         compat.forget_compiled(backend)

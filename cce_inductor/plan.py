@@ -7,14 +7,13 @@ there gets an operator of its own.
 
 from __future__ import annotations
 
-import math
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .kernels.program import INDEXED, Name, Program, call_text
-from .location import operation
+from .kernels.program import INDEXED, Name, Program, Reduction, Step
 from .patterns import (
     Apply,
     Leaf,
@@ -52,28 +51,26 @@ class Group:
         self.first: Node | None = None
         self.results: Node | None = None
         self.outputs: dict[int, Node] = {}
-        self._steps: dict[str, Name] = {}
-        self._reductions: list[str] = []
-        self._outputs: dict[str, int] = {}
-        self._count = 0
+        self._steps: dict[str, Step] = {}
+        self._reductions: dict[str, Reduction] = {}
 
     def add(self, statistic: Statistic) -> None:
         self.statistics.append(statistic)
-        names = [self._name(value) for value in statistic.values]
-        if statistic.kind == "mean":
-            self._reduction("logsumexp", (names[0],), 1)
-        self._reduction(*self._call(statistic, names))
+        reduction = self._reduction(statistic)
+        if reduction.kind == "mean":
+            normalizer = Reduction("logsumexp", (reduction.value,))
+            self._reductions.setdefault(str(normalizer), normalizer)
+        self._reductions.setdefault(str(reduction), reduction)
 
     def output(self, statistic: Statistic) -> int:
         """Which of the operator's results a statistic is."""
-        names = [self._name(value) for value in statistic.values]
-        kind, args, _ = self._call(statistic, names)
-        return self._outputs[call_text(kind, args, ())] + statistic.output
+        wanted = str(self._reduction(statistic))
+        first = {str(reduction): at for at, reduction in self.program.outputs}
+        return first[wanted] + statistic.output
 
     @property
-    def program(self) -> str:
-        steps = [f"{name} = {text}" for text, name in self._steps.items()]
-        return "; ".join([*steps, *self._reductions])
+    def program(self) -> Program:
+        return Program(tuple(self._steps.values()), tuple(self._reductions.values()))
 
     def check_derivative(self) -> None:
         """Raises NotPointwiseError if the program's derivative is not made of pointwise
@@ -84,7 +81,7 @@ class Group:
             else torch.float64
             for operand in self.operands
         ]
-        Program.parse(self.program).backward([torch.empty((), dtype=dtype) for dtype in dtypes])
+        self.program.backward([torch.empty((), dtype=dtype) for dtype in dtypes])
 
     @property
     def skip_ignored(self) -> bool:
@@ -93,19 +90,11 @@ class Group:
         targets = {(s.index, *s.constants) for s in self.statistics if s.kind == "target"}
         return None not in ignored and ignored == targets
 
-    def _call(self, statistic: Statistic, names: list[Name]) -> tuple[str, tuple[Any, ...], int]:
-        args: list[Any] = list(names)
+    def _reduction(self, statistic: Statistic) -> Reduction:
+        args: list[Any] = [self._name(value) for value in statistic.values]
         if statistic.kind in INDEXED:
             args.append(self._operand_name("r", statistic))
-        args += statistic.constants
-        return statistic.kind, tuple(args), 2 if statistic.kind in ("max", "topk") else 1
-
-    def _reduction(self, kind: str, args: tuple[Any, ...], outputs: int) -> None:
-        text = call_text(kind, args, ())
-        if text not in self._outputs:
-            self._outputs[text] = self._count
-            self._reductions.append(text)
-            self._count += outputs
+        return Reduction(statistic.kind, (*args, *statistic.constants))
 
     def _operand_name(self, kind: str, operand: Operand | Statistic) -> Name:
         for position, known in enumerate(self.operands):
@@ -121,17 +110,11 @@ class Group:
         if isinstance(value, Operand):
             return self._operand_name(value.kind, value)
         if not isinstance(value, Apply):
-            return _number(value)
-        args = [self._name(argument) for argument in value.args]
-        kwargs = [(name, self._name(argument)) for name, argument in value.kwargs]
-        text = call_text(value.target, args, kwargs)
-        return self._steps.setdefault(text, Name(f"t{len(self._steps)}"))
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, float) and math.isnan(value):
-        return Name("nan")
-    return value
+            return value
+        args = tuple(self._name(argument) for argument in value.args)
+        kwargs = tuple((name, self._name(argument)) for name, argument in value.kwargs)
+        step = Step(Name(f"t{len(self._steps)}"), value.target, args, kwargs)
+        return self._steps.setdefault(step.call, step).name
 
 
 def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bool:
@@ -147,14 +130,14 @@ def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bo
     )
 
 
-def plan(chosen: list[FoundLoss], found: Walk) -> dict[int, Group]:
-    """The group of every statistic, by the statistic's id."""
+def plan(chosen: list[FoundLoss], found: Walk) -> list[Group]:
+    """Puts every statistic that the losses need into a group."""
     planner = _Planner(found)
     for each in chosen:
         for part in parts(each.result):
             if isinstance(part, Statistic):
                 planner.place(part, each.node)
-    return planner.of_statistic
+    return planner.groups
 
 
 class _Planner:
@@ -208,7 +191,7 @@ class _Planner:
         ):
             return None
         hoisted: list[Node] = []
-        pending = _reads(statistic)
+        pending = [node for node, _ in statistic.reads]
         while pending:
             node = pending.pop()
             if self.found.mutation_between(node, position[anchor], position[consumer]):
@@ -221,40 +204,49 @@ class _Planner:
         return sorted(set(hoisted), key=lambda node: position[node])
 
 
+_MOVABLE_NAMES = (
+    "view",
+    "reshape",
+    "flatten",
+    "getitem",
+    "contiguous",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+    "t",
+    "permute",
+    "clone",
+    "expand",
+    "to",
+    "long",
+    "int",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "where",
+    "masked_fill",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and_",
+    "or_",
+    "invert",
+    "bitwise_not",
+    "logical_not",
+    "detach",
+)
 _MOVABLE = frozenset(
     [
-        "view",
-        "reshape",
-        "flatten",
-        "getitem",
-        "contiguous",
-        "unsqueeze",
-        "squeeze",
-        "transpose",
-        "t",
-        "permute",
-        "clone",
-        "expand",
-        "to",
-        "long",
-        "int",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "where",
-        "masked_fill",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "and_",
-        "or_",
-        "invert",
-        "bitwise_not",
-        "logical_not",
-        "detach",
+        *_MOVABLE_NAMES,  # methods
+        *(
+            getattr(module, name)
+            for module in (torch, torch.Tensor, operator)
+            for name in _MOVABLE_NAMES
+            if hasattr(module, name)
+        ),
     ]
 )
 
@@ -263,22 +255,10 @@ def _may_move(node: Node) -> bool:
     """Whether an earlier place makes no difference: indices, reshaped or masked."""
     value = example(node)
     return (
-        operation(node) in _MOVABLE
+        node.target in _MOVABLE
         and isinstance(value, torch.Tensor)
         and not value.is_floating_point()
     )
-
-
-def _reads(statistic: Statistic) -> list[Node]:
-    nodes = list(statistic.logits.projection.nodes)
-    nodes += [node for op in statistic.logits.row_operations for node in op.nodes]
-    for value in statistic.values:
-        nodes += [
-            leaf.source
-            for leaf in leaves(value)
-            if isinstance(leaf, Operand) and isinstance(leaf.source, Node)
-        ]
-    return [*nodes, *(part for part in parts(statistic.index) if isinstance(part, Node))]
 
 
 def _base(logits: Logits) -> Logits:

@@ -8,7 +8,6 @@ been built, so that an error leaves it as it was.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import operator
@@ -21,8 +20,6 @@ from torch.fx import Graph, GraphModule, Node
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 from .options import DEFAULT_WORKSPACE_BYTES, Options
 from .patterns import (
-    HERE,
-    WIDTH,
     AtRows,
     Call,
     Logits,
@@ -35,7 +32,7 @@ from .patterns import (
 )
 from .plan import Group, plan
 from .report import LossReport, format_bytes, logits_bytes, loss_report
-from .walk import FoundLoss, Walk, walk
+from .walk import FoundLoss, Kept, Walk, walk
 
 _log = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
@@ -72,24 +69,16 @@ def _with_subgraphs(module: GraphModule) -> list[GraphModule]:
 
 
 def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
-    found = Walk()
-    reasons: list[str | None] = []
     try:
         found = walk(module.graph)
-        reasons = _reasons_to_keep(found, options)
-        while (chosen := _chosen(found, reasons)) and (why := _undifferentiable(chosen, found)):
-            for each in chosen:
-                assert each.logits is not None
-                if not why.origins.isdisjoint(each.logits.projection.origins):
-                    each.reason = why.reason
-            reasons = _reasons_to_keep(found, options)
+        reasons, groups = _decide(found, options)
         reports = [
             loss_report(each, reason)
             for each, reason in zip(found.losses, reasons, strict=True)
             if each.is_loss or each.reduces
         ]
-        if chosen:
-            _replace(module.graph, chosen, found, options)
+        if groups:
+            _replace(module.graph, _chosen(found, reasons), groups, found, options)
             module.graph.lint()
             module.recompile()
         return reports
@@ -105,19 +94,29 @@ def _chosen(found: Walk, reasons: list[str | None]) -> list[FoundLoss]:
     return [each for each, reason in zip(found.losses, reasons, strict=True) if reason is None]
 
 
-@dataclasses.dataclass
-class _Undifferentiable:
-    origins: set[Node]
-    reason: str
+def _decide(found: Walk, options: Options) -> tuple[list[str | None], list[Group]]:
+    """Why each loss is left alone, and the operators for those that are not."""
+    while True:
+        reasons = _reasons_to_keep(found, options)
+        chosen = _chosen(found, reasons)
+        groups = plan(chosen, found)
+        refused = _undifferentiable(groups)
+        if refused is None:
+            return reasons, groups
+        logits, reason = refused
+        for each in chosen:
+            assert each.logits is not None
+            if not set(logits.projection.origins).isdisjoint(each.logits.projection.origins):
+                each.reason = reason
 
 
-def _undifferentiable(chosen: list[FoundLoss], found: Walk) -> _Undifferentiable | None:
-    for group in plan(chosen, found).values():
+def _undifferentiable(groups: list[Group]) -> tuple[Logits, str] | None:
+    for group in groups:
         try:
             group.check_derivative()
         except Exception as why:
             reason = f"the function of the logits has a derivative that is not pointwise ({why})"
-            return _Undifferentiable(set(group.logits.projection.origins), reason)
+            return group.logits, reason
     return None
 
 
@@ -138,17 +137,18 @@ def _warn_once(kind: str, message: str) -> None:
 def _reasons_to_keep(found: Walk, options: Options) -> list[str | None]:
     """For each loss; one projection's are rewritten together or not at all."""
     reasons = [_reason_to_keep(each, options) for each in found.losses]
-    kept: dict[Node, str] = {}
+    kept = Kept()
     changed = True
     while changed:  # what one loss keeps may be joined with what another one reads
         changed = False
         for number, each in enumerate(found.losses):
-            origins = each.logits.projection.origins if each.logits is not None else ()
-            reason = reasons[number] or next(filter(None, map(kept.get, origins)), None)
+            if each.logits is None:
+                continue
+            reason = reasons[number] or kept.reason(each.logits)
             changed = changed or reason != reasons[number]
             reasons[number] = reason
             if reason is not None:
-                kept.update({origin: reason for origin in origins if origin not in kept})
+                kept.add(each.logits, reason)
     return reasons
 
 
@@ -168,11 +168,13 @@ def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
     return None
 
 
-def _replace(graph: Graph, chosen: list[FoundLoss], found: Walk, options: Options) -> None:
-    builder = _Builder(graph, chosen, found, options)
+def _replace(
+    graph: Graph, chosen: list[FoundLoss], groups: list[Group], found: Walk, options: Options
+) -> None:
+    builder = _Builder(graph, groups, found, options)
     try:
         new = [(each.node, builder.result(each)) for each in chosen]
-        for group in builder.groups.values():
+        for group in groups:
             for node in group.hoisted:
                 assert group.first is not None, "every group is built"
                 group.first.prepend(node)
@@ -238,10 +240,10 @@ def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
 class _Builder:
     """Inserts nodes, with example values, and can take them out again."""
 
-    def __init__(self, graph: Graph, chosen: list[FoundLoss], found: Walk, options: Options):
+    def __init__(self, graph: Graph, groups: list[Group], found: Walk, options: Options):
         self.graph = graph
         self.found = found
-        self.groups = plan(chosen, found)
+        self.group_of = {id(s): group for group in groups for s in group.statistics}
         self.options = options
         self.built: list[Node] = []
         self._fake_mode = _fake_mode([example(node) for node in found.values])
@@ -333,7 +335,7 @@ class _Builder:
 
     def _statistic(self, statistic: Statistic, *, flat: bool = False) -> Node:
         """A result of its group's operator, in the shape of its rows unless `flat`."""
-        group = self.groups[id(statistic)]
+        group = self.group_of[id(statistic)]
         if group.results is None:
             self._reduce(group)
         assert group.results is not None
@@ -360,15 +362,12 @@ class _Builder:
             input = self.row(projection.input)
             input = self._replay(input, logits.row_operations, projection.hidden)
             input = self._to_last(input, logits.vocabulary_dim)
-            weight = self.row(projection.linear_weight)
-            for operation in projection.weight_operations:
-                weight = self._apply(operation, weight)
+            weight = self._replay(self.row(projection.linear_weight), projection.weight_operations)
             bias = projection.linear_bias
             if bias is not None:
                 if example(bias).dim() > 1:
                     bias = self.call(torch.reshape, bias, (-1,))
-                for operation in projection.bias_operations:
-                    bias = self._apply(operation, bias)
+                bias = self._replay(bias, projection.bias_operations)
             operands = [self._operand(operand, logits) for operand in group.operands]
             arguments = {
                 "skip_ignored": (group.skip_ignored, False),
@@ -381,7 +380,7 @@ class _Builder:
                 weight,
                 bias,
                 operands,
-                group.program,
+                str(group.program),
                 **{k: value for k, (value, default) in arguments.items() if value != default},
             )
         group.first = self.built[first]
@@ -421,22 +420,13 @@ class _Builder:
         expand = torch.ops.cce_inductor.expand_rows.default
         return self.call(expand, node, rows, operand.vocabulary_dim, width)
 
-    def _replay(self, node: Node, operations: tuple[TensorOperation, ...], width: Any) -> Node:
+    def _replay(
+        self, node: Node, operations: tuple[TensorOperation, ...], width: Any = None
+    ) -> Node:
         for operation in operations:
-            node = self._apply(operation, node, width)
+            args = operation.args_for(node, width)
+            node = self.call(operation.target, *args, **dict(operation.kwargs))
         return node
-
-    def _apply(self, operation: TensorOperation, node: Node, width: Any = None) -> Node:
-        given = {HERE: node, WIDTH: width}
-
-        def fill(argument: Any) -> Any:
-            if isinstance(argument, tuple):
-                return tuple(fill(each) for each in argument)
-            known = argument is HERE or argument is WIDTH
-            return given[argument] if known else argument
-
-        args = [fill(argument) for argument in operation.args]
-        return self.call(operation.target, *args, **dict(operation.kwargs))
 
     def _to_last(self, node: Node, dim: int) -> Node:
         return node if dim == example(node).dim() - 1 else self.call(torch.movedim, node, dim, -1)

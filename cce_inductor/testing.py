@@ -29,7 +29,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import backends
-from .explanation import Explanation, compiled_for_now, explain_with, options_in_force, uncompiled
+from .explanation import (
+    Explanation,
+    compiled_for_now,
+    explain_with,
+    options_in_force,
+    own_random_numbers,
+    uncompiled,
+)
 from .options import Options
 from .report import LossReport, reports
 
@@ -148,10 +155,10 @@ def assert_matches_eager(
     with compiled_for_now(ours.fn, compile_with_options) as compiled:
         got = ours.run(compiled)
     eager = _Copy(fn, args, kwargs)
-    with _same_random_numbers():
+    with own_random_numbers():
         expected = eager.run(eager.fn)
     reference = _Copy(fn, args, kwargs, exact=True)
-    with _same_random_numbers(), in_float64():
+    with own_random_numbers(), in_float64():
         exact = reference.run(reference.fn)
 
     if not any(isinstance(value, Tensor) for value in expected.values()):
@@ -231,13 +238,6 @@ def _assert_as_accurate(
 
 def _kind(value: Tensor | None) -> str:
     return "absent" if value is None else f"{value.dtype} {tuple(value.shape)}"
-
-
-@contextlib.contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 class _CastsToFloat64(TorchFunctionMode):

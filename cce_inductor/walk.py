@@ -106,6 +106,21 @@ class Walk:
         return None
 
 
+class Kept:
+    """Why projections stay as they are; of several reasons the first."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[Node, str] = {}
+
+    def add(self, logits: Logits, reason: str) -> None:
+        for origin in logits.projection.origins:
+            self._reasons.setdefault(origin, reason)
+
+    def reason(self, logits: Logits) -> str | None:
+        found = map(self._reasons.get, logits.projection.origins)
+        return next(filter(None, found), None)
+
+
 def walk(graph: Graph) -> Walk:
     """Finds every loss in `graph` and follows its logits back to their projection."""
     return _Walker(graph).run()
@@ -115,7 +130,7 @@ class _Walker:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.found = Walk()
-        self.kept: dict[Node, str] = {}  # projection -> why it stays
+        self.kept = Kept()
         # Node made from logits by an operation without a rule -> why, the vocabulary's size, and
         # that operation; transforms of its result count as it.
         self.lost: dict[Node, tuple[str, object, Node]] = {}
@@ -152,8 +167,7 @@ class _Walker:
         self._drop_without_loss()
         for found in self.found.losses:
             if found.reason is None and found.logits is not None:
-                reasons = map(self.kept.get, found.logits.projection.origins)
-                found.reason = next(filter(None, reasons), None)
+                found.reason = self.kept.reason(found.logits)
         return self.found
 
     def _site(self, node: Node) -> Site:
@@ -166,7 +180,7 @@ class _Walker:
         inherited = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
         if inherited is not None:
             reason, vocabulary, escape = inherited
-            same = escape in node.all_input_nodes and _keeps_places(node)
+            same = escape in node.all_input_nodes and _is_transform(node)
             self.lost[node] = (reason, vocabulary, node if same else escape)
         self._visit_projection(node)
 
@@ -336,8 +350,7 @@ class _Walker:
     def _keep(self, used: list[Node], reason: str) -> None:
         for argument in used:
             for logits in all_logits(self.found.values[argument]):
-                for origin in logits.projection.origins:
-                    self.kept.setdefault(origin, reason)
+                self.kept.add(logits, reason)
 
     def _record(self, found: FoundLoss) -> None:
         self.found.losses.append(found)
@@ -404,7 +417,7 @@ class _Walker:
             if escaped is input or vocabulary in example(input).shape:
                 return reason
         source = input
-        while isinstance(source, Node) and (_keeps_places(source) or _keeps_shape(source)):
+        while isinstance(source, Node) and (_is_transform(source) or _keeps_shape(source)):
             source = max(source.all_input_nodes, key=_rank)
         if not isinstance(source, Node):
             return "its input is made from no tensor"
@@ -431,8 +444,7 @@ class _Walker:
                     f"{operation(found.node)} cannot be rewritten: {operation(mutation)}"
                     f"{at(mutation)} may change what the projection read"
                 )
-                for origin in found.logits.projection.origins:
-                    self.kept.setdefault(origin, found.reason)
+                self.kept.add(found.logits, found.reason)
                 return
 
     def _reads(self, result: Any, here: int) -> list[tuple[Node, int]]:
@@ -440,15 +452,8 @@ class _Walker:
         reads: list[tuple[Node, int]] = []
         for part in parts(result):
             if isinstance(part, Statistic):
-                origins = part.logits.projection.origins
-                start = min(self.found.position[origin] for origin in origins)
-                reads += [(n, start) for n in part.logits.projection.nodes]
-                reads += [(n, start) for op in part.logits.row_operations for n in op.nodes]
-                for value in part.values:
-                    for leaf in leaves(value):
-                        if isinstance(leaf, Operand) and isinstance(leaf.source, Node):
-                            reads.append((leaf.source, self.found.position[leaf.reader]))
-                reads += [(n, here) for n in parts(part.index) if isinstance(n, Node)]
+                for node, reader in part.reads:
+                    reads.append((node, here if reader is None else self.found.position[reader]))
             elif isinstance(part, AtRows) and isinstance(part.operand.source, Node):
                 operand = part.operand
                 reads.append((operand.source, self.found.position[operand.reader]))
@@ -460,8 +465,7 @@ class _Walker:
         for node, value in self.found.values.items():
             if loss.get(node) is not None:
                 logits = all_logits(value)[0]
-                reasons = map(self.kept.get, logits.projection.origins)
-                reason = next(filter(None, reasons), None)
+                reason = self.kept.reason(logits)
                 if reason is not None:
                     self.found.losses.append(FoundLoss(node, True, logits, None, reason))
 
@@ -515,8 +519,7 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else -1
 
 
-def _keeps_places(node: Node) -> bool:
-    """Whether it has a transform rule that only moves elements, or casts them."""
+def _is_transform(node: Node) -> bool:
     rule = transform.get(node)
     return rule is not None and bool(node.all_input_nodes)
 

@@ -12,8 +12,6 @@ from . import losses, projections, reductions, transforms
 from .algebra import detach_row
 from .expression import Apply, Expression, Leaf, Operand, leaves
 from .logits import (
-    HERE,
-    WIDTH,
     AtRows,
     Call,
     Logits,
@@ -47,9 +45,7 @@ for _folder in (projections, transforms, reductions, losses):
 from .transforms.stack import through_stack  # noqa: E402
 
 __all__ = [
-    "HERE",
     "TABLES",
-    "WIDTH",
     "Apply",
     "AtRows",
     "Call",

@@ -73,27 +73,24 @@ class Algebra:
 
     def max(self, x: Any) -> tuple[Row, Row]:
         """The greatest value and its index."""
-        if _is_detached(x):
-            value, index = self.max(x.args[0])
-            return detach_row(value), index
-        core, shift = self._split(x)
-        if isinstance(core, Apply) and core.target == "exp" and self._late(core):
-            value, index = self.max(core.args[0])
-            value = call(torch.exp, value)
-        else:
-            value, index = self._outputs("max", core)
-        return value if shift is None else call(operator.add, value, shift), index
+        return self._greatest("max", x)
 
     def topk(self, x: Any, k: int) -> tuple[Row, Row]:
+        """The greatest k values and their indices."""
+        return self._greatest("topk", x, k)
+
+    def _greatest(self, kind: str, x: Any, *constants: int) -> tuple[Row, Row]:
         if _is_detached(x):
-            value, index = self.topk(x.args[0], k)
+            value, index = self._greatest(kind, x.args[0], *constants)
             return detach_row(value), index
         core, shift = self._split(x)
         if isinstance(core, Apply) and core.target == "exp" and self._late(core):
-            value, index = self.topk(core.args[0], k)
+            value, index = self._greatest(kind, core.args[0], *constants)
             value = call(torch.exp, value)
         else:
-            value, index = self._outputs("topk", core, k)
+            value, index = (
+                Statistic(kind, self.logits, (core,), None, constants, output) for output in (0, 1)
+            )
         return value if shift is None else call(operator.add, value, shift), index
 
     def sum(self, x: Any) -> Row:
@@ -215,10 +212,6 @@ class Algebra:
 
     def _statistic(self, kind: str, x: Expression) -> Statistic:
         return Statistic(kind, self.logits, (x,))
-
-    def _outputs(self, kind: str, x: Expression, *constants: Any) -> tuple[Row, Row]:
-        first = Statistic(kind, self.logits, (x,), None, constants, 0)
-        return first, Statistic(kind, self.logits, (x,), None, constants, 1)
 
 
 def late(site: Site, row: Row, logits: Logits) -> Operand:

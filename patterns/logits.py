@@ -52,6 +52,16 @@ class TensorOperation:
         torch.fx.map_arg((self.args, dict(self.kwargs)), found.append)
         return found
 
+    def args_for(self, tensor: Any, width: Any = None) -> tuple[Any, ...]:
+        """The arguments that apply it to `tensor`, whose vocabulary dimension has size `width`."""
+
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, tuple):
+                return tuple(fill(each) for each in argument)
+            return tensor if argument is HERE else width if argument is WIDTH else argument
+
+        return tuple(fill(argument) for argument in self.args)
+
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
@@ -145,11 +155,9 @@ class Logits:
 
     @property
     def nodes(self) -> list[Node]:
-        """Every node whose value is read where the loss is computed, not where it was made."""
-        found = self.projection.nodes
-        for operation in self.row_operations:
-            found += operation.nodes
-        return [*found, *nodes_of(self.expression)]
+        """Every node that the rows are computed from; not what the expression reads."""
+        operations = [node for operation in self.row_operations for node in operation.nodes]
+        return [*self.projection.nodes, *operations]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +217,17 @@ class Statistic:
     output: int = 0
     ignored: tuple[Node, int] | None = None
 
+    @property
+    def reads(self) -> list[tuple[Node, Node | None]]:
+        """Every node that it reads by itself, each with the one that reads it in the user's code;
+        None where that is whatever consumes the statistic."""
+        origins = self.logits.projection.origins
+        found = [(node, origin) for node in self.logits.nodes for origin in origins]
+        for operand in _operands(self.values):
+            if isinstance(operand.source, Node):
+                found.append((operand.source, operand.reader))
+        return [*found, *((part, None) for part in parts(self.index) if isinstance(part, Node))]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
@@ -221,15 +240,8 @@ class Call:
 
 def applied(source: Any, operations: tuple[TensorOperation, ...], width: int) -> Any:
     """A tensor after operations, of a given size in the vocabulary dimension."""
-
-    def fill(argument: Any) -> Any:
-        if isinstance(argument, tuple):
-            return tuple(fill(each) for each in argument)
-        return source if argument is HERE else width if argument is WIDTH else argument
-
     for operation in operations:
-        args = tuple(fill(argument) for argument in operation.args)
-        source = Call(operation.target, args, operation.kwargs)
+        source = Call(operation.target, operation.args_for(source, width), operation.kwargs)
     return source
 
 
@@ -259,28 +271,25 @@ def parts(row: Any) -> list[Any]:
             elif isinstance(item, AtRows):
                 visit(item.operand.source)
             elif isinstance(item, Statistic):
-                visit([leaf.source for v in item.values for leaf in _operands(v)])
-                visit([item.index])
+                visit([operand.source for operand in _operands(item.values)])
+                visit(item.index)
             found[id(item)] = item
 
     visit(row)
     return list(found.values())
 
 
-def _operands(expression: Any) -> list[Operand]:
-    return [leaf for leaf in leaves(expression) if isinstance(leaf, Operand)]
+def _operands(expressions: tuple[Expression, ...]) -> list[Operand]:
+    found = [leaf for each in expressions for leaf in leaves(each)]
+    return [leaf for leaf in found if isinstance(leaf, Operand)]
 
 
-def nodes_of(item: Any) -> list[Node]:
-    """Every node that an expression or a value of rows reads, beside logits."""
-    if isinstance(item, Node):
-        return [item]
-    if not isinstance(item, (Statistic, Call, AtRows)):
-        return [n for operand in _operands(item) for n in nodes_of(operand.source)]
+def nodes_of(row: Any) -> list[Node]:
+    """Every node that a value of rows is computed from."""
     found = []
-    for part in parts(item):
+    for part in parts(row):
         if isinstance(part, Node):
             found.append(part)
         elif isinstance(part, Statistic):
-            found += part.logits.replace(expression=LOGIT).nodes
+            found += part.logits.nodes
     return found

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch.fx import Node
+from torch.nn import _reduction
 
 from ..kernels.program import NotPointwiseError
 from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves
@@ -80,8 +81,6 @@ class Site:
         is_late: whether a node is computed from a loss or reduction of these logits.
     """
 
-    Unsupported = UnsupportedError
-
     def __init__(
         self,
         node: Node,
@@ -112,7 +111,7 @@ class Site:
         Raises:
             UnsupportedError: it holds none, so the logits are another argument.
         """
-        value = self._values.get(argument) if isinstance(argument, Node) else None
+        value = self._value(argument)
         if isinstance(value, Stack):
             raise UnsupportedError("it mixes the logits of several projections")
         if not isinstance(value, Logits):
@@ -120,17 +119,20 @@ class Site:
         return value
 
     def is_logits(self, argument: Any) -> bool:
-        return isinstance(argument, Node) and isinstance(self._values.get(argument), Logits)
+        return isinstance(self._value(argument), Logits)
 
     def several(self, argument: Any) -> tuple[Logits, ...] | None:
         """The logits in a tuple of them, as `split` returns, None if `argument` is none."""
-        value = self._values.get(argument) if isinstance(argument, Node) else None
+        value = self._value(argument)
         return value if isinstance(value, tuple) else None
 
     def stack(self, argument: Any) -> Stack | None:
         """The stacked logits that `argument` holds, None if it holds none."""
-        value = self._values.get(argument) if isinstance(argument, Node) else None
+        value = self._value(argument)
         return value if isinstance(value, Stack) else None
+
+    def _value(self, argument: Any) -> Value | None:
+        return self._values.get(argument) if isinstance(argument, Node) else None
 
     def seeing(self, argument: Node, logits: Logits) -> Site:
         """The same place, with other logits in an argument."""
@@ -378,6 +380,13 @@ def constant(argument: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UnsupportedError("it has an operand that is a tensor, not a number")
     return value
+
+
+def loss_reduction(size_average: Any, reduce: Any, reduction: str) -> str:
+    """A loss's "none", "mean" or "sum", also from its two deprecated arguments."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
 
 
 def dimension(dim: Any, rank: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -15,6 +16,25 @@ from cce_inductor.options import Options
 from cce_inductor.report import LossReport
 from cce_inductor.rewrite import rewrite
 from cce_inductor.testing import assert_matches_eager
+
+
+def loss_after(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A function whose logits go through `change`, then as [rows, 50] into a loss."""
+
+    def fn(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(change(F.linear(input, weight)).reshape(-1, 50), target)
+
+    return fn
+
+
+def beside_a_loss(reduce: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
+    """A function with a loss, and ``reduce(logits, target)`` of the same logits."""
+
+    def fn(input: Tensor, weight: Tensor, target: Tensor) -> Any:
+        logits = F.linear(input, weight)
+        return F.cross_entropy(logits, target), reduce(logits, target)
+
+    return fn
 
 
 def capture(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> list[GraphModule]:

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn import _reduction
 
 from ..algebra import Algebra, call, ignoring, late
 from ..expression import Apply, Operand
 from ..logits import Call, Logits, Row
-from ..rules import Site, constant, loss, tensor_example
+from ..rules import Site, UnsupportedError, constant, loss, loss_reduction, tensor_example
 
 
 @loss(F.cross_entropy)
@@ -27,7 +26,7 @@ def cross_entropy(
     label_smoothing: Any = 0.0,
 ) -> Row:
     logits = _over_classes(site, input)
-    reduction = _reduction_of(size_average, reduce, reduction)
+    reduction = loss_reduction(size_average, reduce, reduction)
     _check_weight(site, weight)
     smoothing = float(constant(label_smoothing))
     if site.is_logits(target) or tensor_example(target).is_floating_point():
@@ -63,7 +62,7 @@ def nll_loss(
         target,
         weight,
         logits.vocabulary,
-        _reduction_of(size_average, reduce, reduction),
+        loss_reduction(size_average, reduce, reduction),
         ignored,
         0.0,
         site.example.dtype,
@@ -124,7 +123,7 @@ def _over_classes(site: Site, input: Any) -> Logits:
     rank = tensor_example(input).dim()
     try:
         return site.over_vocabulary(logits, 0 if rank == 1 else 1)
-    except site.Unsupported:
+    except UnsupportedError:
         return site.unsupported("its class dimension is not the vocabulary")
 
 
@@ -142,9 +141,3 @@ def _check_indices(site: Site, target: Any, input: Any) -> None:
         site.unsupported("its targets are logits")
     if tensor_example(target).device != tensor_example(input).device:
         site.unsupported("its targets are on another device")
-
-
-def _reduction_of(size_average: Any, reduce: Any, reduction: str) -> str:
-    if size_average is None and reduce is None:
-        return reduction
-    return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)

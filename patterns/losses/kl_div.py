@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn import _reduction
 
 from ..algebra import Algebra, call
 from ..expression import Apply
 from ..logits import Logits, Row
-from ..rules import Site, loss
+from ..rules import Site, loss, loss_reduction
 
 
 @loss(F.kl_div)
@@ -24,8 +23,7 @@ def kl_div(
     reduction: Any = "mean",
     log_target: Any = False,
 ) -> Row | Logits:
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    reduction = loss_reduction(size_average, reduce, reduction)
     logits = site.logits(input if site.is_logits(input) else target)
     input, target = site.read(input, logits), site.read(target, logits)
     if log_target:

@@ -44,7 +44,7 @@ def checkpointed_log_probabilities(x, weight, ids):
     return -checkpoint.checkpoint(log_probabilities, x, weight, ids, use_reentrant=False).mean()
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@left_alone("made by tag_activation_checkpoint", hidden(), weight(), labels())
 def checkpointed_head_alone(x, weight, labels):
     """The logits leave the checkpoint, and the loss is outside."""
     logits = checkpoint.checkpoint(F.linear, x, weight, use_reentrant=False)
@@ -116,7 +116,7 @@ class DynamicZLoss(Model):
         return loss_of(logits, targets) + z_loss
 
 
-@left_alone("dynamic", hidden(), weight(), labels(), dynamic=True, stretch=True)
+@rewritten(hidden(), weight(), labels(), dynamic=True)
 def dynamic_vocabulary(x, weight, labels):
     """A weight that is no parameter has a dynamic size, too."""
     return loss_of(F.linear(x, weight), labels)
@@ -271,7 +271,7 @@ def loss_in_a_loop_over_sequences(x, weight, labels):
     return torch.stack(losses).mean()
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@left_alone("torch.func transform", hidden(), weight(), labels())
 def vectorised_over_sequences(x, weight, labels):
     """torch.func.vmap of the loss of one sequence."""
     logits = F.linear(x, weight)

@@ -33,14 +33,14 @@ class Idiom:
         inputs: one maker for each argument.
         rewritten: whether every loss in it should be rewritten; otherwise none may be.
         reason: what the report says of a loss that is left alone, as a regular expression.
-        stretch: rare or hard to rewrite, but right: neither verdict is a failure.
         dynamic: as for `torch.compile`.
         around: a context in which it is called, entered outside the compiled function.
         graphs: how many graphs Dynamo makes of it; None if that does not matter.
         dtype: what the parameters of a module are cast to.
         rounded: a dtype coarser than its inputs', in which it computes.
         smallest: the option ``min_logits_bytes``.
-        stored: how many tensors of rows and vocabulary stay: a teacher's, which are read whole.
+        stored: how many tensors of rows and vocabulary stay: a teacher's, which are read
+            whole, or a weight that is joined from two.
         random: whether float64 would draw other numbers: then eager is what it is compared with.
     """
 
@@ -50,7 +50,6 @@ class Idiom:
     inputs: tuple[Make, ...]
     rewritten: bool
     reason: str | None = None
-    stretch: bool = False
     dynamic: bool | None = None
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     graphs: int | None = 1

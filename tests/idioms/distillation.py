@@ -78,7 +78,9 @@ def reverse_kl(x, weight, teacher_logits, loss_mask):
     return (losses * loss_mask).sum() / loss_mask.sum()
 
 
-@rewritten(hidden(), weight(), teacher_logits, labels(ignored=-100), stretch=True)
+@left_alone(
+    "stacks logits with something else", hidden(), weight(), teacher_logits, labels(ignored=-100)
+)
 def generalized_jsd(x, weight, teacher_logits, labels, beta=0.5, temperature=0.9):
     """TRL's GKD: two divergences from the logarithm of the mixture."""
     student = F.log_softmax(F.linear(x, weight) / temperature, dim=-1)
@@ -94,7 +96,7 @@ def generalized_jsd(x, weight, teacher_logits, labels, beta=0.5, temperature=0.9
     return (jsd.sum(-1) * counted).sum() / counted.sum()
 
 
-@rewritten(hidden(), weight(), teacher_logits, mask(), stretch=True)
+@rewritten(hidden(), weight(), teacher_logits, mask())
 def skewed_kl(x, weight, teacher_logits, loss_mask, alpha=0.1):
     """DistiLLM: divergence of the teacher from a mixture with the student."""
     teacher = F.softmax(teacher_logits, dim=-1, dtype=torch.float32)
@@ -184,7 +186,7 @@ def top_k_of_given_logits(x, weight, teacher_logits):
     return -(values.softmax(-1) * student).sum(-1).mean()
 
 
-@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False), stretch=True)
+@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False))
 def top_k_of_a_teacher_head(x, weight, teacher_x, teacher_weight):
     with torch.no_grad():
         values, indices = F.linear(teacher_x, teacher_weight).topk(5, dim=-1)
@@ -229,7 +231,7 @@ def mean_squared_error_of_logits(x, weight, teacher_logits, labels):
     return loss + F.mse_loss(logits, teacher_logits)
 
 
-@rewritten(hidden(), weight(), teacher_logits, stretch=True)
+@rewritten(hidden(), weight(), teacher_logits)
 def total_variation(x, weight, teacher_logits):
     student = F.softmax(F.linear(x, weight), dim=-1)
     teacher = F.softmax(teacher_logits, dim=-1)
@@ -250,7 +252,9 @@ def eagle(x, weight, target_x, target_weight, loss_mask):
     return vloss + 0.1 * ploss
 
 
-@rewritten(hidden(), hidden(), weight(), labels(), stretch=True)
+@left_alone(
+    "as large as the logits and requires a gradient", hidden(), hidden(), weight(), labels()
+)
 def r_drop(x, y, weight, labels):
     """Two passes with different dropout, and the divergence between them in both directions."""
     p, q = F.linear(x, weight).log_softmax(-1), F.linear(y, weight).log_softmax(-1)

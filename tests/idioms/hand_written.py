@@ -212,7 +212,7 @@ def unlikelihood_of_one_token(x, weight, labels, negatives, penalised):
     return likely + (unlikely * penalised).sum() / penalised.sum()
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def unlikelihood_of_previous_tokens(x, weight, labels):
     """Welleck et al.: every token so far is a negative candidate, written as a distribution."""
     lprobs = F.log_softmax(F.linear(x, weight), dim=-1)
@@ -227,7 +227,7 @@ def unlikelihood_of_previous_tokens(x, weight, labels):
     return mle + unlikely.sum() / (BATCH * TIME)
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def confidence_penalty(x, weight, labels):
     """Pereyra et al.: the entropy, with gradient, is subtracted."""
     logits = F.linear(x, weight)

@@ -53,9 +53,7 @@ class ConvolutionHead(nn.Module):
         return loss_of(logits, labels)
 
 
-@rewritten(
-    hidden(BATCH, HIDDEN, 3, 2), weight(VOCABULARY, HIDDEN, 1, 1), labels(BATCH, 3, 2), stretch=True
-)
+@rewritten(hidden(BATCH, HIDDEN, 3, 2), weight(VOCABULARY, HIDDEN, 1, 1), labels(BATCH, 3, 2))
 def pixels(x, weight, labels):
     """Image tokens: a 1x1 convolution in two dimensions."""
     return F.cross_entropy(F.conv2d(x, weight), labels)
@@ -75,7 +73,7 @@ def extended_vocabulary(x, old, new, labels):
     return loss_of(F.linear(x, torch.cat([old, new])), labels)
 
 
-@rewritten(hidden(), weight(30, HIDDEN, grad=False), weight(7, HIDDEN), labels(), stretch=True)
+@rewritten(hidden(), weight(30, HIDDEN, grad=False), weight(7, HIDDEN), labels())
 def joined_logits(x, old, new, labels):
     """The same, but the logits are joined."""
     logits = torch.cat([F.linear(x, old), F.linear(x, new)], dim=-1)
@@ -170,21 +168,23 @@ class AudioCraft(nn.Module):
         return ce / 4
 
 
-@rewritten(hidden(), weight(4, VOCABULARY, HIDDEN), labels(BATCH, 4, TIME), stretch=True)
+@left_alone("made by einsum", hidden(), weight(4, VOCABULARY, HIDDEN), labels(BATCH, 4, TIME))
 def heads_of_one_einsum(x, weight, codes):
     """All codebooks from one weight of three dimensions."""
     logits = torch.einsum("bth,kvh->bktv", x, weight)
     return F.cross_entropy(logits.permute(0, 3, 1, 2), codes)
 
 
-@rewritten(hidden(), weight(3 * VOCABULARY, HIDDEN), labels(BATCH, TIME, 3), stretch=True)
+@left_alone(
+    "does not keep the vocabulary", hidden(), weight(3 * VOCABULARY, HIDDEN), labels(BATCH, TIME, 3)
+)
 def heads_of_one_linear(x, weight, codes):
     """One wide linear whose result is split into heads."""
     logits = F.linear(x, weight).view(BATCH, TIME, 3, VOCABULARY)
     return loss_of(logits, codes)
 
 
-@rewritten(hidden(), weight(2 * VOCABULARY, HIDDEN), labels(), labels(), stretch=True)
+@left_alone("splits the vocabulary", hidden(), weight(2 * VOCABULARY, HIDDEN), labels(), labels())
 def halves_of_one_linear(x, weight, first, second):
     """Two vocabularies side by side in one projection, as XTTS and NLU heads do."""
     a, b = F.linear(x, weight).chunk(2, dim=-1)
@@ -245,8 +245,13 @@ def chunks_of_logits(x, weight, labels):
     return total / (labels != -100).sum()
 
 
-@rewritten(
-    hidden(), weight(3 * HIDDEN, HIDDEN), weight(3, HIDDEN), weight(), labels(), stretch=True
+@left_alone(
+    "reduces over the rows",
+    hidden(),
+    weight(3 * HIDDEN, HIDDEN),
+    weight(3, HIDDEN),
+    weight(),
+    labels(),
 )
 def mixture_of_softmaxes(x, project, prior, weight, labels):
     """Yang et al.: probabilities of several projections are averaged."""
@@ -276,7 +281,7 @@ def cosine_head_with_scaled_input(x, weight, scale, labels):
     return loss_of(logits, labels)
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def additive_margin(x, weight, labels, scale=8.0, margin=0.35):
     """CosFace: the target's cosine loses a margin before the scale."""
     cosine = F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1)).view(-1, VOCABULARY)
@@ -363,14 +368,14 @@ def learned_scale_of_each_token(x, weight, scale, labels):
     return loss_of(F.linear(x, weight) * scale, labels)
 
 
-@rewritten(hidden(), weight(), weight(4, HIDDEN), weight(VOCABULARY, 4), labels(), stretch=True)
+@rewritten(hidden(), weight(), weight(4, HIDDEN), weight(VOCABULARY, 4), labels(), stored=2)
 def lora_head(x, weight, lora_a, lora_b, labels):
     """PEFT: a low-rank product is added to the logits."""
     logits = F.linear(x, weight.detach()) + F.linear(F.linear(x, lora_a), lora_b) * 2.0
     return loss_of(logits, labels)
 
 
-@rewritten(hidden(), hidden(), weight(), weight(), labels(), stretch=True)
+@rewritten(hidden(), hidden(), weight(), weight(), labels(), stored=2)
 def sum_of_two_heads(x, y, first, second, labels):
     """Late fusion: the logits of two towers are added."""
     return loss_of(F.linear(x, first) + F.linear(y, second), labels)

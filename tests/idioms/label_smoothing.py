@@ -58,7 +58,7 @@ def fairseq_label_smoothed(x, weight, target, epsilon=0.1):
     return (1.0 - epsilon - eps_i) * nll_loss + eps_i * smooth_loss, nll_loss
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def annotated_transformer(x, weight, target, smoothing=0.1, padding_idx=0):
     """A smoothed distribution is written out, and a summed divergence taken."""
     x = F.log_softmax(F.linear(x, weight), dim=-1).view(-1, VOCABULARY)
@@ -70,7 +70,7 @@ def annotated_transformer(x, weight, target, smoothing=0.1, padding_idx=0):
     return F.kl_div(x, true_dist.detach(), reduction="sum") / target.numel()
 
 
-@rewritten(hidden(), weight(), labels(ignored=-1), stretch=True)
+@rewritten(hidden(), weight(), labels(ignored=-1))
 def espnet_label_smoothing(x, weight, target, smoothing=0.1):
     """ESPnet's LabelSmoothingLoss: KLDivLoss without reduction, filled with zeros."""
     x = F.linear(x, weight).view(-1, VOCABULARY)

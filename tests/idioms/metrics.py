@@ -59,14 +59,14 @@ def accuracy_of_log_probabilities(x, weight, labels):
     return loss, correct
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def top_5_accuracy(x, weight, labels):
     logits = F.linear(x, weight)
     top = logits.topk(5, dim=-1).indices
     return loss_of(logits, labels), (top == labels.unsqueeze(-1)).any(-1).float().mean()
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def top_5_tokens(x, weight, labels):
     """The most likely tokens and their probabilities are returned."""
     logits = F.linear(x, weight)
@@ -112,7 +112,7 @@ def token_log_probabilities(x, weight, labels):
     return loss, logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def rank_of_the_target(x, weight, labels):
     """How many tokens are more likely than the right one."""
     logits = F.linear(x, weight)
@@ -148,7 +148,7 @@ def evaluation_per_sequence(x, weight, labels):
     return picked.sum(-1), exact
 
 
-@left_alone("used by", hidden(), weight(), labels(), random=True, stretch=True)
+@left_alone("used by", hidden(), weight(), labels(), random=True)
 def sample_beside_the_loss(x, weight, labels):
     """Only the last row is needed to draw from."""
     logits = F.linear(x, weight)
@@ -156,7 +156,7 @@ def sample_beside_the_loss(x, weight, labels):
     return loss_of(logits, labels), drawn
 
 
-@left_alone("returned", hidden(), weight(), labels(), stretch=True)
+@left_alone("returned", hidden(), weight(), labels())
 def last_logits_returned(x, weight, labels):
     """A view of the logits is returned, which keeps all of them alive."""
     logits = F.linear(x, weight)

@@ -100,7 +100,7 @@ def dpo_trl(x, weight, ids, completion_mask, reference_chosen, reference_rejecte
     return -F.logsigmoid(0.1 * margin).mean()
 
 
-@rewritten(hidden(*PAIRS, HIDDEN), weight(), labels(*PAIRS, ignored=-100), stretch=True)
+@rewritten(hidden(*PAIRS, HIDDEN), weight(), labels(*PAIRS, ignored=-100))
 def dpo_with_mean_logit(x, weight, labels):
     """The mean of all the logits is logged."""
     logits = F.linear(x, weight)
@@ -314,7 +314,9 @@ def reinforce(x, weight, ids, rewards):
     return -(log_probs.sum(-1) * rewards).mean()
 
 
-@rewritten(hidden(12, HIDDEN), weight(), labels(12), real(12, grad=False), stretch=True)
+@left_alone(
+    "used by broadcast_tensors", hidden(12, HIDDEN), weight(), labels(12), real(12, grad=False)
+)
 def categorical_distribution(x, weight, actions, advantages):
     """CleanRL: torch.distributions, whose constructor normalises the logits."""
     policy = torch.distributions.Categorical(logits=F.linear(x, weight), validate_args=False)
@@ -395,7 +397,7 @@ def grpo_of_uncertain_tokens(x, weight, ids, advantages):
     return -masked_mean(per_token * advantages[:, None], high)
 
 
-@rewritten(hidden(), weight(), labels(), number([1.0, -1.0]), stretch=True)
+@rewritten(hidden(), weight(), labels(), number([1.0, -1.0]))
 def entropy_by_chunks(x, weight, ids, advantages):
     """TRL's entropy_from_logits: rows are flattened and split, and a list is joined."""
     logits = F.linear(x, weight)[:, :-1]

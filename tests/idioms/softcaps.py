@@ -123,7 +123,7 @@ def cap_and_z_loss(x, weight, labels):
     return cross_entropy(logits, labels) + 1e-2 * lse.square().mean()
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def softsign_cap(x, weight, labels):
     logits = F.linear(x, weight)
     return cross_entropy(logits / (1 + logits.abs() / 20), labels)

@@ -76,7 +76,7 @@ def z_as_a_metric(x, weight, labels):
     return loss, z
 
 
-@rewritten(hidden(), weight(), labels(), stretch=True)
+@rewritten(hidden(), weight(), labels())
 def baichuan_max_z_loss(x, weight, labels):
     """Baichuan 2 penalises the largest logit of each row."""
     logits = F.linear(x, weight)

@@ -3,23 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_as_accurate_as_eager, reports_of, rewritten_graph
+from checks import assert_as_accurate_as_eager, beside_a_loss, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
 TARGET = torch.tensor([3, 0, 49, 1, 7, 7])
-
-
-def beside_a_loss(reduce):
-    """A loss, and ``reduce(logits, target)`` of the same logits, [6, 50]."""
-
-    def fn(input, weight, target):
-        logits = F.linear(input, weight)
-        return F.cross_entropy(logits, target), reduce(logits, target)
-
-    return fn
 
 
 def test_graph_of_an_accuracy():

@@ -3,22 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_as_accurate_as_eager, reason_against, rewritten_graph
+from checks import assert_as_accurate_as_eager, loss_after, reason_against, rewritten_graph
 from expecttest import assert_expected_inline
 
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
 TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
-
-
-def loss_after(change):
-    """The function whose logits, [2, 3, 50], go through `change`."""
-
-    def fn(input, weight, target):
-        return F.cross_entropy(change(F.linear(input, weight)).reshape(-1, 50), target)
-
-    return fn
 
 
 def test_graph_of_log_softmax():
