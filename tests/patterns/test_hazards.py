@@ -1,3 +1,5 @@
+import re
+
 """Graphs in which a careless rewrite would change a number: they are left alone, or still right."""
 
 import pytest
@@ -1240,10 +1242,12 @@ def test_second_derivative_inside_is_refused():
         return
     # Dynamo ends the graph before `torch.autograd.grad`, so no graph tells of it; or it runs the
     # whole function eagerly, which is right (2.15).
+    refused = re.compile("has no second derivative")
     try:
         same_as_eager(differentiated_inside, INPUT, WEIGHT, TARGET, True)
     except RuntimeError as error:
-        assert "has no second derivative" in str(error)
+        if not refused.search(str(error)):
+            raise
 
 
 def test_second_derivative_outside_is_refused():
