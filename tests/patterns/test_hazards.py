@@ -1,6 +1,6 @@
-import re
-
 """Graphs in which a careless rewrite would change a number: they are left alone, or still right."""
+
+import re
 
 import pytest
 import torch
