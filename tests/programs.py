@@ -524,8 +524,12 @@ def _fewer_columns(b: _Builder, z: _Logits) -> None:
 
 
 def _mask_columns(b: _Builder, z: _Logits) -> None:
-    mask = b.argument(f"torch.rand({b.along_vocabulary(z)}) < 0.3", "m")
     fill = b.choose("-torch.inf", "-1e4", "0.0", f"torch.finfo({z.name}.dtype).min")
+    shape = b.along_vocabulary(z)
+    mask = f"torch.rand({shape}) < 0.3"
+    if "finfo" in fill:  # no sum holds the loss of a row of nothing else: a limit in the README
+        mask = f"({mask}) & (torch.arange({b.vocabulary(z)}).view({shape}) > 0)"
+    mask = b.argument(mask, "m")
     how = b.choose(
         "{z}.masked_fill({m}, {f})",
         "torch.where({m}, {f}, {z})",
