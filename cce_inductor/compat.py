@@ -5,6 +5,7 @@ No version number is compared; each function looks for what it needs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
@@ -76,3 +77,43 @@ def forget_compiled(backend: Callable[..., Any]) -> None:
         for entry in of_backend:
             deleted = DeletedGuardManagerWrapper("captured for explain")
             entry.guard_manager.extra_state.invalidate(entry, deleted)
+
+
+def modification_takes(argument: str) -> bool:
+    """Whether a Triton template's ``modification`` has an argument (``input_shapes`` and
+    ``input_dtypes``, which say more about what it is given, came with 2.13)."""
+    from torch._inductor.select_algorithm import TritonTemplateKernel
+
+    return argument in inspect.signature(TritonTemplateKernel.modification).parameters
+
+
+def triton_template(name: str, grid: Any, source: str) -> Any:
+    """A `TritonTemplate` whose inputs keep the layout they have (an option from 2.12)."""
+    from torch._inductor.select_algorithm import TritonTemplate
+
+    options = {}
+    if "always_freeze_layout" in inspect.signature(TritonTemplate.__init__).parameters:
+        options["always_freeze_layout"] = True
+    return TritonTemplate(name=name, grid=grid, source=source, **options)
+
+
+def selected(result: Any) -> Any:
+    """The node in what `autotune_select_algorithm` returns: with the choice, from 2.12."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def register_decomposition(operator: Any, function: Callable[..., Any]) -> None:
+    """Makes Inductor decompose an operator, also in a compilation that has begun."""
+    from torch._inductor import decomposition
+
+    decomposition.decompositions[operator] = function
+    decomposition.fast_random_decomps()[operator] = function  # a cached copy with some more
+
+
+def size_hints(sizes: Any) -> list[int]:
+    """Numbers for the sizes of a tensor in Inductor's IR (renamed in 2.12)."""
+    from torch._inductor.virtualized import V
+
+    sizevars = V.graph.sizevars
+    hints = getattr(sizevars, "optimization_hints", None) or sizevars.size_hints
+    return list(hints(sizes))

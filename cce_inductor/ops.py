@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import tiling
 from .kernels import blockwise
 from .kernels.product import accumulation_dtype, operand_dtype
 from .kernels.program import INDEXED, OPERAND_KINDS, Program, position
@@ -207,6 +208,7 @@ def _reduce(
     compute_dtype: torch.dtype | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
 ) -> list[Tensor]:
+    tiling.prepare(input)
     parsed = Program.parse(program)
     rows, vocabulary = input.shape[:-1], linear_weight.shape[0]
     count = math.prod(rows)

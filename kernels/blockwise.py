@@ -26,6 +26,7 @@ from .reductions import (
     accumulators,
     cotangents,
     index_of,
+    is_valid_index,
 )
 
 TILE = 1024
@@ -199,9 +200,7 @@ def check_index(reduction: Reduction, index: Tensor, vocabulary: int) -> None:
 
     On other devices the check is an assertion on the device, as there, which waits for nothing.
     """
-    valid = (index >= (-vocabulary if reduction.kind == "index" else 0)) & (index < vocabulary)
-    if reduction.kind == "target":
-        valid |= index == reduction.args[2]
+    valid = is_valid_index(reduction, index, vocabulary)
     if index.device.type != "cpu":
         torch._assert_async(valid.all())
     elif not bool(valid.all()):

@@ -22,6 +22,7 @@ Reductions, whose results are the operator's, one after another:
 - ``target(x, r0, ignore_index)``: the same for class indices [rows]; 0 where one is ignored
 - ``max(x)``: two results, the greatest value and its first index
 - ``topk(x, k)``: two results, [rows, k] each, greatest first
+- ``block(x)``: `x` itself; only in what `kernels.gradient` writes
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def _parse(text: str) -> Program:
     return Program(tuple(steps), tuple(reductions))
 
 
-REDUCTIONS = ("logsumexp", "sum", "mean", "gather", "index", "target", "max", "topk")
+REDUCTIONS = ("logsumexp", "sum", "mean", "gather", "index", "target", "max", "topk", "block")
 INDEXED = ("gather", "index", "target")
 
 

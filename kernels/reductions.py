@@ -30,6 +30,14 @@ def index_of(reduction: Reduction, operand: Tensor, vocabulary: int) -> Tensor:
     return index if index.dim() == 2 else index.unsqueeze(1)
 
 
+def is_valid_index(reduction: Reduction, index: Tensor, vocabulary: int) -> Tensor:
+    """Whether the code that is replaced would take each index, as it is given."""
+    valid = (index >= (-vocabulary if reduction.kind == "index" else 0)) & (index < vocabulary)
+    if reduction.kind == "target":
+        valid = valid | (index == reduction.args[2])
+    return valid
+
+
 def columns_in(index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     """For each index whether it lies in `tile`, and a column of the tile to address: its own if
     it does, any valid one if not."""

@@ -1,0 +1,106 @@
+"""Inductor computes the operators of `ops` in tiles, on devices that have templates.
+
+It decomposes them into those of `kernels.tile_ops`, for which `kernels.lowering` has templates, and
+small tensor code, which it fuses. What cannot be decomposed stays the operator it is, and runs the
+blockwise kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch.utils._triton import has_triton
+
+from . import compat
+from .kernels import tiled
+from .kernels.blockwise import Head, Wanted
+from .kernels.gradient import UntiledError
+from .kernels.program import Program
+from .kernels.tile_ops import TILE
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(input: Tensor) -> None:
+    """Makes Inductor use templates, if it may be compiling for a device that has them."""
+    if input.device.type in tiled.DEVICES and TracingContext.try_get() is not None:
+        _register()
+
+
+@functools.cache
+def _register() -> None:
+    from .kernels import lowering
+
+    operators = torch.ops.cce_inductor
+    compat.register_decomposition(operators.reduce_rows.default, _reduce_rows)
+    compat.register_decomposition(operators.reduce_rows_backward.default, _reduce_rows_backward)
+    lowering.register()
+
+
+def _reduce_rows(input: Tensor, *arguments: Any) -> Any:
+    head = _head(*arguments)
+    if not _is_tiled(input, head):
+        return NotImplemented
+    return tiled.reduce(input, head, TILE)
+
+
+def _reduce_rows_backward(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    input: Tensor,
+    *arguments: Any,
+) -> Any:
+    *arguments, output_mask = arguments
+    head = _head(*arguments)
+    if not _is_tiled(input, head):
+        return NotImplemented
+    need_input, need_weight, need_bias, *need_operands = output_mask
+    wanted = Wanted(need_input, need_weight, need_bias, need_operands)
+    try:
+        found = tiled.reduce_backward(grads, results, input, head, wanted)
+    except UntiledError as why:
+        _say(f"the gradient has no template: {why}")
+        return NotImplemented
+    gradients = (found.input, found.linear_weight, found.linear_bias, *found.operands)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _head(
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> Head:
+    return Head(
+        linear_weight,
+        linear_bias,
+        operands,
+        Program.parse(program),
+        skip_ignored,
+        compute_dtype,
+        workspace_bytes,
+    )
+
+
+def _is_tiled(input: Tensor, head: Head) -> bool:
+    if input.device.type not in tiled.DEVICES:
+        return False
+    why = tiled.reason_against(head)
+    if why is None and not has_triton():
+        why = "Triton is not there"
+    if why is not None:
+        _say(why)
+    return why is None
+
+
+def _say(why: str) -> None:
+    _log.warning("cce_inductor uses its blockwise kernels, which are slower on a GPU: %s", why)

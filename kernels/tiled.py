@@ -1,0 +1,252 @@
+"""Reductions of logits by the operators of `tile_ops`, with small tensor code around them.
+
+`tile_statistics` leaves for each row and each tile of the vocabulary what the program's reductions
+need of it; a second step, on [tiles, rows], makes the results, in a fixed order and in float64.
+The backward takes the vocabulary in blocks: `logit_gradient` computes a block's logits again and
+writes their gradient, which two library products turn into gradients of weight and input.
+
+All of it can be traced: compiled, the operators become kernels, and the rest is fused around them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blockwise import TILE, Gradients, Head, Wanted
+from .gradient import gradient_program
+from .program import INDEXED, Name, Program, Reduction, position
+from .reductions import NOWHERE, cotangents, index_of, is_valid_index
+from .tile_ops import add_product, logit_gradient, statistics_of, tile_statistics
+
+DEVICES = {"cuda"}
+"""The types of device that have templates."""
+
+INDEX_LIMIT = 16
+"""The largest number of indices a row: each is compared with every column."""
+
+_KINDS = frozenset(["logsumexp", "sum", "mean", "max", *INDEXED])
+
+
+def reason_against(head: Head) -> str | None:
+    """Why a program cannot be computed here, None if it can."""
+    if head.compute_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"there is no template for {head.compute_dtype}"
+    if all(reduction.kind in INDEXED for reduction in head.program.reductions):
+        return "nothing is reduced over the vocabulary"
+    for reduction in head.program.reductions:
+        if reduction.kind not in _KINDS:
+            return f"{reduction.kind} has no template"
+        if reduction.kind == "gather":
+            count = head.operands[position(reduction.args[1])].shape[1]
+            if not isinstance(count, int) or count > INDEX_LIMIT:
+                return f"the template gathers at most {INDEX_LIMIT} indices a row"
+    return None
+
+
+def reduce(input: Tensor, head: Head, tile: int) -> list[Tensor]:
+    """`blockwise.reduce` by `tile_statistics`, for programs that `reason_against` has nothing
+    against.
+
+    Rows whose indices are all ignored have zeros for results if ``head.skip_ignored``. An index
+    out of bounds is an assertion on the device, or a result that is nan.
+    """
+    program, vocabulary = head.program, head.linear_weight.shape[0]
+    indices = _indices(head)
+    kept = _kept(head, indices)
+    found = iter(
+        tile_statistics(
+            input,
+            head.linear_weight,
+            head.linear_bias,
+            list(head.operands),
+            indices,
+            str(program),
+            head.skip_ignored,
+            head.compute_dtype,
+            tile,
+        )
+    )
+    statistics = [
+        (reduction, [next(found) for _ in range(count)])
+        for reduction, count in statistics_of(program)
+    ]
+    normalizers = {
+        reduction.value: _Normalizer(*each)
+        for reduction, each in statistics
+        if reduction.kind == "logsumexp"
+    }
+    results: list[Tensor] = []
+    for reduction, (first, *rest) in statistics:
+        if reduction.kind == "logsumexp":
+            results.append(normalizers[reduction.value].lse)
+        elif reduction.kind == "mean":
+            x, y = reduction.values
+            results.append(normalizers[x].mean(first.double(), of_itself=x == y))
+        elif reduction.kind == "sum":
+            results.append(first.sum(0, dtype=torch.float64))
+        elif reduction.kind == "max":
+            top, where = first.max(0)
+            columns = rest[0].gather(0, where.unsqueeze(0)).squeeze(0)
+            results += [top.double(), columns.long()]
+        else:
+            flat = reduction.kind != "gather"
+            results.append((first.squeeze(1) if flat else first).double())
+    for normalizer in list(normalizers.values())[:1]:
+        results.append(normalizer.of_wider_tiles(tile, vocabulary).to(head.logit_dtype))
+    if kept is None:
+        return results
+    return [_zero_unless(kept, result) for result in results]
+
+
+class _Normalizer:
+    """The softmax of a row, from the greatest value of each tile and the sum of what is left.
+
+    Attributes:
+        shift: of each tile, float64 [tiles, rows].
+        total: of each tile, the sum of ``exp(x - shift)``.
+        lse: of the row.
+    """
+
+    def __init__(self, top: Tensor, total: Tensor):
+        self.shift = top.masked_fill(top == -math.inf, 0.0).double()
+        self.total = total.double()
+        self.lse = torch.logsumexp(self.of_tiles, 0)
+
+    @property
+    def of_tiles(self) -> Tensor:
+        return self.shift + self.total.log()
+
+    def mean(self, weighted: Tensor, *, of_itself: bool) -> Tensor:
+        """From the statistic of a mean."""
+        if of_itself:
+            weighted = weighted + self.shift * self.total
+        # A tile without any mass has no weight, whatever it says.
+        share = (self.shift - self.lse).exp().masked_fill(self.total == 0, 0.0)
+        return (share * weighted).sum(0)
+
+    def of_wider_tiles(self, tile: int, vocabulary: int) -> Tensor:
+        """The logsumexp of each tile of `blockwise`, [rows, tiles]."""
+        wide = min(TILE // tile, self.total.shape[0])
+        missing = -self.total.shape[0] % wide
+        padded = torch.nn.functional.pad(self.of_tiles, (0, 0, 0, missing), value=-math.inf)
+        return torch.logsumexp(padded.unflatten(0, (-1, wide)), 1).t()
+
+
+def reduce_backward(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    input: Tensor,
+    head: Head,
+    wanted: Wanted,
+) -> Gradients:
+    """`blockwise.reduce_backward` by `logit_gradient` and matrix products.
+
+    Raises:
+        UntiledError: the gradient cannot be written as a program.
+    """
+    program, weight = head.program, head.linear_weight
+    rows, vocabulary = input.shape[0], weight.shape[0]
+    indices = _indices(head)
+    by_text = {
+        str(reduction): index for reduction, index in zip(_indexed(program), indices, strict=True)
+    }
+    by_value = cotangents(program, list(grads), list(results), by_text, head.logit_dtype)
+    names = {at: name for name, at in program.operands.items()}
+    wanted_operands = [names[at] for at, asked in enumerate(wanted.operands) if asked]
+    gradient, operands = gradient_program(
+        program, head.operands, by_value, wanted_operands, _kept(head, indices)
+    )
+
+    kept_input = input.to(head.compute_dtype)
+    d_input: Tensor | None = None
+    d_weights: list[Tensor] = []
+    d_biases: list[Tensor] = []
+    sums: dict[Name, list[Tensor]] = {name: [] for name in wanted_operands}
+    width = _block_width(rows, vocabulary, head, len(gradient.reductions))
+    for start in range(0, vocabulary, width):
+        stop = min(start + width, vocabulary)
+        dz, *of_operands = logit_gradient(
+            input,
+            weight,
+            head.linear_bias,
+            operands,
+            str(gradient),
+            head.compute_dtype,
+            start,
+            stop - start,
+        )
+        if wanted.input:
+            block = weight.narrow(0, start, stop - start).to(head.compute_dtype)
+            d_input = add_product(d_input, dz, block)
+        if wanted.linear_weight:
+            if weight.dtype == head.compute_dtype:
+                d_weights.append(dz.t() @ kept_input)
+            else:
+                product = add_product(None, dz.t(), kept_input)
+                d_weights.append(product.to(weight.dtype))
+        if wanted.linear_bias:
+            d_biases.append(dz.sum(0, dtype=torch.float32))
+        for name, values in zip(wanted_operands, of_operands, strict=True):
+            over = {"r": [1], "c": [0], "s": [0, 1]}[name[0]]
+            sums[name].append(values.sum(over, dtype=torch.float64))
+
+    found: list[Tensor | None] = [None] * len(head.operands)
+    for name, blocks in sums.items():
+        operand = head.operands[position(name)]
+        total = torch.cat(blocks) if name[0] == "c" else torch.stack(blocks).sum(0)
+        found[position(name)] = total.to(operand.dtype)
+    bias = head.linear_bias
+    return Gradients(
+        d_input.to(input.dtype) if d_input is not None else None,
+        torch.cat(d_weights) if d_weights else None,
+        torch.cat(d_biases).to(bias.dtype) if bias is not None and d_biases else None,
+        found,
+    )
+
+
+def _block_width(rows: Any, vocabulary: int, head: Head, blocks: int) -> int:
+    """Columns of a block of gradients that the workspace holds; for a number of rows that is not
+    known, as many as for the one that was seen."""
+    seen = rows if isinstance(rows, int) else rows.node.hint
+    row_bytes = head.compute_dtype.itemsize + torch.float32.itemsize * (blocks - 1)
+    width = head.workspace_bytes // max(1, row_bytes * (seen or 1))
+    return min(vocabulary, max(TILE, width // TILE * TILE))
+
+
+def _indexed(program: Program) -> list[Reduction]:
+    return [reduction for reduction in program.reductions if reduction.kind in INDEXED]
+
+
+def _indices(head: Head) -> list[Tensor]:
+    """The indices of each reduction at indices, in order: int32 [rows, k], `NOWHERE` for none,
+    the size of the vocabulary for one out of bounds."""
+    vocabulary = head.linear_weight.shape[0]
+    found = []
+    for reduction in _indexed(head.program):
+        given = head.operands[position(reduction.args[1])].to(torch.int64)
+        invalid = is_valid_index(reduction, given, vocabulary).logical_not()
+        index = index_of(reduction, given, vocabulary)
+        found.append(index.masked_fill(invalid.view(index.shape), vocabulary).to(torch.int32))
+    return found
+
+
+def _kept(head: Head, indices: Sequence[Tensor]) -> Tensor | None:
+    """Which rows are computed, None for all."""
+    if not head.skip_ignored:
+        return None
+    targets = [
+        index != NOWHERE
+        for reduction, index in zip(_indexed(head.program), indices, strict=True)
+        if reduction.kind == "target"
+    ]
+    return torch.cat(targets, 1).any(1)
+
+
+def _zero_unless(kept: Tensor, result: Tensor) -> Tensor:
+    shape = (-1, *(1 for _ in result.shape[1:]))
+    return torch.where(kept.view(shape), result, torch.zeros_like(result))
