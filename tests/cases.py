@@ -1,0 +1,191 @@
+"""Programs over logits with random tensors, and what they should give."""
+
+from __future__ import annotations
+
+import torch
+from cce_inductor.kernels import reference
+from cce_inductor.kernels.blockwise import TILE, Head, Wanted
+from cce_inductor.kernels.product import operand_dtype
+from cce_inductor.kernels.program import Program
+
+HIDDEN, ROWS, IGNORED = 7, 12, -100
+MIB = 2**20
+CROSS_ENTROPY = "logsumexp(z); target(z, r0, -100)"
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def spread(vocabulary, rows=ROWS):
+    """Both ends of the vocabulary and of every tile."""
+    edges = [0, vocabulary - 1, *range(TILE - 1, vocabulary, TILE), *range(TILE, vocabulary, TILE)]
+    return torch.tensor((edges * rows)[:rows], dtype=torch.int64)
+
+
+def operands_of(vocabulary, rows=ROWS):
+    """An operand of every kind, by position."""
+    index = spread(vocabulary, rows)
+    target = index.clone()
+    target[::5] = IGNORED
+    return [
+        target,  # r0
+        torch.stack([index, index.flip(0), index], 1),  # r1, with the same index twice
+        torch.where(torch.arange(rows) % 2 == 0, index, index - vocabulary),  # r2
+        random(rows, seed=3),  # r3
+        random(vocabulary, seed=4),  # c4
+        random(seed=5).abs() + 0.5,  # s5
+        random(rows, vocabulary, seed=6),  # b6
+        random(rows, vocabulary, seed=7) > -1,  # b7
+        random(vocabulary, seed=8) > 0,  # c8
+        torch.arange(rows) % 3,  # r9
+        torch.tensor(3),  # s10
+        torch.where(torch.arange(rows) % 3 == 0, -1, index.flip(0)),  # r11
+    ]
+
+
+PROGRAMS = {
+    "logsumexp": "logsumexp(z)",
+    "sum": "sum(z)",
+    "sum and logsumexp": "logsumexp(z); sum(z)",
+    "target": CROSS_ENTROPY,
+    "target alone": "target(z, r0, -100)",
+    "two targets": "logsumexp(z); target(z, r0, -100); target(z, r11, -1)",
+    "gather": "logsumexp(z); gather(z, r1)",
+    "index": "index(z, r2); logsumexp(z)",
+    "gather and index and target": "gather(z, r1); index(z, r2); target(z, r0, -100); logsumexp(z)",
+    "max": "max(z)",
+    "max and logsumexp": "max(z); logsumexp(z); target(z, r0, -100)",
+    "topk": "topk(z, {k})",
+    "topk and gather": "topk(z, {k}); gather(z, r1); logsumexp(z)",
+    "entropy": "logsumexp(z); mean(z, z)",
+    "mean alone has a gradient": "logsumexp(z); mean(z, c4)",
+    "mean of the column": "logsumexp(z); mean(z, j)",
+    "mean of a mask": "logsumexp(z); mean(z, c8)",
+    "means": "logsumexp(z); mean(z, z); mean(z, c4); mean(z, r3); mean(z, b6); target(z, r0, -100)",
+    "mean of a step": "t0 = tanh(z); logsumexp(z); mean(z, t0)",
+    "mean under a step": "t0 = mul.Tensor(z, s5); logsumexp(t0); mean(t0, z); logsumexp(z)",
+    "kl of two softmaxes": "t0 = add.Tensor(z, b6); logsumexp(t0); logsumexp(z); mean(t0, z); mean(t0, t0); mean(z, t0)",
+    "softcap": "t0 = div.Tensor(z, 2.0); t1 = tanh(t0); t2 = mul.Tensor(t1, 2.0); logsumexp(t2); target(t2, r0, -100)",
+    "softcap and the logits": "t0 = div.Tensor(z, 2.0); t1 = tanh(t0); logsumexp(t1); logsumexp(z); gather(z, r1); gather(t1, r1)",
+    "class weights": "t0 = mul.Tensor(z, c4); sum(t0); logsumexp(z); target(z, r0, -100)",
+    "temperature of a row": "t0 = div.Tensor(z, s5); t1 = mul.Tensor(t0, r3); logsumexp(t1); sum(t1); max(t1)",
+    "bias of a block": "t0 = add.Tensor(z, b6); logsumexp(t0); target(t0, r0, -100)",
+    "mask of a block": "t0 = where.self(b7, z, -1000.0); logsumexp(t0); sum(t0)",
+    "mask of columns": "t0 = where.self(c8, z, c4); logsumexp(t0); target(t0, r0, -100); topk(t0, {k})",
+    "integer operands": "t0 = eq.Tensor(j, r9); t1 = where.self(t0, -5.0, z); t2 = mul.Tensor(t1, s10); logsumexp(t2); gather(t2, r1)",
+    "window of columns": "t0 = lt.Scalar(j, 3); t1 = mul.Tensor(t0, z); sum(t1); sum(t0)",
+    "count": "t0 = gt.Tensor(z, r3); sum(t0); logsumexp(z)",
+    "detached": "t0 = detach(z); logsumexp(t0); t1 = mul.Tensor(t0, z); sum(t1); target(z, r0, -100)",
+    "no logits": "t0 = mul.Tensor(c4, r3); logsumexp(t0); sum(z)",
+    "an operand": "sum(c4); max(r3); logsumexp(c4); mean(c4, z)",
+    "softmax to a power": "t0 = sub.Tensor(z, r3); t1 = exp(t0); t2 = pow.Tensor_Scalar(t1, 1.5); sum(t2); sum(t1); max(t1)",
+    "squares": "t0 = mul.Tensor(z, z); sum(t0); sum(z); t1 = abs(z); sum(t1)",
+    "everything of one value": "t0 = mul.Tensor(z, c4); logsumexp(t0); sum(t0); mean(t0, t0); mean(t0, z); gather(t0, r1); index(t0, r2); target(t0, r0, -100); max(t0); topk(t0, {k})",
+    "the same twice": "logsumexp(z); logsumexp(z); sum(z); sum(z); mean(z, z); mean(z, z)",
+}
+
+
+def head_of(weight, bias, operands, text, **fields):
+    vocabulary = weight.shape[0]
+    defaults = {
+        "skip_ignored": False,
+        "compute_dtype": operand_dtype(weight.dtype),
+        "workspace_bytes": MIB,
+    }
+    program = Program.parse(text.format(k=min(4, vocabulary)))
+    return Head(weight, bias, operands, program, **{**defaults, **fields})
+
+
+def case(text, vocabulary=TILE + 300, rows=ROWS, dtype=torch.float64, bias=True, **fields):
+    """Random tensors for a program."""
+    floating = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+    weight, biases = random(vocabulary, HIDDEN).to(dtype), random(vocabulary).to(dtype)
+    operands = [floating(operand) for operand in operands_of(vocabulary, rows)]
+    head = head_of(weight, biases if bias else None, operands, text, **fields)
+    return random(rows, HIDDEN).to(dtype), head
+
+
+def wants_gradient(head):
+    """For each operand whether its gradient is compared: what a program reads, but no block."""
+    names = {at: name for name, at in head.program.operands.items()}
+    return [
+        at in names and names[at][0] != "b" and operand.is_floating_point()
+        for at, operand in enumerate(head.operands)
+    ]
+
+
+def upstream_of(results):
+    """Gradients that differ in every place."""
+    return [
+        random(*r.shape, seed=n) if r.is_floating_point() else None for n, r in enumerate(results)
+    ]
+
+
+def expected(input, head, upstream=None):
+    """The same of the reference, in float64."""
+    wide = lambda t: t.detach().double() if t.is_floating_point() else t  # noqa: E731
+    bias = head.linear_bias
+    tensors = [wide(input), wide(head.linear_weight), *([] if bias is None else [wide(bias)])]
+    operands = [wide(operand) for operand in head.operands]
+    wanted = wants_gradient(head)
+    leaves = [*tensors, *(o for o, want in zip(operands, wanted, strict=True) if want)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    results = reference.reduce(
+        leaves[0], leaves[1], None if bias is None else leaves[2], operands, head.program
+    )
+    if head.skip_ignored:
+        keep = kept_rows(head)
+        shape = lambda r: keep.view(-1, *[1] * (r.dim() - 1))  # noqa: E731
+        results = [r.where(shape(r), torch.zeros((), dtype=r.dtype)) for r in results]
+    upstream = upstream or upstream_of(results)
+    outputs = [(r, g) for r, g in zip(results, upstream, strict=True) if r.requires_grad]
+    gradients = [None] * len(leaves)
+    if outputs:
+        values, given = zip(*outputs, strict=True)
+        gradients = torch.autograd.grad(values, leaves, given, allow_unused=True)
+    gradients = [
+        torch.zeros_like(leaf) if g is None else g
+        for leaf, g in zip(leaves, gradients, strict=True)
+    ]
+    return [result.detach() for result in results], gradients
+
+
+def kept_rows(head):
+    """Rows with a class index that is not ignored."""
+    targets = [r.args for r in head.program.reductions if r.kind == "target"]
+    return torch.stack(
+        [head.operands[int(name[1:])] != ignored for _, name, ignored in targets]
+    ).any(0)
+
+
+def gradients_of(reduce, reduce_backward, input, head, upstream=None, wanted=None):
+    """The results, and the gradients of input, weight, bias and operands."""
+    results = reduce(input, head)
+    count = sum(reduction.outputs for reduction in head.program.reductions)
+    with_tiles = len(results) > count
+    upstream = upstream or upstream_of(results[:count])
+    wanted = wanted or Wanted(True, True, head.linear_bias is not None, wants_gradient(head))
+    upstream = [*upstream, None] if with_tiles else upstream
+    found = reduce_backward(upstream, results, input, head, wanted)
+    gradients = [found.input, found.linear_weight, found.linear_bias, *found.operands]
+    return results[:count], [g for g in gradients if g is not None]
+
+
+def assert_agrees(computed, input, head, **tolerance):
+    """`computed` must give what the reference gives in float64."""
+    want = expected(input, head)
+    # A count or a maximum of integers has no gradient, though all results are float64.
+    upstream = [
+        g if g is not None or r.is_floating_point() else None
+        for g, r in zip(upstream_of(want[0]), want[0], strict=True)
+    ]
+    got = computed(input, head, upstream)
+    for ours, theirs in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        torch.testing.assert_close(
+            ours.double(), theirs.double(), **{"equal_nan": True, **tolerance}
+        )
+    for ours, theirs in zip(got[0], want[0], strict=True):
+        assert ours.shape == theirs.shape

@@ -1,0 +1,120 @@
+"""`kernels.tiled` with its operators as ordinary tensor code, against `kernels.reference`."""
+
+import functools
+
+import pytest
+import torch
+from cases import CROSS_ENTROPY, PROGRAMS, assert_agrees, case, gradients_of, head_of, random
+from cce_inductor.kernels import blockwise, tiled
+from cce_inductor.kernels.program import Program
+from cce_inductor.kernels.tile_ops import TILE
+
+TILED = {
+    name: text
+    for name, text in PROGRAMS.items()
+    if "topk" not in text and not text.startswith(("target", "max(z)"))
+}
+WITHOUT_TEMPLATE = {
+    "topk(z, 4); logsumexp(z)": "topk has no template",
+    "target(z, r0, -100)": "nothing is reduced over the vocabulary",
+}
+
+
+def computed(input, head, upstream=None, wanted=None):
+    reduce = functools.partial(tiled.reduce, tile=TILE)
+    return gradients_of(reduce, tiled.reduce_backward, input, head, upstream, wanted)
+
+
+@pytest.mark.parametrize("vocabulary", [5, TILE, 2 * blockwise.TILE + 300])
+@pytest.mark.parametrize("name", TILED)
+def test_any_program(name, vocabulary):
+    input, head = case(TILED[name], vocabulary, dtype=torch.float32, workspace_bytes=1)
+    assert tiled.reason_against(head) is None
+    assert_agrees(computed, input, head, rtol=2e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("text", "why"), WITHOUT_TEMPLATE.items())
+def test_programs_without_a_template(text, why):
+    _, head = case(text, dtype=torch.float32)
+    assert tiled.reason_against(head) == why
+
+
+def test_no_template_for_float64():
+    _, head = case(CROSS_ENTROPY)
+    assert tiled.reason_against(head) == "there is no template for torch.float64"
+
+
+def test_no_template_for_many_indices():
+    _, head = case("logsumexp(z); gather(z, r1)", dtype=torch.float32)
+    head.operands[1] = head.operands[1].repeat(1, 6)
+    assert tiled.reason_against(head) == "the template gathers at most 16 indices a row"
+
+
+def test_rows_without_a_target_are_zero_and_have_no_gradient():
+    input, head = case(CROSS_ENTROPY, dtype=torch.float32, skip_ignored=True)
+    ignored = head.operands[0] == -100
+    input[ignored] = torch.nan
+    results = tiled.reduce(input, head, TILE)
+    assert all((result[ignored] == 0).all() for result in results)
+    _, (d_input, *_) = computed(input, head)
+    assert (d_input[ignored] == 0).all()
+
+
+def test_index_out_of_bounds_is_nan():
+    input, head = case(CROSS_ENTROPY, vocabulary=300, dtype=torch.float32)
+    head.operands[0][:3] = torch.tensor([300, -1, 7])
+    lse, target, _ = tiled.reduce(input, head, TILE)
+    assert target[:3].isnan().tolist() == [True, True, False]
+    assert lse.isfinite().all()
+
+
+def test_all_logits_minus_infinity():
+    input, head = case("t0 = add.Tensor(z, c4); logsumexp(t0); mean(t0, c4)", dtype=torch.float32)
+    head.operands[4] = torch.full_like(head.operands[4], -torch.inf)
+    lse, _, _ = tiled.reduce(input, head, TILE)
+    assert (lse == -torch.inf).all()
+    assert blockwise.reduce(input, head)[0].equal(lse)
+
+
+def test_gradient_of_a_float32_weight_under_bfloat16_is_not_rounded_to_it():
+    head = head_of(
+        random(300, 7).float(),
+        None,
+        [torch.arange(12)],
+        CROSS_ENTROPY,
+        compute_dtype=torch.bfloat16,
+    )
+    _, (_, d_weight) = computed(random(12, 7).bfloat16(), head)
+    assert d_weight.dtype == torch.float32
+    assert not d_weight.bfloat16().float().equal(d_weight)
+
+
+def test_blocks_fit_the_workspace():
+    _, head = case(CROSS_ENTROPY, vocabulary=9000, dtype=torch.float32, workspace_bytes=2**20)
+    assert tiled._block_width(100, 9000, head, 1) == 2048
+    assert tiled._block_width(2, 9000, head, 1) == 9000
+    assert tiled._block_width(10**6, 9000, head, 1) == blockwise.TILE
+
+
+def test_gradient_is_one_program():
+    input, head = case(CROSS_ENTROPY, vocabulary=300, dtype=torch.float32)
+    results = tiled.reduce(input, head, TILE)
+    seen = []
+    original = tiled.logit_gradient
+
+    def spy(*args):
+        seen.append(args[4])
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "logit_gradient", spy)
+        wanted = blockwise.Wanted(True, False, False, [False] * len(head.operands))
+        grads = [torch.ones(12), torch.ones(12), None]
+        tiled.reduce_backward(grads, results, input, head, wanted)
+    (text,) = seen
+    assert text == (
+        "t0 = sub.Tensor(z, r12); t1 = add.Tensor(t0, r13); t2 = exp(t1); "
+        "t3 = mul.Tensor(t2, r14); t4 = eq.Tensor(j, r15); t5 = add.Tensor(t3, r16); "
+        "t6 = where.self(t4, t5, t3); block(t6)"
+    )
+    assert Program.parse(text)
