@@ -95,9 +95,9 @@ def statistics_template(
             outputs.append(out)
             for k in range(width):
                 index = f"index{number}_{k}"
+                at_k = f"{_stride(argument, 0)} + {k} * {_stride(argument, 1)}"
                 loads.append(
-                    f"{index} = tl.load({argument} + rows * {width} + {k}, "
-                    "mask=row_inside, other=-1)"
+                    f"{index} = tl.load({argument} + rows * {at_k}, mask=row_inside, other=-1)"
                 )
                 message = "index out of bounds: an index is not in the vocabulary"
                 loads.append(f'tl.device_assert({index} < V, "{message}")')
@@ -248,7 +248,8 @@ def _logits(has_bias: bool, by_descriptor: bool, kept: str | None) -> list[str]:
             "COMPUTE, PRECISION, BLOCK_M, BLOCK_V, BLOCK_H, EVEN_H)"
         )
     if has_bias:
-        lines.append("z += tl.load(BIAS + columns, mask=inside, other=0.0).to(tl.float32)[None, :]")
+        place = f"BIAS + columns * {_stride('BIAS', 0)}"
+        lines.append(f"z += tl.load({place}, mask=inside, other=0.0).to(tl.float32)[None, :]")
     return lines
 
 
@@ -283,6 +284,10 @@ def _values(program: Program) -> tuple[dict[Name, str], list[str]]:
         )
         lines.append(f"x{number} = x{number} + tl.zeros_like(z)")
     return values, lines
+
+
+def _stride(argument: str, dim: int) -> str:
+    return f'{{{{stride("{argument}", {dim})}}}}'
 
 
 def _names(arguments: list[str]) -> str:

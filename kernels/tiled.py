@@ -63,7 +63,7 @@ def reduce(input: Tensor, head: Head, tile: int) -> list[Tensor]:
             input,
             head.linear_weight,
             head.linear_bias,
-            list(head.operands),
+            _here(head.operands, input),
             indices,
             str(program),
             head.skip_ignored,
@@ -159,7 +159,7 @@ def reduce_backward(
     names = {at: name for name, at in program.operands.items()}
     wanted_operands = [names[at] for at, asked in enumerate(wanted.operands) if asked]
     gradient, operands = gradient_program(
-        program, head.operands, by_value, wanted_operands, _kept(head, indices)
+        program, _here(head.operands, input), by_value, wanted_operands, _kept(head, indices)
     )
 
     kept_input = input.to(head.compute_dtype)
@@ -216,6 +216,11 @@ def _block_width(rows: Any, vocabulary: int, head: Head, blocks: int) -> int:
     row_bytes = head.compute_dtype.itemsize + torch.float32.itemsize * (blocks - 1)
     width = head.workspace_bytes // max(1, row_bytes * (seen or 1))
     return min(vocabulary, max(TILE, width // TILE * TILE))
+
+
+def _here(operands: Sequence[Tensor], input: Tensor) -> list[Tensor]:
+    """The operands on the device of `input`; only one of a single value may be elsewhere."""
+    return [operand.to(input.device) for operand in operands]
 
 
 def _indexed(program: Program) -> list[Reduction]:

@@ -92,6 +92,7 @@ class Site:
         self._is_late = is_late
         self.stored: list[Node] = []
         """Logits that the rule reads as a stored tensor."""
+        self._turned: list[tuple[Logits, tuple[Any, ...]]] = []  # with the shape of an argument
 
     def apply(self, rule: Rule) -> Any:
         """Calls `rule` with the node's arguments.
@@ -166,12 +167,16 @@ class Site:
         swapped = _swapped(logits)
         if swapped is None or swapped.vocabulary_dim != dim:
             self.unsupported("it reduces over the rows, not over the vocabulary")
+        self._turned.append((swapped, self.shape_of(logits)))
         return swapped
 
     def shape_of(self, logits: Logits) -> tuple[Any, ...]:
         for argument in self.node.all_input_nodes:
             if self._values.get(argument) is logits:
                 return tuple(tensor_example(argument).shape)
+        for turned, shape in self._turned:
+            if turned is logits:
+                return shape
         raise AssertionError("these logits are not an argument of the node")
 
     def operand(self, argument: Node, logits: Logits, shape: tuple[Any, ...]) -> Operand:

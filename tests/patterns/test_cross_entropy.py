@@ -262,6 +262,21 @@ def test_class_probabilities_with_class_dimension_1():
     assert_as_accurate_as_eager(fn, INPUT.view(2, 3, 8), WEIGHT, PROBABILITIES)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_class_probabilities_of_a_transposed_matrix(weighted):
+    """Whose rows have the classes, as the logits of contrastive learning are read once."""
+    class_weight = torch.rand(6) + 0.5 if weighted else None
+    target = torch.rand(50, 6).softmax(1)
+
+    def fn(input, weight):
+        return F.cross_entropy(
+            (input @ weight.T).T, target, weight=class_weight, label_smoothing=0.1
+        )
+
+    assert all(report.rewritten for report in reports_of(fn, INPUT, WEIGHT))
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT)
+
+
 def test_class_probabilities_of_one_row():
     def fn(input, weight, target):
         return F.cross_entropy(F.linear(input[0], weight), target[0])
