@@ -30,11 +30,11 @@ _log = logging.getLogger(__name__)
 def prepare(input: Tensor) -> None:
     """Makes Inductor use templates, if it may be compiling for a device that has them."""
     if input.device.type in tiled.DEVICES and TracingContext.try_get() is not None:
-        _register()
+        register()
 
 
 @functools.cache
-def _register() -> None:
+def register() -> None:
     from .kernels import lowering
 
     operators = torch.ops.cce_inductor

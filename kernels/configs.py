@@ -31,8 +31,13 @@ class Config:
 
 
 def reads_by_descriptor(matrices: list[Any], compute_dtype: torch.dtype, device: Any) -> bool:
-    """Whether TMA descriptors can read both matrices: on sm_90 and later, if they need no cast."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+    """Whether TMA descriptors read both matrices: on sm_90 and later, if they need no cast. Not
+    float32, whose products without tensor cores have no registers to spare."""
+    if (
+        compute_dtype == torch.float32
+        or device.type != "cuda"
+        or torch.cuda.get_device_capability(device)[0] < 9
+    ):
         return False
     if any(matrix.get_dtype() != compute_dtype for matrix in matrices):
         return False
@@ -74,7 +79,7 @@ def configs(kind: str, dtype: torch.dtype, device: Any, by_descriptor: bool) -> 
     """
     programs = 0
     sizes = _WIDE if dtype == torch.float32 else _BY_POINTER
-    if by_descriptor and dtype != torch.float32:
+    if by_descriptor:
         programs = _programs(device)
         sizes = _BY_DESCRIPTOR
         if kind == "gradient":

@@ -153,6 +153,7 @@ def statistics_template(
         arguments=_names(["INPUT", "WEIGHT", *(["BIAS"] * has_bias), *arguments, *outputs]),
         width="V",
         start="0",
+        local="local",
         prologue=_indented(_DESCRIPTORS if by_descriptor else _STRIDES, 4),
         body=_indented("\n".join(body), 8),
     )
@@ -187,6 +188,8 @@ def gradient_template(program: Program, has_bias: bool, by_descriptor: bool) -> 
         arguments=_names(["INPUT", "WEIGHT", *(["BIAS"] * has_bias), "START", *outputs]),
         width="WIDTH",
         start="tl.load(START).to(tl.int32)",
+        # Of a block of one entry Inductor drops the mask: what is beyond it must be the same.
+        local="tl.where(inside, local, 0)",
         prologue=_indented(_DESCRIPTORS if by_descriptor else _STRIDES, 4),
         body=_indented("\n".join(body), 8),
     )
@@ -209,7 +212,7 @@ import {package}.device as device
         row_inside = rows < M
         local = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = local < {width}
-        columns = start_column + local
+        columns = start_column + {local}
 {body}
 """
 

@@ -132,9 +132,12 @@ class _Normalizer:
     def of_wider_tiles(self, tile: int, vocabulary: int) -> Tensor:
         """The logsumexp of each tile of `blockwise`, [rows, tiles]."""
         wide = min(TILE // tile, self.total.shape[0])
-        missing = -self.total.shape[0] % wide
-        padded = torch.nn.functional.pad(self.of_tiles, (0, 0, 0, missing), value=-math.inf)
-        return torch.logsumexp(padded.unflatten(0, (-1, wide)), 1).t()
+        of_tiles = self.of_tiles
+        missing = -of_tiles.shape[0] % wide
+        if missing:
+            nothing = of_tiles.new_full((missing, of_tiles.shape[1]), -math.inf)
+            of_tiles = torch.cat([of_tiles, nothing])
+        return torch.logsumexp(of_tiles.unflatten(0, (-1, wide)), 1).t()
 
 
 def reduce_backward(
@@ -234,9 +237,9 @@ def _indices(head: Head) -> list[Tensor]:
     found = []
     for reduction in _indexed(head.program):
         given = head.operands[position(reduction.args[1])].to(torch.int64)
-        invalid = is_valid_index(reduction, given, vocabulary).logical_not()
         index = index_of(reduction, given, vocabulary)
-        found.append(index.masked_fill(invalid.view(index.shape), vocabulary).to(torch.int32))
+        valid = is_valid_index(reduction, given, vocabulary).view(index.shape)
+        found.append(torch.where(valid, index, vocabulary).to(torch.int32))
     return found
 
 

@@ -41,4 +41,5 @@ def kl_div(
         return call(torch.div, call(torch.mean, rows), logits.vocabulary)
     if logits.vocabulary_dim == 0:
         site.unsupported("its batch dimension is the vocabulary")
-    return call(torch.sum, call(torch.mean, rows, 0))
+    of_batch = call(torch.sum, call(torch.flatten, rows, 1), 1)
+    return call(torch.mean, of_batch, 0)

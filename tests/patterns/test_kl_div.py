@@ -34,9 +34,10 @@ getitem_3 = reduce[3]
 mul = getitem_2 * getitem_3
 sub = torch.ops.aten.sub.Tensor(getitem_1, mul)
 sub_1 = torch.ops.aten.sub.Tensor(getitem, sub)
-mean = torch.mean(sub_1, 0)
-sum_1 = torch.sum(mean)
-to = sum_1.to(torch.float32)
+flatten = torch.flatten(sub_1, 1)
+sum_1 = torch.sum(flatten, 1)
+mean = torch.mean(sum_1, 0)
+to = mean.to(torch.float32)
 return (to,)
 """,
     )
@@ -102,6 +103,17 @@ SPELLINGS = {
 def test_numbers(divergence):
     # A divergence is a difference of two numbers that are larger.
     assert_as_accurate_as_eager(loss_of(divergence), INPUT, WEIGHT, TEACHER, slack=10)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
+def test_no_rows(shape):
+    """Of an empty batch the mean is nan, of a batch of nothing it is 0."""
+
+    def fn(input, weight):
+        target = torch.ones(*shape, 50) / 50
+        return F.kl_div(F.linear(input, weight).log_softmax(-1), target, reduction="batchmean")
+
+    assert_as_accurate_as_eager(fn, torch.randn(*shape, 8, requires_grad=True), WEIGHT)
 
 
 def test_three_dimensions():

@@ -1,14 +1,21 @@
 """The templates, executed: through `torch.compile`, forward and backward, on CPU tensors."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import IGNORED, PROGRAMS, expected, head_of, operands_of, random, upstream_of
 from cases import wants_gradient as wants
-from cce_inductor.kernels import device, tiled
-from cce_inductor.testing import relative_error
+from cce_inductor.kernels import lowering
+from cce_inductor.kernels.configs import Config
+from torch._inductor.select_algorithm import TritonTemplate
+from torch._inductor.utils import run_and_get_code
 
 import cce_inductor
+from cce_inductor import tiling
+from cce_inductor.testing import relative_error
 
 ROWS, HIDDEN, VOCABULARY = 70, 40, 300  # none a multiple of a block
 CROSS_ENTROPY = "logsumexp(z); target(z, r0, -100)"
@@ -34,12 +41,13 @@ def case(
     return (random(rows, HIDDEN) * scale).to(dtype), head
 
 
-def compiled(input, head, upstream):
+def compiled(input, head, upstream, **options):
     """Results and gradients of the operator, compiled by Inductor."""
     names = [i for i, wanted in enumerate(wants(head)) if wanted]
     leaves = [input, head.linear_weight, head.linear_bias, *(head.operands[i] for i in names)]
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves if leaf is not None]
     count = sum(reduction.outputs for reduction in head.program.reductions)
+    text = str(head.program)
 
     def fn(input, weight, *rest):
         bias = None
@@ -53,18 +61,14 @@ def compiled(input, head, upstream):
             weight,
             bias,
             operands,
-            str(head.program),
+            text,
             head.skip_ignored,
             head.compute_dtype,
             head.workspace_bytes,
         )[:count]
 
-    tiled.DEVICES.clear()
-    tiled.DEVICES.add("cpu")
-    from cce_inductor import tiling
-
-    tiling._register()
-    results = torch.compile(fn, fullgraph=True)(*leaves)
+    tiling.register()
+    results = torch.compile(fn, fullgraph=True, **options)(*leaves)
     pairs = [
         (r, g) for r, g in zip(results, upstream, strict=True) if r.requires_grad and g is not None
     ]
@@ -99,10 +103,225 @@ def test_program(name):
     assert_agrees(*case(TEMPLATES[name]), TOLERANCE[torch.float32])
 
 
-SOFTCAP = PROGRAMS["softcap"]
+SOFTCAP, ENTROPY = PROGRAMS["softcap"], PROGRAMS["entropy"]
+DTYPES = [torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("text", [CROSS_ENTROPY, SOFTCAP, PROGRAMS["entropy"]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", [CROSS_ENTROPY, SOFTCAP, ENTROPY])
 def test_dtype(text, dtype):
     assert_agrees(*case(text, dtype), TOLERANCE[dtype])
+
+
+@pytest.fixture
+def by_descriptor(monkeypatch):
+    """As on devices with TMA: some programs take turns."""
+    config = Config(64, 128, 32, 4, 3, group=8, programs=2)
+    monkeypatch.setattr(lowering, "reads_by_descriptor", lambda *_: True)
+    monkeypatch.setattr(lowering, "configs", lambda *_: [config])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("text", [CROSS_ENTROPY, SOFTCAP, ENTROPY])
+@pytest.mark.usefixtures("by_descriptor")
+def test_tensor_descriptors(text, dtype):
+    assert_agrees(*case(text, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 130])
+@pytest.mark.parametrize("vocabulary", [1, 5, 128, 129])
+def test_tails_of_rows_and_vocabulary(rows, vocabulary):
+    assert_agrees(*case(CROSS_ENTROPY, rows=rows, vocabulary=vocabulary), 1e-5)
+
+
+def with_hidden(hidden):
+    _, head = case(CROSS_ENTROPY)
+    head = dataclasses.replace(head, linear_weight=random(VOCABULARY, hidden).float())
+    return random(ROWS, hidden).float(), head
+
+
+@pytest.mark.parametrize("hidden", [1, 31, 32, 33, 96])
+def test_tail_of_hidden(hidden):
+    assert_agrees(*with_hidden(hidden), 1e-5)
+
+
+@pytest.mark.parametrize("hidden", [4, 36, 96])  # a descriptor's rows begin at 16 bytes
+@pytest.mark.usefixtures("by_descriptor")
+def test_tail_of_hidden_by_descriptor(hidden):
+    assert_agrees(*with_hidden(hidden), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize(
+    ("name", "scale", "shift"),
+    [
+        ("tiny", 1e-3, 0.0),
+        ("all negative", 0.05, -40.0),
+        ("peaked", 4.0, 0.0),
+        ("large", 0.1, 90.0),
+    ],
+)
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_logits(name, scale, shift, dtype, descriptors, request):
+    """A column beyond the vocabulary that counts as 0 is seen where all logits are below 0."""
+    if descriptors:
+        request.getfixturevalue("by_descriptor")
+    input, head = case(CROSS_ENTROPY, dtype, scale=scale)
+    head.linear_bias.fill_(shift)
+    want = expected(input, head)
+    got = compiled(input, head, upstream_of(want[0]))
+    spacing = torch.finfo(dtype).eps
+    for ours, theirs in zip(got[0], want[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=64 * spacing * (1 + scale**2))
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_ignored_rows(descriptors, request):
+    """Single ones, and a whole tile of them, of which nothing is read."""
+    if descriptors:
+        request.getfixturevalue("by_descriptor")
+    input, head = case(CROSS_ENTROPY, rows=200, skip_ignored=True)
+    head.operands[0][64:128] = IGNORED
+    input[64:128] = torch.inf
+    want = expected(torch.where(input.isfinite(), input, 0.0), head)
+    results, (d_input, *_) = compiled(input, head, upstream_of(want[0]))
+    ignored = head.operands[0] == IGNORED
+    for ours, theirs in zip(results, want[0], strict=True):
+        assert (ours[ignored] == 0).all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    kept = d_input[~ignored]
+    assert relative_error(kept, want[1][0][~ignored]) < 1e-5
+
+
+def test_all_rows_ignored():
+    input, head = case(CROSS_ENTROPY, skip_ignored=True)
+    head.operands[0].fill_(IGNORED)
+    want = expected(input, head)
+    results, gradients = compiled(input, head, upstream_of(want[0]))
+    assert all((result == 0).all() for result in results)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_in_several_blocks(dtype):
+    input, head = case(CROSS_ENTROPY, dtype, vocabulary=2500, workspace_bytes=1)
+    assert_agrees(input, head, TOLERANCE[dtype])
+
+
+def test_number_of_rows_is_a_symbol():
+    input, head = case(CROSS_ENTROPY)
+    want = expected(input, head)
+    got = compiled(input, head, upstream_of(want[0]), dynamic=True)
+    for ours, theirs in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        if theirs.norm() > 1e-6:
+            assert relative_error(ours, theirs) < 1e-5
+
+
+def test_strides():
+    """A transposed input, a weight of every other row and column, a strided bias and index."""
+    _, head = case(CROSS_ENTROPY)
+    weight = random(2 * VOCABULARY, 2 * HIDDEN).float()[::2, ::2]
+    bias = random(2 * VOCABULARY).float()[::2]
+    operands = list(head.operands)
+    operands[0] = torch.stack([operands[0], operands[0]], 1)[:, 0]
+    head = dataclasses.replace(head, linear_weight=weight, linear_bias=bias, operands=operands)
+    assert_agrees(random(HIDDEN, ROWS).float().t(), head, 1e-5)
+
+
+def test_index_out_of_bounds_is_nan():
+    """Beside the assertion on the device, which the interpreter has not."""
+    input, head = case(CROSS_ENTROPY)
+    head.operands[0][:3] = torch.tensor([VOCABULARY, -1, 7])
+    (_, target), _ = compiled(input, head, [random(ROWS), random(ROWS)])
+    assert target.isnan()[:4].tolist() == [True, True, False, False]
+
+
+def test_float64_is_left_to_the_blockwise_kernels(caplog):
+    input, head = case(CROSS_ENTROPY, torch.float64)
+    assert_agrees(input, head, 1e-12)
+    assert "there is no template for torch.float64" in caplog.text
+
+
+def test_same_bits_every_time():
+    input, head = case(ENTROPY, torch.bfloat16)
+    upstream = [random(ROWS), random(ROWS)]
+    first, second = (compiled(input, head, upstream) for _ in range(2))
+    for ours, theirs in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_a_model():
+    """From `install` to the kernel and back."""
+
+    def fn(input, weight, target):
+        logits = torch.tanh(F.linear(input, weight).float() / 5) * 5
+        return F.cross_entropy(logits.view(-1, VOCABULARY), target.view(-1))
+
+    input = random(2, 35, HIDDEN).float().requires_grad_()
+    weight = random(VOCABULARY, HIDDEN).float().requires_grad_()
+    target = torch.randint(VOCABULARY, (2, 35))
+    with cce_inductor.installed(min_logits_bytes=0, on_error="raise"):
+        loss, (code, *_) = run_and_get_code(torch.compile(fn), input, weight, target)
+        assert cce_inductor.reports()[-1].rewritten
+        gradients = torch.autograd.grad(loss, (input, weight))
+    assert "triton_tem_" in code
+    eager = fn(input, weight, target)
+    torch.testing.assert_close(loss, eager)
+    expected_gradients = torch.autograd.grad(eager, (input, weight))
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+MUTATIONS = {
+    "the mask of the vocabulary is dropped": ("inside = local < V", "inside = local < V + 999"),
+    "the target's column is off by one": (
+        "device.at(z, columns, index1_0)",
+        "device.at(z, columns + 1, index1_0)",
+    ),
+    "the loop is one short": (" H, H,", " H, H - 32,"),
+    "the last tile is left out": (
+        "row_tiles * column_tiles, tl.num_programs(0)",
+        "row_tiles * column_tiles - 1, tl.num_programs(0)",
+    ),
+    "the sum is not rescaled": (
+        "mass0 = device.mass(low0, top0)",
+        "mass0 = device.mass(low0, top0 * 0)",
+    ),
+    "the bias is read for another column": ("BIAS + columns", "BIAS + columns * 0"),
+    "the rows of another tile are read": (
+        "row_tile.to(INDEX_DTYPE) * BLOCK_M",
+        "row_tile.to(INDEX_DTYPE) * BLOCK_M * 0",
+    ),
+    "the first column of a block is forgotten": ("tl.load(START).to(tl.int32)", "0"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_caught(name, monkeypatch):
+    """What the tests above assert fails for each of these."""
+    old, new = MUTATIONS[name]
+    changed = []
+
+    @functools.cache
+    def broken(template):
+        if old in template.source:
+            changed.append(template)
+        source = template.source.replace(old, new)
+        return original(
+            dataclasses.replace(template, name=f"{template.name}_broken", source=source)
+        )
+
+    original = lowering._triton_template.__wrapped__
+    TritonTemplate.all_templates.clear()
+    monkeypatch.setattr(lowering, "_triton_template", broken)
+    input, head = case(CROSS_ENTROPY, vocabulary=1300, workspace_bytes=1)
+    head.linear_bias.sub_(40)
+    want = expected(input, head)
+    got = compiled(input, head, upstream_of(want[0]))
+    assert changed, "the mutation changes nothing"
+    errors = [
+        relative_error(ours, theirs)
+        for ours, theirs in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True)
+        if theirs.norm() > 1e-6
+    ]
+    assert max(errors) > 1e-3

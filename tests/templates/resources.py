@@ -1,0 +1,157 @@
+"""What every template needs of a device, compiled ahead of time: the table in docs/kernels.md.
+
+    python tests/templates/resources.py --output docs/kernels.md
+
+No device is needed; it takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from ahead_of_time import Compiled, compile_templates
+from cce_inductor.kernels import configs as configurations
+from cce_inductor.kernels.configs import Config
+from fake_cuda import SHARED_MEMORY, fake_cuda, output_code
+
+from cce_inductor import ops, tiling  # noqa: F401  (registers the operators)
+
+ROWS, VOCABULARY, HIDDEN = 8192, 32768, 4096
+PROGRAMS = {
+    "cross-entropy": "logsumexp(z); target(z, r0, -100)",
+    "softcapped": "t0 = div.Tensor(z, 30.0); t1 = tanh(t0); t2 = mul.Tensor(t1, 30.0); "
+    "logsumexp(t2); target(t2, r0, -100)",
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Inputs = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def statistics(program: str, dtype: torch.dtype) -> tuple[Callable[..., Any], Inputs]:
+    """The forward of a loss, and its inputs."""
+
+    def forward(input: Any, weight: Any, target: Any) -> Any:
+        return torch.ops.cce_inductor.reduce_rows(
+            input, weight, None, [target], program, True, dtype, 2**30
+        )[:2]
+
+    return forward, [((ROWS, HIDDEN), dtype), ((VOCABULARY, HIDDEN), dtype), ((ROWS,), torch.int64)]
+
+
+def gradient(
+    program: str, dtype: torch.dtype, workspace_bytes: int = 2**30
+) -> tuple[Callable[..., Any], Inputs]:
+    """The backward, and its inputs."""
+
+    def backward(grad_lse: Any, grad_target: Any, lse: Any, target_logit: Any, *rest: Any) -> Any:
+        input, weight, target = rest
+        return torch.ops.cce_inductor.reduce_rows_backward(
+            [grad_lse, grad_target, None],
+            [lse, target_logit, lse.unsqueeze(1)],
+            input,
+            weight,
+            None,
+            [target],
+            program,
+            True,
+            dtype,
+            workspace_bytes,
+            [True, True, False, False],
+        )
+
+    _, inputs = statistics(program, dtype)
+    return backward, [*[((ROWS,), torch.float64)] * 4, *inputs]
+
+
+KINDS = {"statistics": statistics, "gradient": gradient}
+
+
+def compiled(
+    kind: str, program: str, dtype: torch.dtype, capability: int, config: Config | None = None
+) -> Compiled:
+    """A template's kernel, in the default configuration if none is given."""
+    tiling.register()
+    function, inputs = KINDS[kind](program, dtype)
+    chosen = configurations.configs if config is None else mock.Mock(return_value=[config])
+    with mock.patch(f"{configurations.__package__}.lowering.configs", chosen):
+        code = output_code(function, inputs, capability)
+    (found,) = compile_templates(code, capability).values()
+    return found
+
+
+def every_config(kind: str, dtype: torch.dtype, capability: int) -> list[Config]:
+    """What autotuning tries; the group size changes nothing here."""
+    device = torch.device("cuda", 0)
+    with fake_cuda(capability):
+        by_descriptor = capability >= 90 and dtype != torch.float32
+        tried = configurations.configs(kind, dtype, device, by_descriptor)
+    return [config for config in tried if config.group == tried[0].group]
+
+
+def rows() -> Iterator[list[Any]]:
+    for capability in SHARED_MEMORY:
+        for dtype in DTYPES:
+            for kind in KINDS:
+                for name, program in PROGRAMS.items():
+                    for number, config in enumerate(every_config(kind, dtype, capability)):
+                        found = compiled(kind, program, dtype, capability, config)
+                        yield [
+                            f"sm_{capability}",
+                            str(dtype).removeprefix("torch."),
+                            f"{kind}, {name}",
+                            f"{config.block_m} x {config.block_v} x {config.block_h}"
+                            + (" (default)" if number == 0 else ""),
+                            config.num_warps,
+                            config.num_stages,
+                            found.registers,
+                            found.spilled,
+                            f"{found.shared / 1024:.0f}",
+                            found.tensor_cores,
+                            "yes" if found.tma else "no",
+                        ]
+
+
+HEADERS = (
+    "device",
+    "dtype",
+    "kernel",
+    "tile: rows x columns x hidden",
+    "warps",
+    "stages",
+    "registers",
+    "spilled, bytes",
+    "shared, KiB",
+    "product",
+    "TMA",
+)
+TEXT = f"""\
+# What the kernels need
+
+Every configuration of both templates, compiled by Triton {triton.__version__} for devices that were
+not there. The first of each kernel is what is used; `max_autotune` tries all of them and keeps the
+fastest. A thread that spills registers is slower; the defaults do not. Made by
+`python tests/templates/resources.py --output docs/kernels.md`.
+
+Tokens {ROWS:,}, vocabulary {VOCABULARY:,}, hidden {HIDDEN:,}. A block may use
+{", ".join(f"{size // 1024} KiB on sm_{name}" for name, size in SHARED_MEMORY.items())}.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    lines = [HEADERS, ["---"] * len(HEADERS), *rows()]
+    table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    arguments.output.write_text(f"{TEXT}{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Inductor's CUDA code, written and compiled on a machine without a GPU."""
+
+import re
+
+import pytest
+import torch
+from ahead_of_time import templates_in
+from cce_inductor.kernels import lowering
+from expecttest import assert_expected_inline
+from fake_cuda import PROCESSORS, SHARED_MEMORY, output_code
+from resources import DTYPES, KINDS, PROGRAMS, compiled, every_config, gradient, statistics
+
+from cce_inductor import tiling
+
+BF16, F32 = torch.bfloat16, torch.float32
+CROSS_ENTROPY = PROGRAMS["cross-entropy"]
+EVERY_CONFIG = [
+    (capability, dtype, kind, number)
+    for capability in PROCESSORS
+    for dtype in (BF16, F32)
+    for kind in KINDS
+    for number in range(len(every_config(kind, dtype, capability)))
+]
+
+
+@pytest.fixture(autouse=True)
+def with_templates():
+    tiling.register()
+
+
+def calls(code):
+    """The calls of kernels and the buffers they write, one a line."""
+    lines = [line.strip() for line in code.splitlines()]
+    called = re.compile(
+        r"\.run\(|^buf\d+ = (empty_strided|buf|torch\.ops)|extern_kernels\.|add_product_"
+    )
+    found = [line for line in lines if called.search(line) and not line.startswith("#")]
+    found = [line.split(";  ")[0] for line in found if "import" not in line]
+    text = re.sub(r"\bs\d+\b", "tokens", "\n".join(found))
+    return text.replace("raw_stream0", "stream0") + "\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", PROCESSORS)
+def test_default_configuration(capability, dtype, program, kind):
+    found = compiled(kind, PROGRAMS[program], dtype, capability)
+    assert found.spilled == 0
+    assert found.shared <= SHARED_MEMORY[capability]
+    half = dtype != F32
+    assert found.tma == (half and capability >= 90)
+    product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+    if half:
+        assert found.tensor_cores == product[capability]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "kind", "number"), EVERY_CONFIG)
+def test_configuration_fits(capability, dtype, kind, number):
+    config = every_config(kind, dtype, capability)[number]
+    found = compiled(kind, CROSS_ENTROPY, dtype, capability, config)
+    assert found.shared <= SHARED_MEMORY[capability]
+
+
+def test_forward():
+    code = output_code(*statistics(CROSS_ENTROPY, BF16))
+    assert_expected_inline(
+        calls(code),
+        """\
+buf0 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
+buf1 = empty_strided_cuda((8192, 1), (1, 1), torch.float32)
+buf2 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
+triton_poi_fused_0.run(target_1, buf2, 8192, stream=stream0)
+buf3 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
+triton_tem_fused_1.run(input_1, weight_1, buf2, buf0, buf1, buf3, 132, 1, 1, stream=stream0)
+buf6 = empty_strided_cuda((1, 8192, 2), (16384, 1, 8192), torch.float64)
+triton_red_fused_2.run(buf3, buf0, buf6, 16384, 128, stream=stream0)
+buf7 = empty_strided_cuda((1, 8192), (8192, 1), torch.float64)
+triton_per_fused_3.run(buf6, buf7, 8192, 2, stream=stream0)
+triton_red_fused_4.run(buf3, buf0, buf7, buf8, 16384, 128, stream=stream0)
+buf9 = empty_strided_cuda((8192, ), (1, ), torch.float64)
+buf12 = buf9; del buf9  # reuse
+buf13 = empty_strided_cuda((8192, ), (1, ), torch.float64)
+triton_per_fused_5.run(buf12, buf8, target_1, buf7, buf1, buf13, 8192, 2, stream=stream0)
+""",
+    )
+
+
+def test_backward_reuses_its_workspace():
+    code = output_code(*gradient(CROSS_ENTROPY, BF16, 256 * 2**20))
+    assert_expected_inline(
+        calls(code),
+        """\
+buf6 = empty_strided_cuda((), (), torch.int32)
+triton_poi_fused_0.run(buf6, 1, stream=stream0)
+buf11 = empty_strided_cuda((), (), torch.int32)
+triton_poi_fused_1.run(buf11, 1, stream=stream0)
+buf2 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+triton_poi_fused_2.run(arg0_1, buf2, 8192, stream=stream0)
+buf4 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+triton_poi_fused_3.run(arg1_1, buf4, 8192, stream=stream0)
+buf3 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
+buf5 = empty_strided_cuda((8192, ), (1, ), torch.bool)
+triton_poi_fused_4.run(arg6_1, buf3, buf5, 8192, stream=stream0)
+buf0 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+buf1 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+triton_poi_fused_5.run(arg2_1, buf0, buf1, 8192, stream=stream0)
+buf7 = empty_strided_cuda((8192, 16384), (16384, 1), torch.bfloat16)
+triton_tem_fused_6.run(arg4_1, arg5_1, buf6, buf5, buf3, buf0, buf1, buf2, buf4, buf7, 132, 1, 1, stream=stream0)
+buf8 = torch.ops.cce_inductor.add_product.default(None, buf7, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 0))
+buf9 = buf8
+buf17 = empty_strided_cuda((32768, 4096), (4096, 1), torch.bfloat16)
+extern_kernels.mm(reinterpret_tensor(buf7, (16384, 8192), (1, 16384), 0), arg4_1, out=buf10)
+buf12 = buf7; del buf7  # reuse
+triton_tem_fused_6.run(arg4_1, arg5_1, buf11, buf5, buf3, buf0, buf1, buf2, buf4, buf12, 132, 1, 1, stream=stream0)
+torch.ops.cce_inductor.add_product_.default(buf9, buf12, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 67108864))
+buf16 = empty_strided_cuda((8192, 4096), (4096, 1), torch.bfloat16)
+triton_poi_fused_7.run(buf9, buf16, 33554432, stream=stream0)
+extern_kernels.mm(reinterpret_tensor(buf12, (16384, 8192), (1, 16384), 0), arg4_1, out=buf15)
+""",
+    )
+
+
+def test_a_number_of_tokens_that_is_a_symbol():
+    dynamic = {0: (0,), 2: (0,)}
+    code = output_code(*statistics(CROSS_ENTROPY, BF16), capability=80, dynamic=dynamic)
+    (launch,) = (line for line in calls(code).splitlines() if "_tem_" in line)
+    assert_expected_inline(
+        launch,
+        """triton_tem_fused_1.run(input_1, weight_1, buf2, buf0, buf1, buf3, tokens, 256*((127 + tokens) // 128), 1, 1, stream=stream0)""",
+    )
+
+
+def test_a_number_of_tokens_that_is_a_symbol_in_the_backward():
+    function, inputs = gradient(CROSS_ENTROPY, BF16, 256 * 2**20)
+    code = output_code(function, inputs, dynamic=dict.fromkeys((0, 1, 2, 3, 4, 6), (0,)))
+    assert len(templates_in(code)) == 1
+
+
+def test_tokens_change_no_kernel():
+    """So none is compiled again, for a number of them that is a symbol."""
+    dynamic = {0: (0,), 2: (0,)}
+    sources = []
+    for rows in (100, 5000):
+        function, inputs = statistics(CROSS_ENTROPY, BF16)
+        inputs = [
+            ((rows, *shape[1:]) if at in dynamic else shape, d)
+            for at, (shape, d) in enumerate(inputs)
+        ]
+        (source,) = templates_in(output_code(function, inputs, dynamic=dynamic)).values()
+        sources.append(re.sub(r"'num_gb'.*", "", source))
+    assert sources[0] == sources[1]
+
+
+def test_captured_function_is_inlined():
+    code = output_code(*statistics(PROGRAMS["softcapped"], BF16))
+    (source,) = templates_in(code).values()
+    assert "libdevice.tanh" in source
+
+
+def test_max_autotune_tries_every_configuration(monkeypatch):
+    tried = []
+    original = lowering.autotune_select_algorithm
+
+    def spy(name, choices, *rest, **options):
+        tried.append(len(choices))
+        return original(name, choices[:1], *rest, **options)
+
+    monkeypatch.setattr(lowering, "autotune_select_algorithm", spy)
+    output_code(*statistics(CROSS_ENTROPY, BF16), max_autotune=True)
+    assert tried == [2 * len(every_config("statistics", BF16, 90))]
