@@ -12,6 +12,7 @@ demo: $(VENV)/demo-installed
 
 test: lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/templates/interpreted
 
 # Types are checked in the package as it is installed, where the folders are in their places.
 lint: $(VENV)/test-installed

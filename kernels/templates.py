@@ -251,8 +251,8 @@ def _logits(has_bias: bool, by_descriptor: bool, kept: str | None) -> list[str]:
             "COMPUTE, PRECISION, BLOCK_M, BLOCK_V, BLOCK_H, EVEN_H)"
         )
     if has_bias:
-        place = f"BIAS + columns * {_stride('BIAS', 0)}"
-        lines.append(f"z += tl.load({place}, mask=inside, other=0.0).to(tl.float32)[None, :]")
+        place = f"BIAS + tl.minimum(columns, V - 1) * {_stride('BIAS', 0)}"
+        lines.append(f"z += tl.load({place}).to(tl.float32)[None, :]")
     return lines
 
 
