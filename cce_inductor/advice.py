@@ -19,6 +19,7 @@ _ADVICE = {
     "as large as the logits and requires a gradient": (
         "detach it, if the loss need not train what made it"
     ),
+    "Inductor's C++ wrapper": "compile with Inductor's option cpp_wrapper=False",
     "a torch.func transform": "compile the loss outside of the transform",
 }
 

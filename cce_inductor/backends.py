@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from .fingerprint import tagged
+from .hook import refused
 from .options import Options
 from .report import publish
 from .rewrite import rewrite
@@ -45,7 +46,8 @@ def cce_inductor(
 
     ours, inductor_options = _split(options)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor_options}
-    publish(module, rewrite(module, ours))
+    with torch._inductor.config.patch(patches):
+        publish(module, rewrite(module, ours, refused()))
 
     # Inductor compiles the backward when it first runs: the key must be right then, too.
     keyed = _with_cache_key(compile_fx_inner, ours)

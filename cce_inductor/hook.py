@@ -43,7 +43,7 @@ class RewritePass(CustomGraphPass):
             previous(graph)
         module = graph.owning_module
         if self.options is not None and isinstance(module, GraphModule):
-            publish(module, rewrite(module, self.options))
+            publish(module, rewrite(module, self.options, refused()))
 
     def uuid(self) -> Any | None:
         """None when a previous pass has none: then only it knows what it depends on."""
@@ -55,6 +55,15 @@ class RewritePass(CustomGraphPass):
     def __deepcopy__(self, memo: dict[int, Any]) -> RewritePass:
         """Itself: threads copy option values, and `uninstall` must reach every one of them."""
         return self
+
+
+def refused() -> str | None:
+    """Why this compilation by Inductor cannot use the operators, None if it can."""
+    from torch._inductor.virtualized import V
+
+    if torch._inductor.config.cpp_wrapper or V.aot_compilation:
+        return "the operator is called from Python, which Inductor's C++ wrapper does not do"
+    return None
 
 
 class _Installation:

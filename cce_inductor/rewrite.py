@@ -39,11 +39,16 @@ DEVICES = ("cpu", "cuda")
 _DONE = "cce_inductor"  # key in GraphModule.meta of a graph that the pass has seen
 
 
-def rewrite(module: GraphModule, options: Options) -> list[LossReport]:
+def rewrite(module: GraphModule, options: Options, refused: str | None = None) -> list[LossReport]:
     """Rewrites the losses in `module` and in the subgraphs it calls, in place.
 
     Does nothing to a graph that it has seen before. An unexpected exception leaves that graph as
     it was and becomes the reason of its losses, or is raised with ``options.on_error="raise"``.
+
+    Args:
+        module: the graph.
+        options: of the pass.
+        refused: why no loss may be rewritten, None if they may.
 
     Returns:
         One report for each loss found.
@@ -53,7 +58,7 @@ def rewrite(module: GraphModule, options: Options) -> list[LossReport]:
         if graph_module.meta.get(_DONE):
             continue
         graph_module.meta[_DONE] = True
-        reports += _rewrite_graph(graph_module, options)
+        reports += _rewrite_graph(graph_module, options, refused)
     return reports
 
 
@@ -68,9 +73,11 @@ def _with_subgraphs(module: GraphModule) -> list[GraphModule]:
     return [*dict.fromkeys(nested), module]
 
 
-def _rewrite_graph(module: GraphModule, options: Options) -> list[LossReport]:
+def _rewrite_graph(module: GraphModule, options: Options, refused: str | None) -> list[LossReport]:
     try:
         found = walk(module.graph)
+        for each in found.losses:
+            each.reason = each.reason or refused
         reasons, groups = _decide(found, options)
         reports = [
             loss_report(each, reason)

@@ -18,6 +18,7 @@ from torch._guards import TracingContext
 from torch.utils._triton import has_triton
 
 from . import compat
+from .fingerprint import sources
 from .kernels import tiled
 from .kernels.blockwise import Head, Wanted
 from .kernels.gradient import UntiledError
@@ -47,7 +48,7 @@ def _reduce_rows(input: Tensor, *arguments: Any) -> Any:
     head = _head(*arguments)
     if not _is_tiled(input, head):
         return NotImplemented
-    return tiled.reduce(input, head, TILE)
+    return tiled.reduce(input, head, TILE, sources())
 
 
 def _reduce_rows_backward(
@@ -56,14 +57,14 @@ def _reduce_rows_backward(
     input: Tensor,
     *arguments: Any,
 ) -> Any:
-    *arguments, output_mask = arguments
-    head = _head(*arguments)
+    *described, output_mask = arguments
+    head = _head(*described)
     if not _is_tiled(input, head):
         return NotImplemented
     need_input, need_weight, need_bias, *need_operands = output_mask
     wanted = Wanted(need_input, need_weight, need_bias, need_operands)
     try:
-        found = tiled.reduce_backward(grads, results, input, head, wanted)
+        found = tiled.reduce_backward(grads, results, input, head, wanted, sources())
     except UntiledError as why:
         _say(f"the gradient has no template: {why}")
         return NotImplemented

@@ -239,6 +239,7 @@ def _tile_statistics(
     skip_ignored: bool,
     compute_dtype: torch.dtype,
     tile: int,
+    sources: str,
 ) -> list[Any]:
     parsed = Program.parse(program)
     vocabulary = linear_weight.get_size()[0]
@@ -272,6 +273,7 @@ def _logit_gradient(
     compute_dtype: torch.dtype,
     start: int,
     width: int,
+    sources: str,
 ) -> list[Any]:
     parsed = Program.parse(program)
     kernel = _Kernel(

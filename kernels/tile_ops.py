@@ -60,6 +60,7 @@ def tile_statistics(
     skip_ignored: bool,
     compute_dtype: torch.dtype,
     tile: int,
+    sources: str,
 ) -> list[Tensor]:
     """What each tile of the vocabulary contributes to the reductions of each row.
 
@@ -73,6 +74,7 @@ def tile_statistics(
         skip_ignored: whether nothing is promised of rows that have no target.
         compute_dtype: of the product's operands; it is summed in float32.
         tile: its width.
+        sources: a digest of this package, which a compiler's caches see here and nowhere else.
 
     Returns:
         For each reduction, [tiles, rows] float32 unless noted:
@@ -132,6 +134,7 @@ def _(
     skip_ignored: bool,
     compute_dtype: torch.dtype,
     tile: int,
+    sources: str,
 ) -> list[Tensor]:
     rows, vocabulary = input.shape[0], linear_weight.shape[0]
     widths = [index.shape[1] for index in indices]
@@ -149,6 +152,7 @@ def logit_gradient(
     compute_dtype: torch.dtype,
     start: int,
     width: int,
+    sources: str,
 ) -> list[Tensor]:
     """What the program's steps make of a block of logits.
 
@@ -156,6 +160,7 @@ def logit_gradient(
         input, linear_weight, linear_bias, operands, compute_dtype: as for `tile_statistics`.
         program: ends in ``block(x)`` for each result.
         start, width: the block's columns.
+        sources: as for `tile_statistics`.
 
     Returns:
         [rows, width] each, the first in the compute dtype, the others in float32.
@@ -179,6 +184,7 @@ def _(
     compute_dtype: torch.dtype,
     start: int,
     width: int,
+    sources: str,
 ) -> list[Tensor]:
     shapes = block_shapes(Program.parse(program), input.shape[0], compute_dtype, width)
     return [input.new_empty(shape, dtype=dtype) for shape, dtype in shapes]

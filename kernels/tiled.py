@@ -48,7 +48,7 @@ def reason_against(head: Head) -> str | None:
     return None
 
 
-def reduce(input: Tensor, head: Head, tile: int) -> list[Tensor]:
+def reduce(input: Tensor, head: Head, tile: int, sources: str = "") -> list[Tensor]:
     """`blockwise.reduce` by `tile_statistics`, for programs that `reason_against` has nothing
     against.
 
@@ -69,6 +69,7 @@ def reduce(input: Tensor, head: Head, tile: int) -> list[Tensor]:
             head.skip_ignored,
             head.compute_dtype,
             tile,
+            sources,
         )
     )
     statistics = [
@@ -146,6 +147,7 @@ def reduce_backward(
     input: Tensor,
     head: Head,
     wanted: Wanted,
+    sources: str = "",
 ) -> Gradients:
     """`blockwise.reduce_backward` by `logit_gradient` and matrix products.
 
@@ -182,6 +184,7 @@ def reduce_backward(
             head.compute_dtype,
             start,
             stop - start,
+            sources,
         )
         if wanted.input:
             block = weight.narrow(0, start, stop - start).to(head.compute_dtype)

@@ -185,6 +185,18 @@ def test_installing_from_many_threads():
     assert settings() == before
 
 
+def test_cpp_wrapper_is_refused():
+    """It cannot call an operator that is written in Python."""
+    expected = loss(INPUT, WEIGHT, TARGET)
+    cce_inductor.install(min_logits_bytes=0, on_error="raise")
+    found = torch.compile(loss, options={"cpp_wrapper": True})(INPUT, WEIGHT, TARGET)
+    (report,) = cce_inductor.reports()
+    assert report.reason == (
+        "the operator is called from Python, which Inductor's C++ wrapper does not do"
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_pass_that_outlives_uninstall_does_nothing():
     cce_inductor.install(min_logits_bytes=0)
     leftover = inductor_config.pre_grad_custom_pass

@@ -287,7 +287,10 @@ MUTATIONS = {
         "mass0 = device.mass(low0, top0)",
         "mass0 = device.mass(low0, top0 * 0)",
     ),
-    "the bias is read for another column": ("BIAS + tl.minimum(columns, V - 1)", "BIAS + columns * 0"),
+    "the bias is read for another column": (
+        "BIAS + tl.minimum(columns, V - 1)",
+        "BIAS + columns * 0",
+    ),
     "the rows of another tile are read": (
         "row_tile.to(INDEX_DTYPE) * BLOCK_M",
         "row_tile.to(INDEX_DTYPE) * BLOCK_M * 0",
