@@ -58,17 +58,21 @@ _BY_POINTER = [
     (64, 128, 64, 4, 2),
 ]
 _BY_DESCRIPTOR = [
-    (256, 128, 64, 8, 3),
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
     (128, 128, 64, 4, 3),
     (64, 128, 64, 4, 4),
 ]
-_GRADIENT_ON_HOPPER = [(128, 256, 64, 8, 3), *_BY_DESCRIPTOR]
-_GRADIENT_LATER = [*_BY_DESCRIPTOR[1:]]
+_FEW_STEPS = {"statistics": 0, "gradient": 8}  # those of a cross-entropy
+_ON_HOPPER = {  # wider tiles, which leave the fewest registers
+    "statistics": [(256, 128, 64, 8, 3)],
+    "gradient": [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)],
+}
 
 
-def configs(kind: str, dtype: torch.dtype, device: Any, by_descriptor: bool) -> list[Config]:
+def configs(
+    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int
+) -> list[Config]:
     """What is tried, the default first.
 
     Args:
@@ -76,15 +80,16 @@ def configs(kind: str, dtype: torch.dtype, device: Any, by_descriptor: bool) -> 
         dtype: of the products' operands.
         device: that it runs on.
         by_descriptor: whether TMA reads the operands.
+        steps: how many are applied to each logit; they need registers, too.
     """
     programs = 0
     sizes = _WIDE if dtype == torch.float32 else _BY_POINTER
     if by_descriptor:
         programs = _programs(device)
         sizes = _BY_DESCRIPTOR
-        if kind == "gradient":
-            on_hopper = torch.cuda.get_device_capability(device)[0] == 9
-            sizes = _GRADIENT_ON_HOPPER if on_hopper else _GRADIENT_LATER
+        if torch.cuda.get_device_capability(device)[0] == 9:
+            wide = _ON_HOPPER[kind]
+            sizes = [*wide, *sizes] if steps <= _FEW_STEPS[kind] else [*sizes, *wide]
     return [Config(*size, group, programs) for size in sizes for group in (8, 16)]
 
 

@@ -171,7 +171,13 @@ class _Kernel:
         return [result, *written]
 
     def _configs(self) -> list[Config]:
-        every = configs(self.kind, self.compute_dtype, self.device, self.by_descriptor)
+        every = configs(
+            self.kind,
+            self.compute_dtype,
+            self.device,
+            by_descriptor=self.by_descriptor,
+            steps=len(self.program.steps),
+        )
         return every if torch._inductor.config.max_autotune else every[:1]
 
 

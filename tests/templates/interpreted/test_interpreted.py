@@ -118,7 +118,7 @@ def by_descriptor(monkeypatch):
     """As on devices with TMA: some programs take turns."""
     config = Config(64, 128, 32, 4, 3, group=8, programs=2)
     monkeypatch.setattr(lowering, "reads_by_descriptor", lambda *_: True)
-    monkeypatch.setattr(lowering, "configs", lambda *_: [config])
+    monkeypatch.setattr(lowering, "configs", lambda *_, **__: [config])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
