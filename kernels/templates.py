@@ -109,8 +109,8 @@ def statistics_template(
                     f"here = row_inside & ({index} // BLOCK_V == column_tile) & ({index} >= 0)",
                     f"tl.store({place}, found, mask=here & ({index} < V))",
                     f'nothing = tl.where({index} < 0, 0.0, float("nan")) + tl.zeros_like(found)',
-                    f"outside = row_inside & (({index} < 0) | ({index} >= V))",
-                    f"tl.store({place}, nothing, mask=outside & (column_tile == 0))",
+                    f"first = row_inside & (tl.zeros_like({index}) == column_tile)",
+                    f"tl.store({place}, nothing, mask=first & (({index} < 0) | ({index} >= V)))",
                 ]
         elif reduction.kind == "sum":
             stores.append(f"total{number} = tl.sum(device.only({x}, inside, 0.0), 1)")

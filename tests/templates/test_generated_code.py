@@ -36,7 +36,17 @@ def calls(code):
     )
     found = [line for line in lines if called.search(line) and not line.startswith("#")]
     found = [line.split(";  ")[0] for line in found if "import" not in line]
-    text = re.sub(r"\bs\d+\b", "tokens", "\n".join(found))
+    names: dict[str, str] = {}
+    lines = []
+    for line in found:
+        alias = re.fullmatch(r"(buf\d+) = (buf\d+)", line)
+        if alias:
+            names[alias[1]] = names[alias[2]]
+            continue
+        for name in re.findall(r"\bbuf\d+\b", line):
+            names.setdefault(name, f"buffer{len(set(names.values()))}")
+        lines.append(re.sub(r"\bbuf\d+\b", lambda match: names[match[0]], line))
+    text = re.sub(r"\bs\d+\b", "tokens", "\n".join(lines))
     return text.replace("raw_stream0", "stream0") + "\n"
 
 
@@ -67,21 +77,21 @@ def test_forward():
     assert_expected_inline(
         calls(code),
         """\
-buf0 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
-buf1 = empty_strided_cuda((8192, 1), (1, 1), torch.float32)
-buf2 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
-triton_poi_fused_0.run(target_1, buf2, 8192, stream=stream0)
-buf3 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
-triton_tem_fused_1.run(input_1, weight_1, buf2, buf0, buf1, buf3, 132, 1, 1, stream=stream0)
-buf6 = empty_strided_cuda((1, 8192, 2), (16384, 1, 8192), torch.float64)
-triton_red_fused_2.run(buf3, buf0, buf6, 16384, 128, stream=stream0)
-buf7 = empty_strided_cuda((1, 8192), (8192, 1), torch.float64)
-triton_per_fused_3.run(buf6, buf7, 8192, 2, stream=stream0)
-triton_red_fused_4.run(buf3, buf0, buf7, buf8, 16384, 128, stream=stream0)
-buf9 = empty_strided_cuda((8192, ), (1, ), torch.float64)
-buf12 = buf9; del buf9  # reuse
-buf13 = empty_strided_cuda((8192, ), (1, ), torch.float64)
-triton_per_fused_5.run(buf12, buf8, target_1, buf7, buf1, buf13, 8192, 2, stream=stream0)
+buffer0 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
+buffer1 = empty_strided_cuda((8192, 1), (1, 1), torch.float32)
+buffer2 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
+triton_poi_fused_0.run(target_1, buffer2, 8192, stream=stream0)
+buffer3 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
+triton_tem_fused_1.run(input_1, weight_1, buffer2, buffer0, buffer1, buffer3, 132, 1, 1, stream=stream0)
+buffer4 = empty_strided_cuda((1, 8192, 2), (16384, 1, 8192), torch.float64)
+triton_red_fused_2.run(buffer3, buffer0, buffer4, 16384, 128, stream=stream0)
+buffer5 = empty_strided_cuda((1, 8192), (8192, 1), torch.float64)
+triton_per_fused_3.run(buffer4, buffer5, 8192, 2, stream=stream0)
+triton_red_fused_4.run(buffer3, buffer0, buffer5, buffer6, 16384, 128, stream=stream0)
+buffer7 = empty_strided_cuda((8192, ), (1, ), torch.float64)
+buffer8 = buffer7; del buffer7  # reuse
+buffer9 = empty_strided_cuda((8192, ), (1, ), torch.float64)
+triton_per_fused_5.run(buffer8, buffer6, target_1, buffer5, buffer1, buffer9, 8192, 2, stream=stream0)
 """,
     )
 
@@ -91,32 +101,31 @@ def test_backward_reuses_its_workspace():
     assert_expected_inline(
         calls(code),
         """\
-buf6 = empty_strided_cuda((), (), torch.int32)
-triton_poi_fused_0.run(buf6, 1, stream=stream0)
-buf11 = empty_strided_cuda((), (), torch.int32)
-triton_poi_fused_1.run(buf11, 1, stream=stream0)
-buf2 = empty_strided_cuda((8192, ), (1, ), torch.float32)
-triton_poi_fused_2.run(arg0_1, buf2, 8192, stream=stream0)
-buf4 = empty_strided_cuda((8192, ), (1, ), torch.float32)
-triton_poi_fused_3.run(arg1_1, buf4, 8192, stream=stream0)
-buf3 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
-buf5 = empty_strided_cuda((8192, ), (1, ), torch.bool)
-triton_poi_fused_4.run(arg6_1, buf3, buf5, 8192, stream=stream0)
-buf0 = empty_strided_cuda((8192, ), (1, ), torch.float32)
-buf1 = empty_strided_cuda((8192, ), (1, ), torch.float32)
-triton_poi_fused_5.run(arg2_1, buf0, buf1, 8192, stream=stream0)
-buf7 = empty_strided_cuda((8192, 16384), (16384, 1), torch.bfloat16)
-triton_tem_fused_6.run(arg4_1, arg5_1, buf6, buf5, buf3, buf0, buf1, buf2, buf4, buf7, 132, 1, 1, stream=stream0)
-buf8 = torch.ops.cce_inductor.add_product.default(None, buf7, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 0))
-buf9 = buf8
-buf17 = empty_strided_cuda((32768, 4096), (4096, 1), torch.bfloat16)
-extern_kernels.mm(reinterpret_tensor(buf7, (16384, 8192), (1, 16384), 0), arg4_1, out=buf10)
-buf12 = buf7; del buf7  # reuse
-triton_tem_fused_6.run(arg4_1, arg5_1, buf11, buf5, buf3, buf0, buf1, buf2, buf4, buf12, 132, 1, 1, stream=stream0)
-torch.ops.cce_inductor.add_product_.default(buf9, buf12, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 67108864))
-buf16 = empty_strided_cuda((8192, 4096), (4096, 1), torch.bfloat16)
-triton_poi_fused_7.run(buf9, buf16, 33554432, stream=stream0)
-extern_kernels.mm(reinterpret_tensor(buf12, (16384, 8192), (1, 16384), 0), arg4_1, out=buf15)
+buffer0 = empty_strided_cuda((), (), torch.int32)
+triton_poi_fused_0.run(buffer0, 1, stream=stream0)
+buffer1 = empty_strided_cuda((), (), torch.int32)
+triton_poi_fused_1.run(buffer1, 1, stream=stream0)
+buffer2 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+triton_poi_fused_2.run(arg0_1, buffer2, 8192, stream=stream0)
+buffer3 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+triton_poi_fused_3.run(arg1_1, buffer3, 8192, stream=stream0)
+buffer4 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
+buffer5 = empty_strided_cuda((8192, ), (1, ), torch.bool)
+triton_poi_fused_4.run(arg6_1, buffer4, buffer5, 8192, stream=stream0)
+buffer6 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+buffer7 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+triton_poi_fused_5.run(arg2_1, buffer6, buffer7, 8192, stream=stream0)
+buffer8 = empty_strided_cuda((8192, 16384), (16384, 1), torch.bfloat16)
+triton_tem_fused_6.run(arg4_1, arg5_1, buffer0, buffer5, buffer4, buffer6, buffer7, buffer2, buffer3, buffer8, 132, 1, 1, stream=stream0)
+buffer9 = torch.ops.cce_inductor.add_product.default(None, buffer8, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 0))
+buffer10 = empty_strided_cuda((32768, 4096), (4096, 1), torch.bfloat16)
+extern_kernels.mm(reinterpret_tensor(buffer8, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer11)
+buffer12 = buffer8; del buffer8  # reuse
+triton_tem_fused_6.run(arg4_1, arg5_1, buffer1, buffer5, buffer4, buffer6, buffer7, buffer2, buffer3, buffer12, 132, 1, 1, stream=stream0)
+torch.ops.cce_inductor.add_product_.default(buffer9, buffer12, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 67108864))
+buffer13 = empty_strided_cuda((8192, 4096), (4096, 1), torch.bfloat16)
+triton_poi_fused_7.run(buffer9, buffer13, 33554432, stream=stream0)
+extern_kernels.mm(reinterpret_tensor(buffer12, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer14)
 """,
     )
 
@@ -127,7 +136,7 @@ def test_a_number_of_tokens_that_is_a_symbol():
     (launch,) = (line for line in calls(code).splitlines() if "_tem_" in line)
     assert_expected_inline(
         launch,
-        """triton_tem_fused_1.run(input_1, weight_1, buf2, buf0, buf1, buf3, tokens, 256*((127 + tokens) // 128), 1, 1, stream=stream0)""",
+        """triton_tem_fused_1.run(input_1, weight_1, buffer2, buffer0, buffer1, buffer3, tokens, 256*((127 + tokens) // 128), 1, 1, stream=stream0)""",
     )
 
 
