@@ -96,11 +96,22 @@ def _is_tiled(input: Tensor, head: Head) -> bool:
     if input.device.type not in tiled.DEVICES:
         return False
     why = tiled.reason_against(head)
-    if why is None and not has_triton():
-        why = "Triton is not there"
+    if why is None:
+        why = _reason_against(input.device)
     if why is not None:
         _say(why)
     return why is None
+
+
+def _reason_against(device: torch.device) -> str | None:
+    """Why a device has no templates, None if it has."""
+    if not has_triton():
+        return "Triton is not there"
+    if torch.version.hip:
+        return "the templates are for NVIDIA devices"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the templates are for devices of compute capability 8.0 and later"
+    return None
 
 
 def _say(why: str) -> None:

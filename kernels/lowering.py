@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,6 +41,7 @@ from .templates import (
 )
 from .tiled import DEVICES
 
+_log = logging.getLogger(__name__)
 _OPS = torch.ops.cce_inductor
 _DTYPES = {
     torch.float32: "tl.float32",
@@ -178,7 +180,9 @@ class _Kernel:
             by_descriptor=self.by_descriptor,
             steps=len(self.program.steps),
         )
-        return every if torch._inductor.config.max_autotune else every[:1]
+        config = torch._inductor.config
+        tuned = config.max_autotune or config.max_autotune_gemm
+        return every if tuned and not config.deterministic else every[:1]
 
 
 def _contiguous(shape: Sequence[Any]) -> list[Any]:
@@ -309,12 +313,21 @@ def _add_product(total: Any, a: Any, b: Any) -> Any:
 
 
 def _or_fallback(operator: Any, lowering: Callable[..., Any]) -> Callable[..., Any]:
-    """The lowering on a device that has templates, the operator as it is elsewhere."""
+    """The lowering on a device that has templates, the operator as it is elsewhere, and where the
+    lowering fails: slower, but right."""
     fallback = fallback_handler(operator, add_to_fallback_set=False)
 
     def lowered(*args: Any) -> Any:
         device = next(arg.get_device() for arg in args if arg is not None)
-        return (lowering if device.type in DEVICES else fallback)(*args)
+        if device.type not in DEVICES:
+            return fallback(*args)
+        try:
+            return lowering(*args)
+        except Exception:
+            _log.warning(
+                "cce_inductor: %s has no kernel here, which costs time", operator, exc_info=True
+            )
+            return fallback(*args)
 
     return lowered
 

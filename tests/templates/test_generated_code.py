@@ -176,5 +176,26 @@ def test_max_autotune_tries_every_configuration(monkeypatch):
         return original(name, choices[:1], *rest, **options)
 
     monkeypatch.setattr(lowering, "autotune_select_algorithm", spy)
-    output_code(*statistics(CROSS_ENTROPY, BF16), max_autotune=True)
+    output_code(*statistics(CROSS_ENTROPY, BF16), max_autotune=True, deterministic=False)
     assert tried == [2 * len(every_config("statistics", BF16, 90))]
+
+
+@pytest.mark.parametrize(
+    ("patched", "why"),
+    [
+        ({"tiling.has_triton": lambda: False}, "Triton is not there"),
+        ({"tiling.torch.version.hip": "6.0"}, "the templates are for NVIDIA devices"),
+    ],
+)
+def test_devices_without_templates(patched, why, monkeypatch):
+    monkeypatch.setattr(tiling, "has_triton", lambda: True)
+    for name, value in patched.items():
+        monkeypatch.setattr(f"cce_inductor.{name}", value)
+    assert tiling._reason_against(torch.device("cuda", 0)) == why
+
+
+def test_old_devices_have_no_templates(monkeypatch):
+    monkeypatch.setattr(tiling, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    why = tiling._reason_against(torch.device("cuda", 0))
+    assert why == "the templates are for devices of compute capability 8.0 and later"

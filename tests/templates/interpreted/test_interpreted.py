@@ -242,6 +242,13 @@ def test_float64_is_left_to_the_blockwise_kernels(caplog):
     assert "there is no template for torch.float64" in caplog.text
 
 
+def test_a_lowering_that_fails_is_replaced_by_the_operator(monkeypatch, caplog):
+    monkeypatch.setattr(lowering, "configs", lambda *_, **__: 1 / 0)
+    assert_agrees(*case(SOFTCAP), 1e-5)
+    assert "has no kernel here" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_same_bits_every_time():
     input, head = case(ENTROPY, torch.bfloat16)
     upstream = [random(ROWS), random(ROWS)]
