@@ -47,6 +47,7 @@ def calls(code):
             names.setdefault(name, f"buffer{len(set(names.values()))}")
         lines.append(re.sub(r"\bbuf\d+\b", lambda match: names[match[0]], line))
     text = re.sub(r"\bs\d+\b", "tokens", "\n".join(lines))
+    text = re.sub(r"(empty_strided_cuda\(\([^)]*\)), \([^)]*\)", r"\1", text)
     return text.replace("raw_stream0", "stream0") + "\n"
 
 
@@ -77,20 +78,20 @@ def test_forward():
     assert_expected_inline(
         calls(code),
         """\
-buffer0 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
-buffer1 = empty_strided_cuda((8192, 1), (1, 1), torch.float32)
-buffer2 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
+buffer0 = empty_strided_cuda((256, 8192), torch.float32)
+buffer1 = empty_strided_cuda((8192, 1), torch.float32)
+buffer2 = empty_strided_cuda((8192, 1), torch.int32)
 triton_poi_fused_0.run(target_1, buffer2, 8192, stream=stream0)
-buffer3 = empty_strided_cuda((256, 8192), (8192, 1), torch.float32)
+buffer3 = empty_strided_cuda((256, 8192), torch.float32)
 triton_tem_fused_1.run(input_1, weight_1, buffer2, buffer0, buffer1, buffer3, 132, 1, 1, stream=stream0)
-buffer4 = empty_strided_cuda((1, 8192, 2), (16384, 1, 8192), torch.float64)
+buffer4 = empty_strided_cuda((1, 8192, 2), torch.float64)
 triton_red_fused_2.run(buffer3, buffer0, buffer4, 16384, 128, stream=stream0)
-buffer5 = empty_strided_cuda((1, 8192), (8192, 1), torch.float64)
+buffer5 = empty_strided_cuda((1, 8192), torch.float64)
 triton_per_fused_3.run(buffer4, buffer5, 8192, 2, stream=stream0)
 triton_red_fused_4.run(buffer3, buffer0, buffer5, buffer6, 16384, 128, stream=stream0)
-buffer7 = empty_strided_cuda((8192, ), (1, ), torch.float64)
+buffer7 = empty_strided_cuda((8192, ), torch.float64)
 buffer8 = buffer7; del buffer7  # reuse
-buffer9 = empty_strided_cuda((8192, ), (1, ), torch.float64)
+buffer9 = empty_strided_cuda((8192, ), torch.float64)
 triton_per_fused_5.run(buffer8, buffer6, target_1, buffer5, buffer1, buffer9, 8192, 2, stream=stream0)
 """,
     )
@@ -101,29 +102,29 @@ def test_backward_reuses_its_workspace():
     assert_expected_inline(
         calls(code),
         """\
-buffer0 = empty_strided_cuda((), (), torch.int32)
+buffer0 = empty_strided_cuda((), torch.int32)
 triton_poi_fused_0.run(buffer0, 1, stream=stream0)
-buffer1 = empty_strided_cuda((), (), torch.int32)
+buffer1 = empty_strided_cuda((), torch.int32)
 triton_poi_fused_1.run(buffer1, 1, stream=stream0)
-buffer2 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+buffer2 = empty_strided_cuda((8192, ), torch.float32)
 triton_poi_fused_2.run(arg0_1, buffer2, 8192, stream=stream0)
-buffer3 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+buffer3 = empty_strided_cuda((8192, ), torch.float32)
 triton_poi_fused_3.run(arg1_1, buffer3, 8192, stream=stream0)
-buffer4 = empty_strided_cuda((8192, 1), (1, 1), torch.int32)
-buffer5 = empty_strided_cuda((8192, ), (1, ), torch.bool)
+buffer4 = empty_strided_cuda((8192, 1), torch.int32)
+buffer5 = empty_strided_cuda((8192, ), torch.bool)
 triton_poi_fused_4.run(arg6_1, buffer4, buffer5, 8192, stream=stream0)
-buffer6 = empty_strided_cuda((8192, ), (1, ), torch.float32)
-buffer7 = empty_strided_cuda((8192, ), (1, ), torch.float32)
+buffer6 = empty_strided_cuda((8192, ), torch.float32)
+buffer7 = empty_strided_cuda((8192, ), torch.float32)
 triton_poi_fused_5.run(arg2_1, buffer6, buffer7, 8192, stream=stream0)
-buffer8 = empty_strided_cuda((8192, 16384), (16384, 1), torch.bfloat16)
+buffer8 = empty_strided_cuda((8192, 16384), torch.bfloat16)
 triton_tem_fused_6.run(arg4_1, arg5_1, buffer0, buffer5, buffer4, buffer6, buffer7, buffer2, buffer3, buffer8, 132, 1, 1, stream=stream0)
 buffer9 = torch.ops.cce_inductor.add_product.default(None, buffer8, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 0))
-buffer10 = empty_strided_cuda((32768, 4096), (4096, 1), torch.bfloat16)
+buffer10 = empty_strided_cuda((32768, 4096), torch.bfloat16)
 extern_kernels.mm(reinterpret_tensor(buffer8, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer11)
 buffer12 = buffer8; del buffer8  # reuse
 triton_tem_fused_6.run(arg4_1, arg5_1, buffer1, buffer5, buffer4, buffer6, buffer7, buffer2, buffer3, buffer12, 132, 1, 1, stream=stream0)
 torch.ops.cce_inductor.add_product_.default(buffer9, buffer12, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 67108864))
-buffer13 = empty_strided_cuda((8192, 4096), (4096, 1), torch.bfloat16)
+buffer13 = empty_strided_cuda((8192, 4096), torch.bfloat16)
 triton_poi_fused_7.run(buffer9, buffer13, 33554432, stream=stream0)
 extern_kernels.mm(reinterpret_tensor(buffer12, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer14)
 """,
