@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import compat
-from .program import INDEXED, Name, Program
+from .program import INDEXED, Name, Program, Reduction
 from .tile_ops import statistics_of
 
 PACKAGE = __package__ or "cce_inductor.kernels"
@@ -65,99 +65,130 @@ def statistics_template(
         skip_ignored: whether a tile of rows without any target is left out.
         by_descriptor: whether input and weight are read through tensor descriptors.
     """
-    arguments = [f"INDEX{number}" for number in range(len(widths))]
     values, shapes = _values(program)
-    loads: list[str] = []
-    stores: list[str] = []
-    outputs: list[str] = []
-    targets: list[str] = []
-    primary = False
-
-    def store(value: str, name: str) -> None:
-        nonlocal primary
-        if not primary:
-            primary = True
-            stores.append(
-                '{{store_output(("column_tile", "rows"), "' + value + '", "row_inside", '
-                'indent_width=8, val_shape=("BLOCK_M",))}}'
-            )
-        else:
-            outputs.append(name)
-            stores.append(f"tl.store({name} + column_tile * M + rows, {value}, mask=row_inside)")
-
-    indexed = iter(zip(arguments, widths, strict=True))
-    tops: dict[Name, str] = {}
+    lines = _StatisticsLines(values)
+    indices = [f"INDEX{number}" for number in range(len(widths))]
+    indexed = iter(zip(indices, widths, strict=True))
     for number, reduction in enumerate(program.reductions):
-        x = values[reduction.value]
         if reduction.kind in INDEXED:
-            argument, width = next(indexed)
-            out = f"OUT{number}"
-            outputs.append(out)
-            for k in range(width):
-                index = f"index{number}_{k}"
-                at_k = f"{_stride(argument, 0)} + {k} * {_stride(argument, 1)}"
-                loads.append(
-                    f"{index} = tl.load({argument} + rows * {at_k}, mask=row_inside, other=-1)"
-                )
-                message = "index out of bounds: an index is not in the vocabulary"
-                loads.append(f'tl.device_assert({index} < V, "{message}")')
-                if reduction.kind == "target":
-                    targets.append(index)
-                place = f"{out} + rows * {width} + {k}"
-                stores += [
-                    f"found = device.at({x}, columns, {index})",
-                    f"here = row_inside & ({index} // BLOCK_V == column_tile) & ({index} >= 0)",
-                    f"tl.store({place}, found, mask=here & ({index} < V))",
-                    f'nothing = tl.where({index} < 0, 0.0, float("nan")) + tl.zeros_like(found)',
-                    f"first = row_inside & (tl.zeros_like({index}) == column_tile)",
-                    f"tl.store({place}, nothing, mask=first & (({index} < 0) | ({index} >= V)))",
-                ]
+            lines.at_indices(number, reduction, *next(indexed))
         elif reduction.kind == "sum":
-            stores.append(f"total{number} = tl.sum(device.only({x}, inside, 0.0), 1)")
-            store(f"total{number}", f"SUM{number}")
+            lines.sum(number, reduction)
         elif reduction.kind == "max":
-            low = f'device.only({x}, inside, float("-inf"))'
-            stores.append(f"top{number}, first{number} = device.first_greatest({low}, columns)")
-            store(f"top{number}", f"TOP{number}")
-            outputs.append(f"FIRST{number}")
-            stores.append(
-                f"tl.store(FIRST{number} + column_tile * M + rows, first{number}, mask=row_inside)"
-            )
+            lines.max(number, reduction)
+        elif reduction.kind == "logsumexp":
+            lines.logsumexp(number, reduction)
         else:
-            if reduction.value not in tops:
-                tops[reduction.value] = f"top{number}"
-                stores += [
-                    f'low{number} = device.only({x}, inside, float("-inf"))',
-                    f"top{number} = tl.max(low{number}, 1)",
-                    f"mass{number} = device.mass(low{number}, top{number})",
-                ]
-            at = tops[reduction.value].removeprefix("top")
-            if reduction.kind == "logsumexp":
-                store(f"top{at}", f"TOP{number}")
-                stores.append(f"total{number} = tl.sum(mass{at}, 1)")
-                store(f"total{number}", f"TOTAL{number}")
-            else:
-                _, y = reduction.values
-                other = f"device.only({values[y]}, inside, 0.0)"
-                if y == reduction.value:
-                    other = f"{other} - device.shift_of(top{at})[:, None]"
-                product = f"tl.where(mass{at} == 0, 0.0, mass{at} * ({other}))"
-                stores.append(f"mean{number} = tl.sum({product}, 1)")
-                store(f"mean{number}", f"MEAN{number}")
+            lines.mean(number, reduction)
     kept = None
-    if skip_ignored and targets:
-        kept = " | ".join(f"({target} >= 0)" for target in targets)
-    body = [*loads, *_logits(has_bias, by_descriptor, kept), *shapes, *stores]
+    if skip_ignored and lines.targets:
+        kept = " | ".join(f"({target} >= 0)" for target in lines.targets)
+    body = [*lines.loads, *_logits(has_bias, by_descriptor, kept), *shapes, *lines.stores]
     source = _KERNEL.format(
         package=PACKAGE,
-        arguments=_names(["INPUT", "WEIGHT", *(["BIAS"] * has_bias), *arguments, *outputs]),
+        arguments=_names(["INPUT", "WEIGHT", *(["BIAS"] * has_bias), *indices, *lines.outputs]),
         width="V",
         start="0",
         local="local",
         prologue=_indented(_DESCRIPTORS if by_descriptor else _STRIDES, 4),
         body=_indented("\n".join(body), 8),
     )
-    return _template("statistics", source, outputs)
+    return _template("statistics", source, lines.outputs)
+
+
+class _StatisticsLines:
+    """The lines of a tile's statistics, reduction by reduction.
+
+    Attributes:
+        loads: lines before the product.
+        stores: lines after it.
+        outputs: the arguments that are written, but for the first statistic.
+        targets: variables that hold class indices.
+    """
+
+    def __init__(self, values: dict[Name, str]):
+        self.values = values
+        self.loads: list[str] = []
+        self.stores: list[str] = []
+        self.outputs: list[str] = []
+        self.targets: list[str] = []
+        self._has_first = False
+        self._softmax: dict[Name, int] = {}
+
+    def _store(self, value: str, name: str) -> None:
+        """One number of each row; the first of all goes through Inductor."""
+        if self._has_first:
+            self.outputs.append(name)
+            place = f"{name} + column_tile * M + rows"
+            self.stores.append(f"tl.store({place}, {value}, mask=row_inside)")
+            return
+        self._has_first = True
+        self.stores.append(
+            f'{{{{store_output(("column_tile", "rows"), "{value}", "row_inside", '
+            'indent_width=8, val_shape=("BLOCK_M",))}}'
+        )
+
+    def at_indices(self, number: int, reduction: Reduction, argument: str, width: int) -> None:
+        """The value at each index; the first tile says what has none."""
+        x, out = self.values[reduction.value], f"OUT{number}"
+        self.outputs.append(out)
+        for k in range(width):
+            index = f"index{number}_{k}"
+            at_k = f"rows * {_stride(argument, 0)} + {k} * {_stride(argument, 1)}"
+            message = "index out of bounds: an index is not in the vocabulary"
+            self.loads += [
+                f"{index} = tl.load({argument} + {at_k}, mask=row_inside, other=-1)",
+                f'tl.device_assert({index} < V, "{message}")',
+            ]
+            if reduction.kind == "target":
+                self.targets.append(index)
+            place = f"{out} + rows * {width} + {k}"
+            self.stores += [
+                f"found = device.at({x}, columns, {index})",
+                f"here = row_inside & ({index} // BLOCK_V == column_tile) & ({index} >= 0)",
+                f"tl.store({place}, found, mask=here & ({index} < V))",
+                f'nothing = tl.where({index} < 0, 0.0, float("nan")) + tl.zeros_like(found)',
+                f"first = row_inside & (tl.zeros_like({index}) == column_tile)",
+                f"tl.store({place}, nothing, mask=first & (({index} < 0) | ({index} >= V)))",
+            ]
+
+    def sum(self, number: int, reduction: Reduction) -> None:
+        x = self.values[reduction.value]
+        self.stores.append(f"sum{number} = tl.sum(device.only({x}, inside, 0.0), 1)")
+        self._store(f"sum{number}", f"SUM{number}")
+
+    def max(self, number: int, reduction: Reduction) -> None:
+        low = f'device.only({self.values[reduction.value]}, inside, float("-inf"))'
+        self.stores.append(f"top{number}, first{number} = device.first_greatest({low}, columns)")
+        self._store(f"top{number}", f"TOP{number}")
+        self._store(f"first{number}", f"FIRST{number}")
+
+    def logsumexp(self, number: int, reduction: Reduction) -> None:
+        at = self._softmax_of(number, reduction.value)
+        self._store(f"top{at}", f"TOP{number}")
+        self.stores.append(f"total{number} = tl.sum(mass{at}, 1)")
+        self._store(f"total{number}", f"TOTAL{number}")
+
+    def mean(self, number: int, reduction: Reduction) -> None:
+        x, y = reduction.values
+        at = self._softmax_of(number, x)
+        other = f"device.only({self.values[y]}, inside, 0.0)"
+        if y == x:
+            other = f"{other} - device.shift_of(top{at})[:, None]"
+        product = f"tl.where(mass{at} == 0, 0.0, mass{at} * ({other}))"
+        self.stores.append(f"mean{number} = tl.sum({product}, 1)")
+        self._store(f"mean{number}", f"MEAN{number}")
+
+    def _softmax_of(self, number: int, x: Name) -> int:
+        """The number of the variables that hold the greatest of `x`, and its masses."""
+        if x not in self._softmax:
+            self._softmax[x] = number
+            self.stores += [
+                f'low{number} = device.only({self.values[x]}, inside, float("-inf"))',
+                f"top{number} = tl.max(low{number}, 1)",
+                f"mass{number} = device.mass(low{number}, top{number})",
+            ]
+        return self._softmax[x]
 
 
 @functools.cache
