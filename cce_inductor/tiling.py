@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +39,26 @@ def register() -> None:
     from .kernels import lowering
 
     operators = torch.ops.cce_inductor
-    compat.register_decomposition(operators.reduce_rows.default, _reduce_rows)
-    compat.register_decomposition(operators.reduce_rows_backward.default, _reduce_rows_backward)
+    for operator, decomposition in (
+        (operators.reduce_rows.default, _reduce_rows),
+        (operators.reduce_rows_backward.default, _reduce_rows_backward),
+    ):
+        compat.register_decomposition(operator, _or_as_it_is(decomposition))
     lowering.register()
+
+
+def _or_as_it_is(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """The decomposition, or where it fails none: slower, but right."""
+
+    @functools.wraps(decomposition)
+    def decomposed(*arguments: Any) -> Any:
+        try:
+            return decomposition(*arguments)
+        except Exception:
+            _log.warning("cce_inductor uses its blockwise kernels", exc_info=True)
+            return NotImplemented
+
+    return decomposed
 
 
 def _reduce_rows(input: Tensor, *arguments: Any) -> Any:

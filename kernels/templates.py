@@ -306,8 +306,10 @@ def _values(program: Program) -> tuple[dict[Name, str], list[str]]:
     values = {Name("z"): "z"}
     lines = []
     if roots_of(program):
+        # An operand of one value a logit may have more than 2^31 of them.
+        wide = ".to(tl.int64)" if any(name[0] == "b" for name in program.operands) else ""
         lines = [
-            "row = tl.minimum(rows, M - 1)[:, None]",
+            f"row = tl.minimum(rows, M - 1)[:, None]{wide}",
             "column = tl.minimum(columns, V - 1)[None, :]",
         ]
     for number, root in enumerate(roots_of(program)):

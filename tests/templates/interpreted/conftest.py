@@ -36,5 +36,6 @@ else:
         options = {"cpu_backend": "triton", "deterministic": True, "force_disable_caches": True}
         with torch._inductor.config.patch(options):
             yield
-        if request.node.name != "test_a_lowering_that_fails_is_replaced_by_the_operator":
+        if "that_fails" not in request.node.name:
             assert "has no kernel here" not in caplog.text
+            assert "Traceback" not in caplog.text
