@@ -112,6 +112,8 @@ def _head(
 def _is_tiled(input: Tensor, head: Head) -> bool:
     if input.device.type not in tiled.DEVICES:
         return False
+    if isinstance(input.shape[0], int) and input.shape[0] == 0:
+        return False  # nothing to launch
     why = tiled.reason_against(head)
     if why is None:
         why = _reason_against(input.device)

@@ -29,6 +29,9 @@ DEVICES = {"cuda"}
 INDEX_LIMIT = 16
 """The largest number of indices a row: each is compared with every column."""
 
+UNSEEN_ROWS = 8192
+"""What a number of rows that depends on data is taken for."""
+
 _KINDS = frozenset(["logsumexp", "sum", "mean", "max", *INDEXED])
 
 
@@ -216,9 +219,11 @@ def reduce_backward(
 
 
 def _block_width(rows: Any, vocabulary: int, head: Head, blocks: int) -> int:
-    """Columns of a block of gradients that the workspace holds; for a number of rows that is not
-    known, as many as for the one that was seen."""
-    seen = rows if isinstance(rows, int) else rows.node.hint
+    """Columns of a block of gradients that the workspace holds. For a number of rows that is a
+    symbol, as many as for the number that was seen, or for `UNSEEN_ROWS`."""
+    seen = rows
+    if not isinstance(rows, int):
+        seen = rows.node.hint if rows.node.has_hint() else UNSEEN_ROWS
     row_bytes = head.compute_dtype.itemsize + torch.float32.itemsize * (blocks - 1)
     width = head.workspace_bytes // max(1, row_bytes * (seen or 1))
     return min(vocabulary, max(TILE, width // TILE * TILE))

@@ -217,6 +217,36 @@ def test_number_of_rows_is_a_symbol():
             assert relative_error(ours, theirs) < 1e-5
 
 
+def test_number_of_rows_depends_on_data():
+    """Rows of a mask, in several blocks."""
+    _, head = case(CROSS_ENTROPY, vocabulary=2500)
+    weight = head.linear_weight.clone().requires_grad_()
+    hidden = random(ROWS, HIDDEN).float().requires_grad_()
+    kept = torch.arange(ROWS) % 3 > 0
+    target = torch.arange(ROWS) * 31 % 2500
+
+    def fn(hidden, weight, kept, target):
+        return F.cross_entropy(F.linear(hidden[kept], weight), target[kept])
+
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    capture = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    with capture, cce_inductor.installed(**options):
+        found = torch.compile(fn, fullgraph=True)(hidden, weight, kept, target)
+        assert cce_inductor.reports()[-1].rewritten
+        gradients = torch.autograd.grad(found, (hidden, weight))
+    eager = fn(hidden, weight, kept, target)
+    torch.testing.assert_close(found, eager)
+    for ours, theirs in zip(gradients, torch.autograd.grad(eager, (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_rows():
+    input, head = case(CROSS_ENTROPY, rows=0)
+    results, gradients = compiled(input, head, [random(0), random(0)])
+    assert [result.shape for result in results] == [(0,), (0,)]
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
 def test_strides():
     """A transposed input, a weight of every other row and column, a strided bias and index."""
     _, head = case(CROSS_ENTROPY)
