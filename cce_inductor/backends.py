@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from .deferred.boundary import compile_with_deferral, deferral_for
 from .fingerprint import tagged
 from .hook import refused
 from .options import Options
@@ -46,15 +47,18 @@ def cce_inductor(
 
     ours, inductor_options = _split(options)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor_options}
-    with torch._inductor.config.patch(patches):
-        publish(module, rewrite(module, ours, refused()))
-
     # Inductor compiles the backward when it first runs: the key must be right then, too.
     keyed = _with_cache_key(compile_fx_inner, ours)
     compile_keyed = _with_cache_key(compile_fx, ours)
-    return compile_keyed(
-        module, example_inputs, inner_compile=keyed, config_patches=patches or None
-    )
+
+    def compiler(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        with torch._inductor.config.patch(patches):
+            publish(module, rewrite(module, ours, refused(), deferral_for(module)))
+        return compile_keyed(
+            module, example_inputs, inner_compile=keyed, config_patches=patches or None
+        )
+
+    return compile_with_deferral(compiler, module, example_inputs)
 
 
 def _with_cache_key(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -87,5 +91,9 @@ def cce_inductor_eager(
     """
     ours, unknown = _split(options)
     Options.create(**unknown)
-    publish(module, rewrite(module, ours))
-    return module.forward
+
+    def compiler(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        publish(module, rewrite(module, ours, deferral=deferral_for(module)))
+        return module.forward
+
+    return compile_with_deferral(compiler, module, example_inputs)

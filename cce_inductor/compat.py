@@ -5,11 +5,14 @@ No version number is compared; each function looks for what it needs.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
+
+import torch
 
 
 def set_config(config: ModuleType, name: str, value: Any) -> Callable[[], None]:
@@ -117,3 +120,55 @@ def size_hints(sizes: Any) -> list[int]:
     sizevars = V.graph.sizevars
     hints = getattr(sizevars, "optimization_hints", None) or sizevars.size_hints
     return list(hints(sizes))
+
+
+def saves_compiled() -> bool:
+    """Whether the function that a backend returns is saved, to be loaded in another process."""
+    import torch._functorch.config as functorch_config
+
+    return bool(
+        getattr(torch._dynamo.config, "caching_precompile", False)
+        or getattr(functorch_config, "bundled_autograd_cache", False)
+    )
+
+
+def passes_run_always() -> bool:
+    """Whether custom pre-grad passes run also when a cache has the compiled graph (they may not,
+    from 2.13)."""
+    import torch._inductor.codecache
+
+    timing = getattr(torch._inductor.codecache, "resolve_pre_grad_pass_timing", None)
+    return timing is None or timing() == "early"
+
+
+def wrap_inductor(wrapper: Callable[..., Any]) -> Callable[[], None] | None:
+    """Puts a function around what `torch.compile` calls to compile a graph with Inductor.
+
+    Args:
+        wrapper: called with the original, and its arguments after ``self``.
+
+    Returns:
+        A function that takes it away again; None if the place was not found.
+    """
+    owner = getattr(torch, "_TorchCompileInductorWrapper", None)
+    original = getattr(owner, "__call__", None)
+    if owner is None or original is None:
+        return None
+    parameters = list(inspect.signature(original).parameters)
+    if parameters[:3] != ["self", "model_", "inputs_"]:
+        return None
+
+    @functools.wraps(original)
+    def call(self: Any, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+        def compiler(module: Any, example_inputs: Any) -> Any:
+            return original(self, module, example_inputs, **kwargs)
+
+        return wrapper(compiler, model_, inputs_)
+
+    owner.__call__ = call
+
+    def restore() -> None:
+        if owner.__call__ is call:
+            owner.__call__ = original
+
+    return restore

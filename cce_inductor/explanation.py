@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import compat
+from .deferred.boundary import compile_with_deferral, deferral_for
 from .location import in_torch
 from .options import Options
 from .report import LossReport, readable
@@ -83,8 +84,11 @@ class _Recorder:
         return "\n".join(line for line in lines if line and "more details" not in line)
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_with_deferral(self._record, module, example_inputs)
+
+    def _record(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = readable(module)
-        self.losses += rewrite(module, self.options)
+        self.losses += rewrite(module, self.options, deferral=deferral_for(module))
         ended = getattr(module, "compile_subgraph_reason", None)
         reason = place = None
         if ended is not None and ended.graph_break:

@@ -23,6 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from . import compat
+from .deferred.boundary import compile_with_deferral, deferral_for
 from .fingerprint import fingerprint, tagged
 from .options import Options
 from .report import publish
@@ -43,7 +44,10 @@ class RewritePass(CustomGraphPass):
             previous(graph)
         module = graph.owning_module
         if self.options is not None and isinstance(module, GraphModule):
-            publish(module, rewrite(module, self.options, refused()))
+            deferral = deferral_for(module)
+            if deferral is not None and not compat.passes_run_always():
+                deferral.why_not = "pre_grad_pass_timing lets a cache answer in the pass's place"
+            publish(module, rewrite(module, self.options, refused(), deferral))
 
     def uuid(self) -> Any | None:
         """None when a previous pass has none: then only it knows what it depends on."""
@@ -76,6 +80,14 @@ class _Installation:
         ]
         if compat.may_choose_pass_timing(inductor):
             self.undo.append(compat.set_config(inductor, "pre_grad_pass_timing", "early"))
+        unwrap = compat.wrap_inductor(compile_with_deferral)
+        if unwrap is None:
+            _log.warning(
+                "cce_inductor found no place in this version of torch to defer logits that a "
+                "compiled function returns: they are stored, and their losses left alone."
+            )
+        else:
+            self.undo.append(unwrap)
         self.undo_tag: Callable[[], None] = lambda: None
         self.set_options(options)
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 OnError = Literal["warn", "raise"]
+DeferLogits = Literal["with_loss", "always", "never"]
 
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
 DEFAULT_MIN_LOGITS_BYTES = 16 * 2**20
@@ -19,6 +20,10 @@ class Options:
         min_logits_bytes: logits of fewer bytes (tokens x vocabulary x bytes of their dtype) are
             left alone: storing them costs less than computing them again. 0 rewrites everything.
         workspace_bytes: bound on the block of logits that the blockwise kernels hold at a time.
+        defer_logits: which logits that a compiled function returns are computed only when somebody
+            looks at them (`DeferredLogits`): ``"with_loss"``, those of which the function also
+            returns a loss that is rewritten; ``"always"``, all of `min_logits_bytes` or more;
+            ``"never"``, none, so that their losses are left alone.
         on_error: what an unexpected exception in the pass does: ``"warn"`` logs it and compiles
             the graph as it was, ``"raise"`` lets it out (for debugging).
 
@@ -29,13 +34,14 @@ class Options:
 
     min_logits_bytes: int = DEFAULT_MIN_LOGITS_BYTES
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    defer_logits: DeferLogits = "with_loss"
     on_error: OnError = "warn"
 
     def __post_init__(self) -> None:
         _check_bytes("min_logits_bytes", self.min_logits_bytes, at_least=0)
         _check_bytes("workspace_bytes", self.workspace_bytes, at_least=1)
-        if self.on_error not in get_args(OnError):
-            raise ValueError(f"on_error must be one of {get_args(OnError)}, got {self.on_error!r}")
+        _check_choice("defer_logits", self.defer_logits, get_args(DeferLogits))
+        _check_choice("on_error", self.on_error, get_args(OnError))
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -57,3 +63,8 @@ def _check_bytes(name: str, value: object, *, at_least: int) -> None:
         raise TypeError(f"{name} must be an int (bytes), got {value!r}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

@@ -25,7 +25,7 @@ from .patterns import (
     leaves,
     parts,
 )
-from .walk import FoundLoss, Walk
+from .walk import Walk
 
 
 class Group:
@@ -91,7 +91,7 @@ class Group:
         return None not in ignored and ignored == targets
 
     def _reduction(self, statistic: Statistic) -> Reduction:
-        args: list[Any] = [self._name(value) for value in statistic.values]
+        args: list[Any] = [self.name(value) for value in statistic.values]
         if statistic.kind in INDEXED:
             args.append(self._operand_name("r", statistic))
         return Reduction(statistic.kind, (*args, *statistic.constants))
@@ -103,7 +103,7 @@ class Group:
         self.operands.append(operand)
         return Name(f"{kind}{len(self.operands) - 1}")
 
-    def _name(self, value: Any) -> Any:
+    def name(self, value: Any) -> Any:
         """The name of an expression in the program, whose steps it adds."""
         if isinstance(value, Leaf):
             return Name(value.name)
@@ -111,8 +111,8 @@ class Group:
             return self._operand_name(value.kind, value)
         if not isinstance(value, Apply):
             return value
-        args = tuple(self._name(argument) for argument in value.args)
-        kwargs = tuple((name, self._name(argument)) for name, argument in value.kwargs)
+        args = tuple(self.name(argument) for argument in value.args)
+        kwargs = tuple((name, self.name(argument)) for name, argument in value.kwargs)
         step = Step(Name(f"t{len(self._steps)}"), value.target, args, kwargs)
         return self._steps.setdefault(step.call, step).name
 
@@ -130,13 +130,13 @@ def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bo
     )
 
 
-def plan(chosen: list[FoundLoss], found: Walk) -> list[Group]:
-    """Puts every statistic that the losses need into a group."""
+def plan(rows: list[tuple[Any, Node]], found: Walk) -> list[Group]:
+    """Puts every statistic that `rows` are made of, each for a consumer, into a group."""
     planner = _Planner(found)
-    for each in chosen:
-        for part in parts(each.result):
+    for row, consumer in rows:
+        for part in parts(row):
             if isinstance(part, Statistic):
-                planner.place(part, each.node)
+                planner.place(part, consumer)
     return planner.groups
 
 

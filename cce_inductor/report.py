@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from .advice import advice
 from .location import describe, location
-from .patterns import example
+from .patterns import Logits, example
 from .walk import FoundLoss
 
 _logger = logging.getLogger(__name__)
@@ -23,7 +23,8 @@ class LossReport:
     """One loss of one compiled graph.
 
     Attributes:
-        rewritten: whether the fused operator took its place.
+        rewritten: whether the fused operator took its place; for logits that are only returned
+            (``defer_logits="always"``), whether they are deferred.
         reason: why not, in one sentence; None if it was rewritten.
         location: ``file.py:line`` of the loss in the user's code, None if unknown.
         loss: the operations from the projection to the loss.
@@ -32,6 +33,7 @@ class LossReport:
         logits_dtype: dtype of the projection's result, None likewise.
         bytes_saved: bytes of one copy of those logits, if rewritten, else 0. What a training step
             saves is more: the gradient of the logits, and a float32 copy where there was one.
+        deferred: whether the function also returns these logits, as `DeferredLogits`.
     """
 
     rewritten: bool
@@ -41,6 +43,7 @@ class LossReport:
     logits_shape: tuple[int, ...] | None
     logits_dtype: torch.dtype | None
     bytes_saved: int
+    deferred: bool = False
 
     @property
     def advice(self) -> str | None:
@@ -62,6 +65,8 @@ class LossReport:
             lines.append(f"  logits: {shape} {str(self.logits_dtype).removeprefix('torch.')}")
         if self.rewritten:
             lines.append(f"  not stored any more: {format_bytes(self.bytes_saved)}")
+            if self.deferred:
+                lines.append("  the returned logits are deferred: computed when looked at")
         else:
             lines.append(f"  because {self.reason}")
             if self.advice is not None:
@@ -69,28 +74,39 @@ class LossReport:
         return "\n".join(lines)
 
 
-def loss_report(found: FoundLoss, reason: str | None) -> LossReport:
+def loss_report(found: FoundLoss, reason: str | None, *, deferred: bool = False) -> LossReport:
     """The record of a loss that was rewritten (`reason` is None) or left alone."""
-    path = found.logits.path if found.logits is not None else ()
+    return _report(found.node, found.logits, describe(found.node), reason, deferred)
+
+
+def deferral_report(logits: Logits, node: Node) -> LossReport:
+    """The record of logits that are deferred and of which there is no loss."""
+    return _report(node, logits, "returned", None, True)
+
+
+def _report(
+    node: Node, logits: Logits | None, consumer: str, reason: str | None, deferred: bool
+) -> LossReport:
+    path = logits.path if logits is not None else ()
     shape = dtype = None
-    if found.logits is not None:
-        result = example(found.logits.projection.node)
+    if logits is not None:
+        result = example(logits.projection.node)
         shape, dtype = tuple(size_hint(size) for size in result.shape), result.dtype
     return LossReport(
         rewritten=reason is None,
         reason=reason,
-        location=location(found.node),
-        loss=" > ".join((*path, describe(found.node))),
+        location=location(node),
+        loss=" > ".join((*path, consumer)),
         logits_shape=shape,
         logits_dtype=dtype,
-        bytes_saved=logits_bytes(found) if reason is None else 0,
+        bytes_saved=logits_bytes(logits) if logits is not None and reason is None else 0,
+        deferred=deferred and reason is None,
     )
 
 
-def logits_bytes(found: FoundLoss) -> int:
+def logits_bytes(logits: Logits) -> int:
     """Bytes of the projection's result, with dynamic sizes as they were at compilation."""
-    assert found.logits is not None
-    result = example(found.logits.projection.node)
+    result = example(logits.projection.node)
     return math.prod(size_hint(size) for size in result.shape) * result.dtype.itemsize
 
 

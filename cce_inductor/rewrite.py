@@ -8,6 +8,7 @@ been built, so that an error leaves it as it was.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import operator
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
+from .deferred.formula import Formula
 from .options import DEFAULT_WORKSPACE_BYTES, Options
 from .patterns import (
     AtRows,
@@ -31,7 +33,15 @@ from .patterns import (
     loss,
 )
 from .plan import Group, plan
-from .report import LossReport, format_bytes, logits_bytes, loss_report
+from .report import LossReport, deferral_report, format_bytes, logits_bytes, loss_report
+from .returned import (
+    Deferral,
+    DeferredOutput,
+    Returned,
+    Source,
+    is_worth_deferring,
+    returned_logits,
+)
 from .walk import FoundLoss, Kept, Walk, walk
 
 _log = logging.getLogger(__name__)
@@ -39,7 +49,12 @@ DEVICES = ("cpu", "cuda")
 _DONE = "cce_inductor"  # key in GraphModule.meta of a graph that the pass has seen
 
 
-def rewrite(module: GraphModule, options: Options, refused: str | None = None) -> list[LossReport]:
+def rewrite(
+    module: GraphModule,
+    options: Options,
+    refused: str | None = None,
+    deferral: Deferral | None = None,
+) -> list[LossReport]:
     """Rewrites the losses in `module` and in the subgraphs it calls, in place.
 
     Does nothing to a graph that it has seen before. An unexpected exception leaves that graph as
@@ -49,17 +64,35 @@ def rewrite(module: GraphModule, options: Options, refused: str | None = None) -
         module: the graph.
         options: of the pass.
         refused: why no loss may be rewritten, None if they may.
+        deferral: takes the logits that `module` is not to return; None if it must return them.
 
     Returns:
-        One report for each loss found.
+        One report for each loss found, and for each projection that is only deferred.
     """
     reports: list[LossReport] = []
     for graph_module in _with_subgraphs(module):
         if graph_module.meta.get(_DONE):
             continue
         graph_module.meta[_DONE] = True
-        reports += _rewrite_graph(graph_module, options, refused)
+        of_graph = deferral if graph_module is module else None
+        reports += _rewrite_graph(graph_module, options, refused, of_graph)
     return reports
+
+
+def reduce_all(graph: Graph, options: Options) -> bool:
+    """Rewrites every reduction of logits in `graph`, of losses or not, in place.
+
+    Returns:
+        Whether there are any and nothing else reads logits; the graph is as it was if not.
+    """
+    found = walk(graph, without_loss=True)
+    if found.kept.reasons or found.returned or not all(each.reduces for each in found.losses):
+        return False
+    decision = _decide(found, options, [])
+    if not decision.groups or any(decision.reasons):
+        return False
+    _replace(graph, decision, found, options)
+    return True
 
 
 def _with_subgraphs(module: GraphModule) -> list[GraphModule]:
@@ -73,19 +106,27 @@ def _with_subgraphs(module: GraphModule) -> list[GraphModule]:
     return [*dict.fromkeys(nested), module]
 
 
-def _rewrite_graph(module: GraphModule, options: Options, refused: str | None) -> list[LossReport]:
+def _rewrite_graph(
+    module: GraphModule,
+    options: Options,
+    refused: str | None,
+    deferral: Deferral | None,
+) -> list[LossReport]:
     try:
         found = walk(module.graph)
         for each in found.losses:
             each.reason = each.reason or refused
-        reasons, groups = _decide(found, options)
-        reports = [
-            loss_report(each, reason)
-            for each, reason in zip(found.losses, reasons, strict=True)
-            if each.is_loss or each.reduces
-        ]
-        if groups:
-            _replace(module.graph, _chosen(found, reasons), groups, found, options)
+        deferrable, stored = returned_logits(found, options, deferral)
+        for logits, reason in stored:
+            found.kept.add(logits, reason)
+        if refused is not None:
+            deferrable = []
+        decision = _decide(found, options, deferrable)
+        reports = _reports(found, decision)
+        if decision.groups or decision.deferred:
+            outputs = _replace(module.graph, decision, found, options)
+            if deferral is not None and decision.deferred:
+                deferral.outputs = outputs
             module.graph.lint()
             module.recompile()
         return reports
@@ -97,24 +138,83 @@ def _rewrite_graph(module: GraphModule, options: Options, refused: str | None) -
         return [LossReport.of_failure(node, reason) for node in _losses(module.graph)]
 
 
-def _chosen(found: Walk, reasons: list[str | None]) -> list[FoundLoss]:
-    return [each for each, reason in zip(found.losses, reasons, strict=True) if reason is None]
+def _reports(found: Walk, decision: Decision) -> list[LossReport]:
+    deferred = {o for each in decision.deferred for o in each.logits.projection.origins}
+    reports = []
+    for each, reason in zip(found.losses, decision.reasons, strict=True):
+        if (each.result is None and reason is None) or not (each.is_loss or each.reduces):
+            continue
+        origins = each.logits.projection.origins if each.logits is not None else ()
+        reports.append(loss_report(each, reason, deferred=not deferred.isdisjoint(origins)))
+        if reason is None:
+            deferred.difference_update(origins)
+    for each in decision.deferred:
+        if not deferred.isdisjoint(each.logits.projection.origins):
+            reports.append(deferral_report(each.logits, each.node))
+    return reports
 
 
-def _decide(found: Walk, options: Options) -> tuple[list[str | None], list[Group]]:
-    """Why each loss is left alone, and the operators for those that are not."""
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What is done to a graph.
+
+    Attributes:
+        reasons: why each loss that was found is left alone, None if it is not.
+        chosen: the losses that are rewritten.
+        deferred: the logits that are not returned any more.
+        groups: the operators.
+    """
+
+    reasons: list[str | None]
+    chosen: list[FoundLoss]
+    deferred: list[Returned]
+    groups: list[Group]
+
+
+def _decide(found: Walk, options: Options, deferrable: list[Returned]) -> Decision:
     while True:
-        reasons = _reasons_to_keep(found, options)
-        chosen = _chosen(found, reasons)
-        groups = plan(chosen, found)
+        reasons, kept = _reasons_to_keep(found, options)
+        chosen = [
+            each
+            for each, reason in zip(found.losses, reasons, strict=True)
+            if reason is None and each.result is not None
+        ]
+        deferred = _deferred(deferrable, chosen, kept, options)
+        rows = [(each.result, each.node) for each in chosen]
+        rows += [(each.row, each.output) for each in deferred]
+        groups = plan(rows, found)
         refused = _undifferentiable(groups)
         if refused is None:
-            return reasons, groups
+            return Decision(reasons, chosen, deferred, groups)
         logits, reason = refused
         for each in chosen:
             assert each.logits is not None
             if not set(logits.projection.origins).isdisjoint(each.logits.projection.origins):
                 each.reason = reason
+
+
+def _deferred(
+    deferrable: list[Returned], chosen: list[FoundLoss], kept: Kept, options: Options
+) -> list[Returned]:
+    """Those whose logits nothing else keeps, and from which a loss is rewritten or, if the
+    options say so, which are large."""
+    of_losses = {
+        origin
+        for each in chosen
+        if each.logits is not None
+        for origin in each.logits.projection.origins
+    }
+    found = []
+    for each in deferrable:
+        if kept.reason(each.logits) is not None:
+            continue
+        if not of_losses.isdisjoint(each.logits.projection.origins) or (
+            options.defer_logits == "always"
+            and is_worth_deferring(each.logits)
+            and _reason_of_logits(each.logits, options) is None
+        ):
+            found.append(each)
+    return found
 
 
 def _undifferentiable(groups: list[Group]) -> tuple[Logits, str] | None:
@@ -141,10 +241,11 @@ def _warn_once(kind: str, message: str) -> None:
     )
 
 
-def _reasons_to_keep(found: Walk, options: Options) -> list[str | None]:
-    """For each loss; one projection's are rewritten together or not at all."""
+def _reasons_to_keep(found: Walk, options: Options) -> tuple[list[str | None], Kept]:
+    """For each loss and each projection; a projection's losses are rewritten together or not at
+    all."""
     reasons = [_reason_to_keep(each, options) for each in found.losses]
-    kept = Kept()
+    kept = found.kept.copy()
     changed = True
     while changed:  # what one loss keeps may be joined with what another one reads
         changed = False
@@ -156,17 +257,21 @@ def _reasons_to_keep(found: Walk, options: Options) -> list[str | None]:
             reasons[number] = reason
             if reason is not None:
                 kept.add(each.logits, reason)
-    return reasons
+    return reasons, kept
 
 
 def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
     if found.reason is not None:
         return found.reason
     assert found.logits is not None
-    device = example(found.logits.projection.node).device.type
+    return _reason_of_logits(found.logits, options)
+
+
+def _reason_of_logits(logits: Logits, options: Options) -> str | None:
+    device = example(logits.projection.node).device.type
     if device not in DEVICES:
         return f"there is no kernel for the device {device!r}"
-    size = logits_bytes(found)
+    size = logits_bytes(logits)
     if size < options.min_logits_bytes:
         return (
             f"the logits are small ({format_bytes(size)}, and "
@@ -176,12 +281,14 @@ def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
 
 
 def _replace(
-    graph: Graph, chosen: list[FoundLoss], groups: list[Group], found: Walk, options: Options
-) -> None:
-    builder = _Builder(graph, groups, found, options)
+    graph: Graph, decision: Decision, found: Walk, options: Options
+) -> list[int | DeferredOutput]:
+    """Changes the graph; returns where its results are now."""
+    builder = _Builder(graph, decision.groups, found, options)
     try:
-        new = [(each.node, builder.result(each)) for each in chosen]
-        for group in groups:
+        new = [(each.node, builder.result(each)) for each in decision.chosen]
+        heads = {each.node: builder.head(each) for each in decision.deferred}
+        for group in decision.groups:
             for node in group.hoisted:
                 assert group.first is not None, "every group is built"
                 group.first.prepend(node)
@@ -197,18 +304,52 @@ def _replace(
         else:
             old.replace_all_uses_with(nodes)
         graph.erase_node(old)
-    _erase_unused(graph, chosen, found)
+    outputs = _return_instead(graph, heads) if heads else []
+    _erase_unused(graph, decision, found)
+    return outputs
 
 
-def _erase_unused(graph: Graph, chosen: list[FoundLoss], found: Walk) -> None:
+def _return_instead(graph: Graph, heads: dict[Node, Head]) -> list[int | DeferredOutput]:
+    """Returns what deferred logits are made of in their place, each tensor once."""
+    (output,) = graph.find_nodes(op="output")
+    placeholders = graph.find_nodes(op="placeholder")
+    old = output.args[0]
+    assert isinstance(old, (list, tuple)), "Dynamo's graphs return a tuple"
+    results = [node for node in old if node not in heads]
+
+    def source(node: Node) -> Source:
+        if node in placeholders:
+            return Source("arguments", placeholders.index(node))
+        if node not in results:
+            results.append(node)
+        return Source("results", results.index(node))
+
+    outputs: list[int | DeferredOutput] = []
+    kept = 0
+    for node in old:
+        head = heads.get(node)
+        if head is None:
+            outputs.append(kept)
+            kept += 1
+            continue
+        outputs.append(
+            DeferredOutput(
+                head.formula,
+                source(head.input),
+                source(head.linear_weight),
+                None if head.linear_bias is None else source(head.linear_bias),
+                tuple(map(source, head.operands)),
+            )
+        )
+    output.args = (type(old)(results),)
+    return outputs
+
+
+def _erase_unused(graph: Graph, decision: Decision, found: Walk) -> None:
     """What held logits and holds nothing now; nothing else, for a graph before autograd has
     nodes without users that matter."""
-    origins = {
-        origin
-        for each in chosen
-        if each.logits is not None
-        for origin in each.logits.projection.origins
-    }
+    changed = [each.logits for each in (*decision.chosen, *decision.deferred)]
+    origins = {o for logits in changed if logits is not None for o in logits.projection.origins}
     unused = [
         node
         for node in found.unused
@@ -242,6 +383,17 @@ def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The nodes that deferred logits are made of."""
+
+    formula: Formula
+    input: Node
+    linear_weight: Node
+    linear_bias: Node | None
+    operands: list[Node]
 
 
 class _Builder:
@@ -365,16 +517,7 @@ class _Builder:
         memo, self._memo = self._memo, {}  # what was built may come after the anchor
         with self.graph.inserting_before(group.anchor):
             first = len(self.built)
-            projection = logits.projection
-            input = self.row(projection.input)
-            input = self._replay(input, logits.row_operations, projection.hidden)
-            input = self._to_last(input, logits.vocabulary_dim)
-            weight = self._replay(self.row(projection.linear_weight), projection.weight_operations)
-            bias = projection.linear_bias
-            if bias is not None:
-                if example(bias).dim() > 1:
-                    bias = self.call(torch.reshape, bias, (-1,))
-                bias = self._replay(bias, projection.bias_operations)
+            input, weight, bias = self._projection(logits)
             operands = [self._operand(operand, logits) for operand in group.operands]
             arguments = {
                 "skip_ignored": (group.skip_ignored, False),
@@ -392,6 +535,42 @@ class _Builder:
             )
         group.first = self.built[first]
         self._memo = memo
+
+    def _projection(self, logits: Logits) -> tuple[Node, Node, Node | None]:
+        """The factors of a matrix product with the rows of `logits`, and its bias."""
+        projection = logits.projection
+        input = self.row(projection.input)
+        input = self._replay(input, logits.row_operations, projection.hidden)
+        input = self._to_last(input, logits.vocabulary_dim)
+        weight = self._replay(self.row(projection.linear_weight), projection.weight_operations)
+        bias = projection.linear_bias
+        if bias is not None:
+            if example(bias).dim() > 1:
+                bias = self.call(torch.reshape, bias, (-1,))
+            bias = self._replay(bias, projection.bias_operations)
+        return input, weight, bias
+
+    def head(self, returned: Returned) -> Head:
+        """What returned logits are made of, before the graph ends."""
+        logits, value = returned.logits, example(returned.node)
+        names = Group(logits, returned.output, 0)
+        name = names.name(logits.expression)
+        product_dtype = example(logits.projection.node).dtype
+        wide = torch.promote_types(logits.compute_dtype, torch.float32)
+        with self.graph.inserting_before(returned.output):
+            input, weight, bias = self._projection(logits)
+            operands = [self._operand(operand, logits) for operand in names.operands]
+        formula = Formula(
+            product_dtype=product_dtype,
+            steps=names.program.steps,
+            value=name,
+            wide=wide,
+            vocabulary_dim=logits.vocabulary_dim,
+            dtype=value.dtype,
+            strides=returned.strides,
+            requires_grad=value.requires_grad,
+        )
+        return Head(formula, input, weight, bias, operands)
 
     def _operand(self, operand: Operand | Statistic, logits: Logits) -> Node:
         """What a program's operand is at the rows of `logits`, with the vocabulary last."""

@@ -71,6 +71,26 @@ class FoundLoss:
         )
 
 
+class Kept:
+    """Why projections stay as they are; of several reasons the first."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[Node, str] = {}
+
+    def copy(self) -> Kept:
+        copied = Kept()
+        copied.reasons.update(self.reasons)
+        return copied
+
+    def add(self, logits: Logits, reason: str) -> None:
+        for origin in logits.projection.origins:
+            self.reasons.setdefault(origin, reason)
+
+    def reason(self, logits: Logits) -> str | None:
+        found = map(self.reasons.get, logits.projection.origins)
+        return next(filter(None, found), None)
+
+
 @dataclasses.dataclass
 class Walk:
     """What a walk over a graph found.
@@ -80,6 +100,8 @@ class Walk:
         values: every node that holds logits, or several in a tuple.
         assignments: nodes that change logits in place and have no other result.
         unused: nodes that read logits, and whose results nobody reads.
+        returned: the nodes that hold logits and are returned by the graph.
+        kept: why projections stay as they are, but for the returned ones.
         position: of every node in the graph.
         gradient_mode: what `torch.set_grad_enabled` was at each node.
         mutations: every change in place: where, of which storage, by which node.
@@ -89,6 +111,8 @@ class Walk:
     values: dict[Node, Any] = dataclasses.field(default_factory=dict)
     assignments: dict[Node, Logits] = dataclasses.field(default_factory=dict)
     unused: list[Node] = dataclasses.field(default_factory=list)
+    returned: list[Node] = dataclasses.field(default_factory=list)
+    kept: Kept = dataclasses.field(default_factory=Kept)
     position: dict[Node, int] = dataclasses.field(default_factory=dict)
     gradient_mode: dict[Node, object] = dataclasses.field(default_factory=dict)
     mutations: list[tuple[int, object, Node]] = dataclasses.field(default_factory=list)
@@ -96,6 +120,27 @@ class Walk:
     def is_changed(self, value: torch.Tensor) -> bool:
         """Whether anything changes a tensor, given by its example, in place."""
         return any(changed == storage_key(value) for _, changed, _ in self.mutations)
+
+    def changed_before(self, row: Row, here: int, last: float) -> Node | None:
+        """What changes a tensor that a row is made of between where the user's graph reads it,
+        or `here` if that is not known, and `last`."""
+        for node, first in self._reads(row, here):
+            mutation = self.mutation_between(node, first, last)
+            if mutation is not None:
+                return mutation
+        return None
+
+    def _reads(self, row: Row, here: int) -> list[tuple[Node, int]]:
+        """Every tensor that a row is made of, and where the user's graph reads it."""
+        reads: list[tuple[Node, int]] = []
+        for part in parts(row):
+            if isinstance(part, Statistic):
+                for node, reader in part.reads:
+                    reads.append((node, here if reader is None else self.position[reader]))
+            elif isinstance(part, AtRows) and isinstance(part.operand.source, Node):
+                operand = part.operand
+                reads.append((operand.source, self.position[operand.reader]))
+        return reads
 
     def mutation_between(self, node: Node, first: float, last: float) -> Node | None:
         """What changes the node's storage in place between two positions."""
@@ -106,31 +151,22 @@ class Walk:
         return None
 
 
-class Kept:
-    """Why projections stay as they are; of several reasons the first."""
+def walk(graph: Graph, *, without_loss: bool = False) -> Walk:
+    """Finds every loss in `graph` and follows its logits back to their projection.
 
-    def __init__(self) -> None:
-        self._reasons: dict[Node, str] = {}
-
-    def add(self, logits: Logits, reason: str) -> None:
-        for origin in logits.projection.origins:
-            self._reasons.setdefault(origin, reason)
-
-    def reason(self, logits: Logits) -> str | None:
-        found = map(self._reasons.get, logits.projection.origins)
-        return next(filter(None, found), None)
-
-
-def walk(graph: Graph) -> Walk:
-    """Finds every loss in `graph` and follows its logits back to their projection."""
-    return _Walker(graph).run()
+    Args:
+        graph: a graph before autograd.
+        without_loss: also finds reductions of projections of which there is no loss.
+    """
+    return _Walker(graph, without_loss).run()
 
 
 class _Walker:
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, without_loss: bool):
         self.graph = graph
+        self.without_loss = without_loss
         self.found = Walk()
-        self.kept = Kept()
+        self.kept = self.found.kept
         # Node made from logits by an operation without a rule -> why, the vocabulary's size, and
         # that operation; transforms of its result count as it.
         self.lost: dict[Node, tuple[str, object, Node]] = {}
@@ -163,8 +199,9 @@ class _Walker:
         for found in self.found.losses:
             if found.reason is None:
                 self._check_unchanged(found)
-        self._report_unreduced()
-        self._drop_without_loss()
+        self._add_unreduced()
+        if not self.without_loss:
+            self._drop_without_loss()
         for found in self.found.losses:
             if found.reason is None and found.logits is not None:
                 found.reason = self.kept.reason(found.logits)
@@ -209,6 +246,9 @@ class _Walker:
 
     def _visit_use(self, node: Node, used: list[Node]) -> None:
         """A reduction, a transform, or an escape."""
+        if node.op == "output":
+            self.found.returned += used
+            return
         site = self._site(node)
         try:
             self._check_transforms()
@@ -337,12 +377,9 @@ class _Walker:
         return all_logits(self.found.values[used[0]])[0]
 
     def _escape(self, node: Node, used: list[Node], why: str) -> None:
-        if node.op == "output":
-            reason = "the logits are returned by the compiled function, so they must be stored"
-        else:
-            reason = f"the logits are used by {operation(node)}{at(node)}"
-            if why:
-                reason += f": {why}"
+        reason = f"the logits are used by {operation(node)}{at(node)}"
+        if why:
+            reason += f": {why}"
         logits = self._first(used)
         self.lost[node] = (reason, logits.projection.vocabulary, node)
         self._keep(used, reason)
@@ -437,37 +474,20 @@ class _Walker:
         # One backward may serve several losses.
         trained = any(map(_requires_grad, found.logits.projection.nodes))
         last = math.inf if trained else here
-        for node, first in self._reads(found.result, here):
-            mutation = self.found.mutation_between(node, first, last)
-            if mutation is not None:
-                found.reason = (
-                    f"{operation(found.node)} cannot be rewritten: {operation(mutation)}"
-                    f"{at(mutation)} may change what the projection read"
-                )
-                self.kept.add(found.logits, found.reason)
-                return
+        mutation = self.found.changed_before(found.result, here, last)
+        if mutation is not None:
+            found.reason = (
+                f"{operation(found.node)} cannot be rewritten: {operation(mutation)}"
+                f"{at(mutation)} may change what the projection read"
+            )
+            self.kept.add(found.logits, found.reason)
 
-    def _reads(self, result: Any, here: int) -> list[tuple[Node, int]]:
-        """Every tensor that the replacement reads, and where the user's graph reads it."""
-        reads: list[tuple[Node, int]] = []
-        for part in parts(result):
-            if isinstance(part, Statistic):
-                for node, reader in part.reads:
-                    reads.append((node, here if reader is None else self.found.position[reader]))
-            elif isinstance(part, AtRows) and isinstance(part.operand.source, Node):
-                operand = part.operand
-                reads.append((operand.source, self.found.position[operand.reader]))
-        return reads
-
-    def _report_unreduced(self) -> None:
-        """A loss that is itself logits, like ``kl_div(reduction="none")``, of which nothing is
-        reduced."""
+    def _add_unreduced(self) -> None:
+        """Losses that are themselves logits, like ``kl_div(reduction="none")``, of which there is
+        something to report only if they are stored."""
         for node, value in self.found.values.items():
             if loss.get(node) is not None:
-                logits = all_logits(value)[0]
-                reason = self.kept.reason(logits)
-                if reason is not None:
-                    self.found.losses.append(FoundLoss(node, True, logits, None, reason))
+                self.found.losses.append(FoundLoss(node, True, all_logits(value)[0]))
 
     def _drop_without_loss(self) -> None:
         """Forgets projections from which no loss is computed: what is summed or compared there is

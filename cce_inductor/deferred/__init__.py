@@ -1,0 +1,1 @@
+"""Logits that a compiled function returns without having computed them."""

@@ -1,0 +1,258 @@
+"""Where compiled functions begin and end: deferred logits go in and come out.
+
+A graph returns the hidden state in the place of logits (`returned`); the function around it makes
+`DeferredLogits` of that. One that takes them is compiled for what they are computed from, with the
+operations that do so in its graph, where the pass finds them like any others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import AttrSource
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+
+from .. import compat
+from ..returned import Deferral, DeferredOutput
+from . import fused
+from .operation import Operation
+from .tensor import DeferredLogits, defer, with_strides
+
+_log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+Compiler = Callable[[GraphModule, Sequence[Any]], Compiled]
+
+
+class _Compilations(threading.local):
+    """Those that are under way in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[GraphModule, Deferral]] = []
+
+
+_compilations = _Compilations()
+
+
+def deferral_for(module: object) -> Deferral | None:
+    """What takes the logits that a graph need not return, None if its caller expects them all."""
+    for compiled, deferral in _compilations.open[-1:]:
+        if compiled is module:
+            return deferral
+    return None
+
+
+def compile_with_deferral(
+    compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
+) -> Compiled:
+    """``compiler(module, example_inputs)`` for what Dynamo captured, with deferred logits as
+    arguments and results.
+
+    Args:
+        compiler: runs the pass with `deferral_for` the module it is given.
+        module: what Dynamo captured.
+        example_inputs: its inputs.
+    """
+    if any(isinstance(value, DeferredLogits) for value in example_inputs):
+        return _compiled_without_deferred(compiler, module, example_inputs)
+    compiled = _compiled(compiler, module, example_inputs)
+    return compiled if _is_whole(module) else _with_plain_arguments(compiled)
+
+
+def _compiled(
+    compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
+) -> Compiled:
+    deferral = Deferral()
+    if compat.saves_compiled():
+        deferral.why_not = "the compiled function is saved, and loaded without what computes them"
+    _compilations.open.append((module, deferral))
+    try:
+        compiled = compiler(module, example_inputs)
+    finally:
+        _compilations.open.pop()
+    return compiled if deferral.outputs is None else _deferring(compiled, deferral.outputs)
+
+
+def _is_whole(module: GraphModule) -> bool:
+    """Whether it is all that Dynamo captured. Parts, as DistributedDataParallel makes them, take
+    each other's results, which Dynamo's guards do not see."""
+    context = torch._guards.TracingContext.try_get()
+    return getattr(context, "ddp_optimizer_ctx", None) is None and hasattr(
+        module, "compile_subgraph_reason"
+    )
+
+
+def _deferring(compiled: Compiled, outputs: list[int | DeferredOutput]) -> Compiled:
+    def call(*arguments: Any) -> tuple[Any, ...]:
+        results = compiled(*arguments)
+        return tuple(
+            results[output] if isinstance(output, int) else _made(output, arguments, results)
+            for output in outputs
+        )
+
+    return call
+
+
+def _made(output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any]) -> Tensor:
+    formula = output.formula
+    if any(isinstance(value, FakeTensor) for value in results):
+        return output.make(arguments, results)  # a compiler runs it, for the shapes
+    with torch.set_grad_enabled(torch.is_grad_enabled() and formula.requires_grad):
+        logits = output.make(arguments, results, product=defer)
+        return logits if formula.strides is None else with_strides(logits, formula.strides)
+
+
+def _with_plain_arguments(compiled: Compiled) -> Compiled:
+    def call(*arguments: Any) -> Any:
+        return compiled(*map(_plain, arguments))
+
+    return call
+
+
+def _plain(value: Any) -> Any:
+    return value.plain() if isinstance(value, DeferredLogits) else value
+
+
+@dataclasses.dataclass
+class _Unpacked:
+    """Arguments of a function as those of a graph that takes no deferred logits.
+
+    Attributes:
+        values: the other arguments in order, then each tensor that deferred ones are computed from
+            and that is not among them.
+        written: for each deferred argument its position, the calls that compute it, and the
+            positions in `values` of the tensors that they read.
+        count: of the other arguments.
+    """
+
+    values: list[Any]
+    written: list[tuple[int, tuple[fused.Call, ...], tuple[int, ...]]]
+    count: int
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> _Unpacked:
+        waiting: list[tuple[int, Operation]] = []
+        values: list[Any] = []
+        for position, value in enumerate(arguments):
+            operation = value.known() if isinstance(value, DeferredLogits) else None
+            if operation is None:
+                values.append(_plain(value))
+            else:
+                waiting.append((position, operation))
+        count = len(values)
+        places = {id(value): place for place, value in enumerate(values)}
+        written = []
+        for position, operation in waiting:
+            writing = fused.Writing()
+            writing.argument(operation)
+            for tensor in writing.tensors:
+                if id(tensor) not in places:
+                    places[id(tensor)] = len(values)
+                    values.append(tensor)
+            read = tuple(places[id(tensor)] for tensor in writing.tensors)
+            written.append((position, tuple(writing.calls), read))
+        return cls(values, written, count)
+
+
+def _compiled_without_deferred(
+    compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
+) -> Compiled:
+    """Compiles a graph for what its deferred arguments are computed from."""
+    try:
+        unpacked = _Unpacked.of(example_inputs)
+        inner = _accepting(module, example_inputs, unpacked)
+    except Exception:
+        _log.warning(
+            "cce_inductor runs a graph with deferred logits among its arguments without compiling "
+            "it; please report this with the traceback.",
+            exc_info=True,
+        )
+        return module
+    compiled = _compiled(compiler, inner, unpacked.values)
+    fakes = [n.meta["example_value"] for n in inner.graph.find_nodes(op="placeholder")]
+
+    def call(*arguments: Any) -> Any:
+        given = _Unpacked.of(arguments)
+        new = range(given.count, len(given.values))
+        if given.written != unpacked.written or not all(
+            _fits(given.values[place], fakes[place]) for place in new
+        ):
+            return module(*arguments)  # where nothing depends on how they are computed
+        return compiled(*given.values)
+
+    return call
+
+
+def _fits(tensor: Tensor, example: Tensor) -> bool:
+    """Whether code that was compiled for `example` may be given `tensor`."""
+    same = (tensor.dtype, tensor.device, tensor.requires_grad, tensor.dim()) == (
+        (example.dtype, example.device, example.requires_grad, example.dim())
+    )
+    numbers = zip(
+        (*tensor.shape, *tensor.stride()), (*example.shape, *example.stride()), strict=same
+    )
+    return same and all(
+        actual == expected for actual, expected in numbers if isinstance(expected, int)
+    )
+
+
+def _accepting(
+    module: GraphModule, example_inputs: Sequence[Any], unpacked: _Unpacked
+) -> GraphModule:
+    """The graph with the arguments of `unpacked`."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}  # Dynamo goes on using the placeholders of its own graph
+    graph.output(graph.graph_copy(module.graph, copies))
+    old = [copies[node] for node in module.graph.find_nodes(op="placeholder")]
+    for node, copied in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source
+    context = torch._guards.TracingContext.get()
+    deferred = {position for position, *_ in unpacked.written}
+    arguments = [node for position, node in enumerate(old) if position not in deferred]
+    examples = list(unpacked.values)
+    plain = (value for at, value in enumerate(example_inputs) if at not in deferred)
+    for value, example in zip(plain, examples[: unpacked.count], strict=True):
+        if value is not example:
+            context.tensor_to_context[example] = _symbols(context, value)["_tensor0"]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        for position, _, places in unpacked.written:
+            fake_mode = old[position].meta["example_value"].fake_mode
+            symbols = _symbols(context, example_inputs[position])
+            for number, place in enumerate(places):
+                if place < len(arguments):
+                    continue
+                tensor, name = unpacked.values[place], f"_tensor{number}"
+                node = graph.placeholder(f"{old[position].name}{name}")
+                node.meta["example_value"] = fake_mode.from_tensor(tensor)
+                node._dynamo_source = AttrSource(old[position]._dynamo_source, name)
+                context.tensor_to_context[tensor] = symbols[name]
+                arguments.append(node)
+        for position, calls, places in unpacked.written:
+            tensors = [arguments[place] for place in places]
+            with old[position].meta["example_value"].fake_mode:
+                logits = fused.add_calls(graph, calls, tensors)
+            old[position].replace_all_uses_with(logits)
+            graph.erase_node(old[position])
+    graph.lint()
+    inner = GraphModule(module, graph)
+    inner.meta.update(module.meta)
+    for name in ("compile_subgraph_reason", "_param_name_to_source"):
+        if hasattr(module, name):
+            setattr(inner, name, getattr(module, name))
+    return inner
+
+
+def _symbols(context: Any, logits: DeferredLogits) -> dict[str, Any]:
+    """The symbols of dynamic sizes that Dynamo chose for what deferred logits are computed from, by
+    the names of ``__tensor_flatten__``."""
+    found: dict[str, Any] = context.tensor_to_context[logits].inner_contexts
+    return found

@@ -1,0 +1,270 @@
+"""Reductions of deferred logits: a graph of how they come about, and the pass run on it.
+
+What `patterns` knows about a compiled loss is all there is to know about one that is taken in eager
+code. The rewritten graph of a reduction is kept for the next one that looks the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from ..options import Options
+from ..patterns import loss, reduction
+from ..returned import Deferral, DeferredOutput
+from ..rewrite import reduce_all, rewrite
+from .lazy import spelled
+from .operation import Operation
+from .stale import Kept
+
+_log = logging.getLogger(__name__)
+
+
+class Ref(NamedTuple):
+    """A value in a written operation: a tensor that it reads, or the result of a call."""
+
+    kind: str
+    number: int
+
+
+class Call(NamedTuple):
+    """A call in a written operation, with `Ref` for tensors."""
+
+    function: Callable[..., Any] | str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+class Writing:
+    """Operations as calls in order, which compare equal if they do the same.
+
+    Attributes:
+        calls: each after those that it reads.
+        tensors: what they read, each once.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.tensors: list[Tensor] = []
+        self._refs: dict[int, Ref] = {}
+        self._operations: list[Operation] = []  # their identities stay theirs
+
+    def argument(self, value: Any) -> Any:
+        """An argument with `Ref` in the place of tensors."""
+        if isinstance(value, (list, tuple)):
+            return tuple(map(self.argument, value))
+        if isinstance(value, Kept):
+            value = value.read()
+        if isinstance(value, Tensor):
+            if id(value) not in self._refs:
+                self._refs[id(value)] = Ref("tensor", len(self.tensors))
+                self.tensors.append(value)
+            return self._refs[id(value)]
+        if isinstance(value, Operation):
+            for operation in value.history():
+                if id(operation) not in self._refs:
+                    self._operations.append(operation)
+                    self._refs[id(operation)] = self.call(
+                        operation.function, operation.args, operation.kwargs
+                    )
+            return self._refs[id(value)]
+        return value
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
+        named = tuple((name, self.argument(value)) for name, value in kwargs.items())
+        self.calls.append(Call(function, self.argument(args), named))
+        return Ref("call", len(self.calls) - 1)
+
+
+def replay(calls: tuple[Call, ...], tensors: list[Tensor]) -> Any:
+    """The result of the last call."""
+    values = {Ref("tensor", number): tensor for number, tensor in enumerate(tensors)}
+    for number, call in enumerate(calls):
+        args, kwargs = _filled((call.args, dict(call.kwargs)), values)
+        values[Ref("call", number)] = call.function(*args, **kwargs)
+    return values[Ref("call", len(calls) - 1)]
+
+
+def spelling(func: Any) -> Any | None:
+    """What Dynamo calls a function that reduces rows, None if it is not known to."""
+    name = getattr(func, "__name__", "")
+    method = getattr(torch.Tensor, name, None) is func
+    known = {key for table in (loss, reduction) for key, _ in table.items()}
+    target = name if method else func
+    return target if target in known else None
+
+
+def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``target(*args, **kwargs)``, with `Operation` for deferred logits.
+
+    Returns:
+        Its result, or NotImplemented if that needs the numbers.
+    """
+    operations = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Operation)]
+    writing = Writing()
+    try:
+        writing.call(target, args, kwargs)
+        fused = _reduction(tuple(writing.calls), _Situation.now(writing.tensors))
+    except TypeError:  # an argument that cannot be hashed is no number or dtype
+        return NotImplemented
+    if fused is None:
+        return NotImplemented
+    result = fused(*writing.tensors)
+    if any(each.requires_grad for each in tree_leaves(result) if isinstance(each, Tensor)):
+        for operation in operations:
+            for each in operation.history():
+                each.is_skipped = True
+    return result
+
+
+def few_rows(operation: Operation) -> Tensor | None:
+    """The numbers of logits that are a part of those that were deferred, without computing the
+    others; None if the pass does not know how."""
+    writing = Writing()
+    writing.argument(operation)
+    found = _rows(tuple(writing.calls), _Situation.now(writing.tensors))
+    if found is None:
+        return None
+    module, output = found
+    return output.make(writing.tensors, module(*writing.tensors))
+
+
+class Description(NamedTuple):
+    """All of a tensor but its numbers."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+def _describe(tensor: Tensor) -> Description:
+    return Description(
+        tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    )
+
+
+class _Situation(NamedTuple):
+    """What a graph depends on besides its calls."""
+
+    tensors: tuple[Description, ...]
+    grad_enabled: bool
+    autocast_device: str
+    autocast_dtype: torch.dtype | None
+
+    @classmethod
+    def now(cls, tensors: list[Tensor]) -> _Situation:
+        device = tensors[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return cls(tuple(map(_describe, tensors)), torch.is_grad_enabled(), device, autocast)
+
+
+@functools.lru_cache(maxsize=256)
+def _reduction(calls: tuple[Call, ...], situation: _Situation) -> Callable[..., Any] | None:
+    """The last call, from the tensors, without the numbers of the others; None if it needs them."""
+    try:
+        module, kind = _graph(calls, situation.tensors)
+        if not reduce_all(module.graph, Options(min_logits_bytes=0)):
+            return None
+    except Exception:
+        _log.debug("a reduction of deferred logits has no fused form", exc_info=True)
+        return None
+    run = _forgetting(module)
+    return lambda *tensors: kind(run(*tensors))
+
+
+@functools.lru_cache(maxsize=256)
+def _rows(
+    calls: tuple[Call, ...], situation: _Situation
+) -> tuple[Callable[..., Any], DeferredOutput] | None:
+    """What the last call's logits are made of, from the tensors; None if the pass cannot say."""
+    deferral = Deferral()
+    try:
+        module, _ = _graph(calls, situation.tensors)
+        options = Options(min_logits_bytes=0, defer_logits="always", on_error="raise")
+        rewrite(module, options, deferral=deferral)
+    except Exception:
+        _log.debug("rows of deferred logits are computed with the others", exc_info=True)
+        return None
+    if deferral.outputs is None or isinstance(deferral.outputs[0], int):
+        return None
+    return _forgetting(module), deferral.outputs[0]
+
+
+def _forgetting(module: GraphModule) -> Callable[..., Any]:
+    """What the graph does; examples are of no use any more."""
+    for node in module.graph.nodes:
+        node.meta.clear()
+    module.recompile()
+    return module.forward
+
+
+def _graph(
+    calls: tuple[Call, ...], tensors: tuple[Description, ...]
+) -> tuple[GraphModule, Callable[[Any], Any]]:
+    """A graph that ends with the last call, and what makes its result of the graph's."""
+    graph = Graph()
+    nodes = []
+    with FakeTensorMode():
+        for number, tensor in enumerate(tensors):
+            nodes.append(graph.placeholder(f"tensor_{number}"))
+            nodes[-1].meta["example_value"] = torch.empty_strided(
+                tensor.shape,
+                tensor.strides,
+                dtype=tensor.dtype,
+                device=tensor.device,
+                requires_grad=tensor.requires_grad,
+            )
+        result = add_calls(graph, calls, nodes)
+    example = result.meta["example_value"]
+    if isinstance(example, Tensor):
+        graph.output((result,))
+        return GraphModule({}, graph), operator.itemgetter(0)
+    parts = []
+    for number, part in enumerate(example):
+        node = graph.call_function(operator.getitem, (result, number))
+        node.meta["example_value"] = part
+        parts.append(node)
+    graph.output(tuple(parts))
+    return GraphModule({}, graph), type(example)
+
+
+def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Node:
+    """Adds calls to a graph as Dynamo would have captured them; returns the last.
+
+    Args:
+        graph: to which they are added, where it is being inserted.
+        calls: with `Ref` to `tensors` and to each other.
+        tensors: nodes with examples, in whose mode this is called.
+    """
+    values = {Ref("tensor", number): node for number, node in enumerate(tensors)}
+    for number, call in enumerate(calls):
+        args, kwargs = _filled((call.args, dict(call.kwargs)), values)
+        target, node_args, node_kwargs = spelled(call.function, args, kwargs)
+        op = "call_method" if isinstance(target, str) else "call_function"
+        node = graph.create_node(op, target, node_args, node_kwargs)  # type: ignore[arg-type]
+        function = call.function
+        if isinstance(function, str):
+            function = getattr(torch.Tensor, function)
+        examples = torch.fx.map_arg((args, kwargs), lambda each: each.meta["example_value"])
+        node.meta["example_value"] = function(*examples[0], **examples[1])
+        values[Ref("call", number)] = node
+    return node
+
+
+def _filled(value: Any, values: Mapping[Ref, Any]) -> Any:
+    if isinstance(value, Ref):
+        return values[value]
+    if isinstance(value, dict):
+        return {name: _filled(each, values) for name, each in value.items()}
+    return tuple(_filled(each, values) for each in value) if isinstance(value, tuple) else value

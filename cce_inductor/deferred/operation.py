@@ -1,0 +1,118 @@
+"""How deferred logits are computed: a projection, and the operations since.
+
+Operations are ATen's, as they reach ``__torch_dispatch__``, and refer to each other, so what is
+derived from deferred logits costs nothing until it is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .stale import Kept
+
+
+def product(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``linear`` as autocast to `dtype` computes it: each operand is cast to it."""
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        return F.linear(input.to(dtype), linear_weight.to(dtype), bias)
+
+
+def strided(input: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy with other strides."""
+    return input.new_empty_strided(input.shape, strides).copy_(input)
+
+
+@dataclasses.dataclass(eq=False)
+class Operation:
+    """One operation and, through its arguments, those before it.
+
+    Attributes:
+        function: an ATen overload, `product`, `strided` or ``operator.getitem``.
+        args, kwargs: its arguments; `Operation` or `Kept` for tensors.
+        size: how many numbers a `product` makes.
+        is_watched: whether somebody wants the gradient that passes here, so that it must.
+        is_skipped: whether a fused reduction has taken its gradient past here.
+        tensor: the deferred tensor that it makes, None when that is gone.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    size: int = 0
+    is_watched: bool = False
+    is_skipped: bool = False
+    tensor: Callable[[], Any] = lambda: None
+
+    def belongs_to(self, tensor: Any) -> None:
+        """Its result is that of a deferred tensor, as long as that lives."""
+        self.tensor = weakref.ref(tensor)
+
+    def is_nobodys(self) -> None:
+        """Its result is no more that of the tensor, which may change."""
+        self.tensor = lambda: None
+
+    @functools.cached_property
+    def is_real(self) -> bool:
+        """Whether it reads only plain tensors: nothing waits while a compiler traces."""
+        return all(argument.is_real for argument in self.arguments)
+
+    @functools.cached_property
+    def trained(self) -> bool:
+        """Whether a gradient can pass through it to what it reads."""
+        if self.function is torch.ops.aten.detach.default:
+            return False
+        return any(
+            argument.trained if isinstance(argument, Operation) else argument.tensor.requires_grad
+            for argument in self.arguments
+        )
+
+    @functools.cached_property
+    def arguments(self) -> list[Operation | Kept]:
+        """The tensors among its arguments."""
+        return [a for a in tree_leaves((self.args, self.kwargs)) if isinstance(a, Operation | Kept)]
+
+    def history(self) -> list[Operation]:
+        """All operations up to this one, each after those that it reads."""
+        found: dict[int, Operation] = {}
+
+        def visit(operation: Operation) -> None:
+            if id(operation) not in found:
+                for argument in operation.arguments:
+                    if isinstance(argument, Operation):
+                        visit(argument)
+                found[id(operation)] = operation
+
+        visit(self)
+        return list(found.values())
+
+    def compute(self) -> Any:
+        """Its result, without gradient; what it reads is asked of those tensors that still live,
+        so that it is computed once."""
+        args, kwargs = tree_map_only(
+            (Operation, Kept),
+            lambda a: a.read() if isinstance(a, Kept) else a.result(),
+            (self.args, self.kwargs),
+        )
+        return self.function(*args, **kwargs)
+
+    def result(self) -> Any:
+        """The numbers of the tensor that it belongs to, or what `compute` returns."""
+        tensor = self.tensor()
+        return self.compute() if tensor is None else tensor.numbers()
+
+
+def detached(operation: Operation) -> Operation:
+    """The same without gradient."""
+    return Operation(torch.ops.aten.detach.default, (operation,)) if operation.trained else operation

@@ -1,0 +1,469 @@
+"""DeferredLogits: a tensor that is computed when somebody looks, and never if nobody does.
+
+Three layers decide what happens to one:
+
+- before autograd, ``__torch_function__`` catches what reduces each row, a loss say, and gives it
+  to `fused`, which needs neither the logits nor their gradient;
+- autograd, which knows nothing of this, so that hooks, views and changes in place mean what they
+  always mean; a gradient that passes here is as large as the logits;
+- below it, ``__torch_dispatch__``: what `lazy` knows makes another deferred tensor; everything
+  else gets the numbers, which are then kept.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..location import in_torch
+from . import cost, fused, lazy
+from .operation import Operation, detached, product, strided
+from .stale import Kept
+
+aten = torch.ops.aten
+
+
+class DeferredLogits(Tensor):
+    """Logits that a compiled function returned without having computed them.
+
+    A tensor like any other: shape, dtype, device, strides and ``requires_grad`` are what the
+    function would have returned. Views, casts and pointwise functions of it are deferred too.
+    Reductions over the vocabulary (a loss, ``argmax``, ``logsumexp``, ...) are computed block by
+    block, with gradients. Anything else computes the numbers, once, and keeps them.
+
+    Raises:
+        StaleLogitsError: they are looked at after what they are computed from was changed.
+    """
+
+    _operation: Operation
+    _stored: Tensor | None
+    _parent: DeferredLogits | None
+    _of_parent: Callable[[Tensor], Tensor]
+    _is_settled: bool
+    _lock: threading.RLock
+
+    @staticmethod
+    def __new__(
+        cls, like: Tensor, operation: Operation, device: torch.device, storage_offset: int = 0
+    ) -> DeferredLogits:
+        self: DeferredLogits = Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=storage_offset,
+            dtype=like.dtype,
+            device=device,
+        )
+        self._operation = operation
+        self._stored = None
+        self._parent = None
+        self._is_settled = False
+        self._lock = threading.RLock()
+        operation.belongs_to(self)
+        return self
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether the numbers have not been computed yet."""
+        parent = self._parent
+        return self._stored is None and (parent is None or parent.is_deferred)
+
+    @property
+    def root(self) -> DeferredLogits:
+        """The deferred tensor that it is a view of, itself if it is none."""
+        return self if self._parent is None else self._parent.root
+
+    def numbers(self) -> Tensor:
+        """A plain tensor without gradient."""
+        with self.root._lock, torch.inference_mode(self.is_inference()), torch.no_grad():
+            parent = self._parent
+            if parent is not None and self._shares_memory_of(parent):
+                return self._of_parent(parent.numbers())
+            if self._stored is None:
+                self._stored = self._computed()
+            return self._stored
+
+    def _shares_memory_of(self, parent: DeferredLogits) -> bool:
+        """Whether its numbers are taken from the parent's, as those of few rows need not be."""
+        whole = self.numel() == parent.numel()
+        return whole or not parent.is_deferred or self.root._is_settled
+
+    def _computed(self) -> Tensor:
+        cost.tell(self)
+        computed = fused.few_rows(self._operation) if self._is_part else None
+        if computed is None:
+            computed = self._operation.compute()
+        if computed.stride() != self.stride():
+            computed = strided(computed, self.stride())
+        return computed
+
+    @property
+    def _is_part(self) -> bool:
+        """Whether there are more logits than these, none of which have been computed."""
+        history = self._operation.history()
+        tensors = [operation.tensor() for operation in history[:-1]]
+        known = any(tensor is not None and not tensor.is_deferred for tensor in tensors)
+        return not known and self.numel() < history[0].size
+
+    def settle(self) -> Tensor:
+        """The numbers, which from now on are what it is, in memory that its views share."""
+        root = self.root
+        with root._lock:
+            root.numbers()
+            root._is_settled = True
+            root._operation.is_nobodys()
+            self._operation.is_nobodys()
+        return self.numbers()
+
+    def plain(self) -> Tensor:
+        """A plain tensor with the same memory and gradient."""
+        made: Tensor = _Plain.apply(self)
+        return made
+
+    def known(self) -> Operation | None:
+        """How it is computed, for a reduction that skips it; None if it must not be skipped."""
+        if not self.is_deferred or not self._operation.is_real:
+            return None
+        if self.requires_grad:
+            watched = any(operation.is_watched for operation in self._operation.history())
+            return None if watched else self._operation
+        return detached(self._operation)
+
+    def watch(self) -> None:
+        """From now on gradients pass here.
+
+        Raises:
+            RuntimeError: one already has not.
+        """
+        if self._operation.is_skipped:
+            raise RuntimeError(
+                "cce_inductor: the gradient of these logits is asked for, but a loss was taken of "
+                "them that has none: they were never computed. Ask for it (retain_grad, "
+                'register_hook) before the loss, or pass defer_logits="never".'
+            )
+        self._operation.is_watched = True
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[fused.Call, ...] | None]:
+        """For torch.compile: the tensors that it is computed from, and how; `boundary` puts that
+        into the compiled graph."""
+        operation = self.known()
+        if operation is None:
+            self.__dict__["_tensor0"] = self.settle()
+            return ["_tensor0"], None
+        writing = fused.Writing()
+        writing.argument(operation)
+        names = [f"_tensor{number}" for number in range(len(writing.tensors))]
+        self.__dict__.update(zip(names, writing.tensors, strict=True))
+        return names, tuple(writing.calls)
+
+    def __getattr__(self, name: str) -> Any:
+        """What `__tensor_flatten__` names, of a tensor that it has not been called for."""
+        if name.startswith("_tensor"):
+            self.__tensor_flatten__()
+            if name in self.__dict__:
+                return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor],
+        calls: tuple[fused.Call, ...] | None,
+        outer_size: Sequence[int],
+        outer_stride: Sequence[int],
+    ) -> Tensor:
+        tensors = [tensor.detach() for tensor in inner.values()]
+        return tensors[0] if calls is None else fused.replay(calls, tensors)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _LOOKS:
+            return _LOOKS[func](func, args, kwargs)
+        target = fused.spelling(func)
+        if target is not None:
+            result = _reduced(target, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return _as_any_tensor(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = _derived(func, args, kwargs)
+        return _computed(func, args, kwargs) if result is NotImplemented else result
+
+
+def defer(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`operation.product` that is not computed."""
+    made: Tensor = _Product.apply(input, linear_weight, linear_bias, dtype)
+    return made
+
+
+def with_strides(logits: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same logits with other strides."""
+    made: Tensor = logits if logits.stride() == strides else _Strided.apply(logits, strides)
+    return made
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(input, linear_weight)
+        ctx.dtype = dtype
+        ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
+        bias = None if linear_bias is None else Kept(linear_bias, "the bias")
+        kept = Kept(input, "the hidden state"), Kept(linear_weight, "the weight"), bias
+        shape = (*input.shape[:-1], linear_weight.shape[0])
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        return DeferredLogits(like, Operation(product, (*kept, dtype), size=like.numel()), input.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, linear_weight = ctx.saved_tensors
+        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_input = d_weight = d_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if need_input:
+                d_input = (rows @ linear_weight.to(ctx.dtype)).view(input.shape).to(input.dtype)
+            if need_weight:
+                flat = input.reshape(-1, input.shape[-1]).to(ctx.dtype)
+                d_weight = (rows.t() @ flat).to(linear_weight.dtype)
+            if need_bias:
+                d_bias = rows.sum(0).to(ctx.bias_dtype)
+        return d_input, d_weight, d_bias, None
+
+
+class _Strided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits, strides: tuple[int, ...]) -> Tensor:
+        like = torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device="meta")
+        return DeferredLogits(like, Operation(strided, (_argument(logits), strides)), logits.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits) -> Tensor:
+        return logits.settle().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _reduced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A reduction of deferred logits, NotImplemented if it needs the numbers."""
+    operations = tree_map_only(DeferredLogits, DeferredLogits.known, (args, kwargs))
+    given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, DeferredLogits)]
+    if not given or any(logits.known() is None for logits in given):
+        return NotImplemented
+    return fused.reduce(target, *operations)
+
+
+def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result as deferred logits, NotImplemented if it cannot be."""
+    if not isinstance(func, torch._ops.OpOverload) or not lazy.can_wait(func, args, kwargs):
+        return NotImplemented
+    given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, DeferredLogits)]
+    if not all(logits.is_deferred and logits._operation.is_real for logits in given):
+        return NotImplemented
+    first = args[0]
+    if func in lazy.VIEWS or func in lazy.COPIES:
+        if not isinstance(first, DeferredLogits) or len(given) > 1:
+            return NotImplemented
+    if func is aten.index.Tensor:
+        args = (first, _numbered(args[1]))
+    like_args, like_kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
+    like = func(*like_args, **like_kwargs)
+    if isinstance(like, Tensor) and func not in lazy.VIEWS and func not in lazy.COPIES:
+        others = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        sizes = [a.numel() for a in others if not isinstance(a, DeferredLogits)]
+        if any(like.shape != each.shape for each in given) or 2 * max(sizes, default=0) > like.numel():
+            return NotImplemented
+    operation = Operation(func, *tree_map_only(Tensor, _argument, (args, kwargs)))
+    if isinstance(like, Tensor):
+        if func not in lazy.VIEWS:
+            return DeferredLogits(like, operation, given[0].device)
+        return _view(first, like, operation, lambda parent: func(parent, *args[1:], **kwargs))
+    return [
+        _view(
+            first,
+            part,
+            Operation(operator.getitem, (operation, number)),
+            lambda parent, number=number: func(parent, *args[1:], **kwargs)[number],
+        )
+        for number, part in enumerate(like)
+    ]
+
+
+def _view(
+    parent: DeferredLogits, like: Tensor, operation: Operation, of_parent: Callable[[Tensor], Tensor]
+) -> DeferredLogits:
+    offset = parent.storage_offset() + like.storage_offset()
+    made = DeferredLogits(like, operation, parent.device, offset)
+    made._parent = parent
+    made._of_parent = of_parent
+    return made
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Masks as the indices of what they select."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
+
+
+def _argument(tensor: Tensor) -> Operation | Kept:
+    """A tensor as an argument of an operation that waits."""
+    if isinstance(tensor, DeferredLogits):
+        operation = tensor._operation
+        return operation if tensor.requires_grad else detached(operation)
+    # Nobody knows when it is read, so what has no gradient is copied: it is small.
+    return Kept(tensor if tensor.requires_grad else tensor.clone(), "an operand")
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result from the numbers, which are kept."""
+    changed: dict[str, DeferredLogits] = {}
+    shared: set[int] = set()
+    if isinstance(func, torch._ops.OpOverload):
+        for at, argument in enumerate(func._schema.arguments):
+            value = args[at] if at < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is None:
+                continue
+            for each in tree_leaves(value):
+                if isinstance(each, DeferredLogits):
+                    shared.add(id(each))
+                    if argument.alias_info.is_write:
+                        changed[argument.name] = each
+
+    def numbers(logits: DeferredLogits) -> Tensor:
+        return logits.settle() if id(logits) in shared else logits.numbers()
+
+    plain_args, plain_kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs))
+    result = func(*plain_args, **plain_kwargs)
+    if not changed:
+        return result
+    returns = func._schema.returns
+    written = [r for r in returns if r.alias_info is not None and r.alias_info.is_write]
+    if not written:
+        return result
+    (logits,) = changed.values()
+    return logits
+
+
+def _as_any_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _as_plain(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """For what reads memory itself."""
+    args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.plain, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _storage(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """For PyTorch itself, which asks which tensors share memory, the storage of this tensor, that
+    has no memory; for others one that has."""
+    caller = sys._getframe(2).f_code.co_filename
+    return (_as_any_tensor if in_torch(caller) else _as_plain)(func, args, kwargs)
+
+
+def _is_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A compiler takes each for itself: it would want to make it of its base."""
+    caller = sys._getframe(2).f_code.co_filename
+    return False if in_torch(caller) else _as_any_tensor(func, args, kwargs)
+
+
+def _watched(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """For what wants the gradient of the logits."""
+    for each in tree_leaves((args, kwargs)):
+        if isinstance(each, DeferredLogits):
+            each.watch()
+    return _as_any_tensor(func, args, kwargs)
+
+
+def _shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    logits = args[0]
+    if not logits.is_deferred:
+        return str(func(logits.plain(), *args[1:], **kwargs))
+    grad = ", requires_grad=True" if logits.requires_grad else ""
+    return (
+        f"DeferredLogits(shape={tuple(logits.shape)}, dtype={logits.dtype}, "
+        f"device='{logits.device}'{grad}, not computed)"
+    )
+
+
+_LOOKS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    **dict.fromkeys((Tensor.__repr__, Tensor.__format__), _shown),
+    Tensor.untyped_storage: _storage,
+    Tensor._is_view: _is_view,
+    **dict.fromkeys(
+        (
+            Tensor.numpy,
+            Tensor.__array__,
+            Tensor.cpu,
+            Tensor.data_ptr,
+            Tensor.storage,
+            Tensor.__deepcopy__,
+            Tensor.__reduce_ex__,
+            Tensor.__dlpack__,
+            Tensor.pin_memory,
+            Tensor.share_memory_,
+            Tensor.data.__get__,  # type: ignore[attr-defined]
+        ),
+        _as_plain,
+    ),
+    **dict.fromkeys(
+        (
+            Tensor.register_hook,
+            Tensor.retain_grad,
+            Tensor.register_post_accumulate_grad_hook,
+            Tensor.requires_grad_,
+            Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+            torch.autograd.grad,
+        ),
+        _watched,
+    ),
+}
+"""What is neither a reduction nor an operation on numbers."""

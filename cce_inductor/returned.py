@@ -1,0 +1,177 @@
+"""Logits that a graph returns: which of them need not be computed, and what stands for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.fx import Node
+
+from .deferred.formula import Formula
+from .deferred.operation import product
+from .location import at, operation
+from .mutation import UNKNOWN, storage_of
+from .options import Options
+from .patterns import Logits, Operand, Statistic, all_logits, example, leaves
+from .walk import Walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a compiled function has a tensor: among its arguments or the graph's results."""
+
+    among: Literal["arguments", "results"]
+    position: int
+
+    def read(self, arguments: Sequence[Any], results: Sequence[Any]) -> torch.Tensor:
+        among = arguments if self.among == "arguments" else results
+        found: torch.Tensor = among[self.position]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class DeferredOutput:
+    """What a graph returns in the place of logits.
+
+    Attributes:
+        formula: the logits from the product of `input` and `linear_weight`.
+        input, linear_weight, linear_bias, operands: where they are found.
+    """
+
+    formula: Formula
+    input: Source
+    linear_weight: Source
+    linear_bias: Source | None
+    operands: tuple[Source, ...]
+
+    def make(
+        self,
+        arguments: Sequence[Any],
+        results: Sequence[Any],
+        product: Callable[..., torch.Tensor] = product,
+    ) -> torch.Tensor:
+        """The logits.
+
+        Args:
+            arguments, results: of the rewritten graph.
+            product: what makes the matrix product, like `deferred.operation.product`.
+        """
+
+        def read(source: Source) -> torch.Tensor:
+            return source.read(arguments, results)
+
+        bias = None if self.linear_bias is None else read(self.linear_bias)
+        dtype = self.formula.product_dtype
+        made = product(read(self.input), read(self.linear_weight), bias, dtype)
+        return self.formula(made, [read(operand) for operand in self.operands])
+
+
+@dataclasses.dataclass
+class Deferral:
+    """Takes the logits that a graph need not return.
+
+    Attributes:
+        why_not: why it takes none, None if it does.
+        outputs: for each result of the user's graph its position among those of the rewritten
+            one, or what it is made of; None if the graph returns what it did.
+    """
+
+    why_not: str | None = None
+    outputs: list[int | DeferredOutput] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Returned:
+    """Logits that a graph returns and could do without."""
+
+    node: Node
+    logits: Logits
+
+    @property
+    def output(self) -> Node:
+        (output,) = self.node.graph.find_nodes(op="output")
+        return output
+
+    @property
+    def row(self) -> Statistic:
+        """Something that reads all that they are made of."""
+        return Statistic("sum", self.logits, (self.logits.expression,))
+
+    @property
+    def strides(self) -> tuple[int, ...] | None:
+        """None for those that the matrix product has anyway."""
+        value = example(self.node)
+        if _is_contiguous(value, self.logits.vocabulary_dim):
+            return None
+        return tuple(value.stride())
+
+
+_STORED = "the logits are returned by the compiled function, so they must be stored"
+
+
+def returned_logits(
+    found: Walk, options: Options, deferral: Deferral | None
+) -> tuple[list[Returned], list[tuple[Logits, str]]]:
+    """Those that can be deferred, and those that must be stored with the reason."""
+    deferrable: list[Returned] = []
+    stored: list[tuple[Logits, str]] = []
+    for node in found.returned:
+        value = found.values[node]
+        reason = _STORED
+        if options.defer_logits != "never" and deferral is not None:
+            why = deferral.why_not or _reason_to_store(node, found)
+            if why is None:
+                deferrable.append(Returned(node, value))
+                continue
+            reason += f", and cannot be deferred: {why}"
+        stored += [(logits, reason) for logits in all_logits(value)]
+    return deferrable, stored
+
+
+def _reason_to_store(node: Node, found: Walk) -> str | None:
+    value, logits = example(node), found.values[node]
+    if not isinstance(logits, Logits):
+        return "they are several"
+    if not value.dtype.is_floating_point:
+        return f"they are {value.dtype}"
+    operands = [leaf for leaf in leaves(logits.expression) if isinstance(leaf, Operand)]
+    if any(operand.kind == "b" for operand in operands):
+        return "what they were combined with is as large"
+    if not _is_contiguous(value, logits.vocabulary_dim) and not _is_static(value):
+        return "their strides are not known before the function runs"
+    returned = Returned(node, logits)
+    storage = storage_of(node)
+    others = [*returned.output.all_input_nodes, *node.graph.find_nodes(op="placeholder")]
+    if storage is UNKNOWN or any(o is not node and storage_of(o) == storage for o in others):
+        return "another result or argument shares their memory"
+    last = found.position[returned.output]
+    mutation = found.changed_before(returned.row, last, last)
+    if mutation is not None:
+        return f"{operation(mutation)}{at(mutation)} may change what the projection read"
+    return None
+
+
+def _is_contiguous(value: torch.Tensor, vocabulary_dim: int) -> bool:
+    """Whether it has the strides of a matrix product, as far as symbols tell."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if str(expected) != str(stride) and not _is_one(size):
+            return False
+        expected = stride * size
+    return vocabulary_dim == value.dim() - 1
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _is_static(value: torch.Tensor) -> bool:
+    return all(isinstance(number, int) for number in (*value.shape, *value.stride()))
+
+
+def is_worth_deferring(logits: Logits) -> bool:
+    """Whether, with no loss in the graph, logits are larger than what they are made of."""
+    projection = logits.projection
+    return isinstance(projection.hidden, int) and projection.vocabulary > projection.hidden
