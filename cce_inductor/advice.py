@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _ADVICE = {
+    'defer_logits is "never"': 'pass defer_logits="with_loss", so that nobody has to compute them',
     "returned by the compiled function": (
         "return only the loss from the compiled function, as a training step needs no logits"
     ),

@@ -151,9 +151,9 @@ def wrap_inductor(wrapper: Callable[..., Any]) -> Callable[[], None] | None:
         A function that takes it away again; None if the place was not found.
     """
     owner = getattr(torch, "_TorchCompileInductorWrapper", None)
-    original = getattr(owner, "__call__", None)
-    if owner is None or original is None:
+    if owner is None:
         return None
+    original = owner.__call__
     parameters = list(inspect.signature(original).parameters)
     if parameters[:3] != ["self", "model_", "inputs_"]:
         return None

@@ -25,7 +25,7 @@ from .patterns import (
     leaves,
     parts,
 )
-from .walk import Walk
+from .walk import FoundLoss, Walk
 
 
 class Group:
@@ -130,13 +130,13 @@ def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bo
     )
 
 
-def plan(rows: list[tuple[Any, Node]], found: Walk) -> list[Group]:
-    """Puts every statistic that `rows` are made of, each for a consumer, into a group."""
+def plan(chosen: list[FoundLoss], found: Walk) -> list[Group]:
+    """Puts every statistic that the losses need into a group."""
     planner = _Planner(found)
-    for row, consumer in rows:
-        for part in parts(row):
+    for each in chosen:
+        for part in parts(each.result):
             if isinstance(part, Statistic):
-                planner.place(part, consumer)
+                planner.place(part, each.node)
     return planner.groups
 
 

@@ -14,7 +14,16 @@ from .deferred.operation import product
 from .location import at, operation
 from .mutation import UNKNOWN, storage_of
 from .options import Options
-from .patterns import Logits, Operand, Statistic, all_logits, example, leaves
+from .patterns import (
+    Apply,
+    Expression,
+    Logits,
+    Operand,
+    Statistic,
+    all_logits,
+    example,
+    leaves,
+)
 from .walk import Walk
 
 
@@ -95,9 +104,15 @@ class Returned:
         return output
 
     @property
+    def expression(self) -> Expression:
+        """What is done to each logit; unlike in a graph, where a row's logsumexp is known before
+        what is made of it, softmaxes of the row are one step."""
+        return _with_softmaxes(self.logits.expression)
+
+    @property
     def row(self) -> Statistic:
         """Something that reads all that they are made of."""
-        return Statistic("sum", self.logits, (self.logits.expression,))
+        return Statistic("sum", self.logits, (self.expression,))
 
     @property
     def strides(self) -> tuple[int, ...] | None:
@@ -120,7 +135,9 @@ def returned_logits(
     for node in found.returned:
         value = found.values[node]
         reason = _STORED
-        if options.defer_logits != "never" and deferral is not None:
+        if options.defer_logits == "never":
+            reason += ', as defer_logits is "never"'
+        elif deferral is not None:
             why = deferral.why_not or _reason_to_store(node, found)
             if why is None:
                 deferrable.append(Returned(node, value))
@@ -136,12 +153,14 @@ def _reason_to_store(node: Node, found: Walk) -> str | None:
         return "they are several"
     if not value.dtype.is_floating_point:
         return f"they are {value.dtype}"
-    operands = [leaf for leaf in leaves(logits.expression) if isinstance(leaf, Operand)]
+    returned = Returned(node, logits)
+    operands = [leaf for leaf in leaves(returned.expression) if isinstance(leaf, Operand)]
     if any(operand.kind == "b" for operand in operands):
         return "what they were combined with is as large"
+    if not all(isinstance(operand.source, Node) for operand in operands):
+        return "what they were combined with is computed from them"
     if not _is_contiguous(value, logits.vocabulary_dim) and not _is_static(value):
         return "their strides are not known before the function runs"
-    returned = Returned(node, logits)
     storage = storage_of(node)
     others = [*returned.output.all_input_nodes, *node.graph.find_nodes(op="placeholder")]
     if storage is UNKNOWN or any(o is not node and storage_of(o) == storage for o in others):
@@ -151,6 +170,21 @@ def _reason_to_store(node: Node, found: Walk) -> str | None:
     if mutation is not None:
         return f"{operation(mutation)}{at(mutation)} may change what the projection read"
     return None
+
+
+def _with_softmaxes(expression: Expression) -> Expression:
+    """The same with ``z - logsumexp(z)`` as ``log_softmax(z)``."""
+    if not isinstance(expression, Apply):
+        return expression
+    first, *rest = expression.args
+    if expression.target == "sub.Tensor" and isinstance(rest[0], Operand):
+        source = rest[0].source
+        if isinstance(source, Statistic) and (source.kind, source.values) == (
+            ("logsumexp", (first,))
+        ):
+            return Apply("_log_softmax", (_with_softmaxes(first), -1, False))
+    args = tuple(_with_softmaxes(argument) for argument in expression.args)
+    return Apply(expression.target, args, expression.kwargs)
 
 
 def _is_contiguous(value: torch.Tensor, vocabulary_dim: int) -> bool:

@@ -180,9 +180,7 @@ def _decide(found: Walk, options: Options, deferrable: list[Returned]) -> Decisi
             if reason is None and each.result is not None
         ]
         deferred = _deferred(deferrable, chosen, kept, options)
-        rows = [(each.result, each.node) for each in chosen]
-        rows += [(each.row, each.output) for each in deferred]
-        groups = plan(rows, found)
+        groups = plan(chosen, found)
         refused = _undifferentiable(groups)
         if refused is None:
             return Decision(reasons, chosen, deferred, groups)
@@ -554,7 +552,7 @@ class _Builder:
         """What returned logits are made of, before the graph ends."""
         logits, value = returned.logits, example(returned.node)
         names = Group(logits, returned.output, 0)
-        name = names.name(logits.expression)
+        name = names.name(returned.expression)
         product_dtype = example(logits.projection.node).dtype
         wide = torch.promote_types(logits.compute_dtype, torch.float32)
         with self.graph.inserting_before(returned.output):

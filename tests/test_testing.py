@@ -42,6 +42,11 @@ def returns_logits(input, weight, target):
     return F.cross_entropy(logits, target), logits
 
 
+def sums_logits(input, weight, target):
+    logits = F.linear(input, weight)
+    return F.cross_entropy(logits, target), logits.cumsum(-1)
+
+
 def no_loss(input):
     return input.tanh()
 
@@ -97,17 +102,16 @@ def test_rewritten_when_compiled_and_installed(inputs):
 
 def test_rewritten_fails_for_a_loss_left_alone(inputs):
     with pytest.raises(AssertionError) as failure:
-        assert_rewritten(returns_logits, *inputs)
-    line = returns_logits.__code__.co_firstlineno + 2
+        assert_rewritten(sums_logits, *inputs)
+    line = sums_logits.__code__.co_firstlineno + 2
     assert str(failure.value) == (
         "not every loss is rewritten:\n"
         "1 loss(es) in 1 graph(s), 0 rewritten\n"
         "left alone: linear > cross_entropy\n"
         f"  at {__file__}:{line}\n"
         "  logits: 6x50 float32\n"
-        "  because the logits are returned by the compiled function, so they must be stored\n"
-        "  to change that: return only the loss from the compiled function, as a training step "
-        "needs no logits"
+        f"  because the logits are used by cumsum at {__file__}:{line}: it is not a pointwise "
+        "function (aten.cumsum.default)"
     )
 
 
@@ -122,16 +126,16 @@ def test_rewritten_fails_without_a_loss(inputs):
 
 
 def test_not_rewritten(inputs):
-    (report,) = assert_not_rewritten(returns_logits, *inputs, reason="returned by .* function")
+    (report,) = assert_not_rewritten(sums_logits, *inputs, reason="used by cumsum")
     assert not report.rewritten
-    assert len(assert_not_rewritten(returns_logits, *inputs)) == 1
+    assert len(assert_not_rewritten(sums_logits, *inputs)) == 1
     assert assert_not_rewritten(no_loss, inputs[0]) == []
 
 
 def test_not_rewritten_fails_for_another_reason(inputs):
     with pytest.raises(AssertionError, match="left alone because of 'argmax'") as failure:
-        assert_not_rewritten(returns_logits, *inputs, reason="argmax")
-    assert "the logits are returned" in str(failure.value)
+        assert_not_rewritten(sums_logits, *inputs, reason="argmax")
+    assert "the logits are used by cumsum" in str(failure.value)
 
 
 def test_not_rewritten_fails_without_a_loss_that_could_have_the_reason(inputs):
@@ -146,7 +150,7 @@ def test_not_rewritten_fails_for_a_rewritten_loss(fn, inputs):
 
 
 def test_not_rewritten_fails_for_a_changed_graph(inputs, monkeypatch):
-    def rewrite(module, options):
+    def rewrite(module, options, deferral=None):
         module.graph.create_node("call_function", torch.rand, (1,))
         module.recompile()
         return []
@@ -191,8 +195,14 @@ def test_matches_eager_with_a_module():
 
 
 def test_matches_eager_passes_losses_left_alone(inputs):
-    (report,) = assert_matches_eager(returns_logits, *inputs)
+    (report,) = assert_matches_eager(sums_logits, *inputs)
     assert not report.rewritten
+
+
+def test_matches_eager_looks_at_deferred_logits(inputs):
+    (report,) = assert_matches_eager(returns_logits, *inputs)
+    assert report.rewritten
+    assert report.deferred
 
 
 def test_matches_eager_where_numbers_are_not_finite(inputs):

@@ -66,9 +66,7 @@ def compile_with_deferral(
     return compiled if _is_whole(module) else _with_plain_arguments(compiled)
 
 
-def _compiled(
-    compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
-) -> Compiled:
+def _compiled(compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     deferral = Deferral()
     if compat.saves_compiled():
         deferral.why_not = "the compiled function is saved, and loaded without what computes them"

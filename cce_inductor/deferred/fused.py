@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from ..mutation import storage_of
 from ..options import Options
 from ..patterns import loss, reduction
 from ..returned import Deferral, DeferredOutput
@@ -174,7 +175,7 @@ def _reduction(calls: tuple[Call, ...], situation: _Situation) -> Callable[..., 
     """The last call, from the tensors, without the numbers of the others; None if it needs them."""
     try:
         module, kind = _graph(calls, situation.tensors)
-        if not reduce_all(module.graph, Options(min_logits_bytes=0)):
+        if _is_view(module.graph) or not reduce_all(module.graph, Options(min_logits_bytes=0)):
             return None
     except Exception:
         _log.debug("a reduction of deferred logits has no fused form", exc_info=True)
@@ -199,6 +200,15 @@ def _rows(
     if deferral.outputs is None or isinstance(deferral.outputs[0], int):
         return None
     return _forgetting(module), deferral.outputs[0]
+
+
+def _is_view(graph: Graph) -> bool:
+    """Whether the result shares the memory of logits, so that changes of one are seen in the
+    other."""
+    (output,) = graph.find_nodes(op="output")
+    returned = {storage_of(node) for node in output.all_input_nodes}
+    ends = {output, *output.all_input_nodes}
+    return any(storage_of(node) in returned for node in graph.nodes if node not in ends)
 
 
 def _forgetting(module: GraphModule) -> Callable[..., Any]:

@@ -25,12 +25,11 @@ def _method(name: str) -> Callable[..., Spelled]:
     return lambda *args, **kwargs: (name, args, kwargs)
 
 
-def _slice(
-    input: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Spelled:
-    end = None if end == sys.maxsize else end
-    entries = (*[slice(None)] * dim, slice(start, end, None if step == 1 else step))
-    return operator.getitem, (input, entries), {}
+def _slice(input: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Spelled:
+    entry = slice(start, None if end == sys.maxsize else end, None if step == 1 else step)
+    if dim < 0:
+        return operator.getitem, (input, (Ellipsis, entry, *[slice(None)] * (-dim - 1))), {}
+    return operator.getitem, (input, (*[slice(None)] * dim, entry)), {}
 
 
 def _index(input: Any, indices: Any) -> Spelled:

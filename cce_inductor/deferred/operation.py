@@ -115,4 +115,6 @@ class Operation:
 
 def detached(operation: Operation) -> Operation:
     """The same without gradient."""
-    return Operation(torch.ops.aten.detach.default, (operation,)) if operation.trained else operation
+    return (
+        Operation(torch.ops.aten.detach.default, (operation,)) if operation.trained else operation
+    )

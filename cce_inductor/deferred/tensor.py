@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..location import in_torch
@@ -84,7 +85,7 @@ class DeferredLogits(Tensor):
         """A plain tensor without gradient."""
         with self.root._lock, torch.inference_mode(self.is_inference()), torch.no_grad():
             parent = self._parent
-            if parent is not None and self._shares_memory_of(parent):
+            if parent is not None and not self._is_settled and self._shares_memory_of(parent):
                 return self._of_parent(parent.numbers())
             if self._stored is None:
                 self._stored = self._computed()
@@ -93,7 +94,19 @@ class DeferredLogits(Tensor):
     def _shares_memory_of(self, parent: DeferredLogits) -> bool:
         """Whether its numbers are taken from the parent's, as those of few rows need not be."""
         whole = self.numel() == parent.numel()
-        return whole or not parent.is_deferred or self.root._is_settled
+        return whole or not parent.is_deferred or parent._is_settled
+
+    def settle(self) -> Tensor:
+        """The numbers, which from now on are what it is, in memory that its views share."""
+        with self.root._lock:
+            if not self._is_settled:
+                if self._parent is not None:
+                    self._parent.settle()
+                self._stored = self.numbers()
+                self._is_settled = True
+                self._operation.is_nobodys()
+            assert self._stored is not None
+            return self._stored
 
     def _computed(self) -> Tensor:
         cost.tell(self)
@@ -111,16 +124,6 @@ class DeferredLogits(Tensor):
         tensors = [operation.tensor() for operation in history[:-1]]
         known = any(tensor is not None and not tensor.is_deferred for tensor in tensors)
         return not known and self.numel() < history[0].size
-
-    def settle(self) -> Tensor:
-        """The numbers, which from now on are what it is, in memory that its views share."""
-        root = self.root
-        with root._lock:
-            root.numbers()
-            root._is_settled = True
-            root._operation.is_nobodys()
-            self._operation.is_nobodys()
-        return self.numbers()
 
     def plain(self) -> Tensor:
         """A plain tensor with the same memory and gradient."""
@@ -242,7 +245,9 @@ class _Product(torch.autograd.Function):
         kept = Kept(input, "the hidden state"), Kept(linear_weight, "the weight"), bias
         shape = (*input.shape[:-1], linear_weight.shape[0])
         like = torch.empty(shape, dtype=dtype, device="meta")
-        return DeferredLogits(like, Operation(product, (*kept, dtype), size=like.numel()), input.device)
+        return DeferredLogits(
+            like, Operation(product, (*kept, dtype), size=like.numel()), input.device
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -299,22 +304,24 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not all(logits.is_deferred and logits._operation.is_real for logits in given):
         return NotImplemented
     first = args[0]
-    if func in lazy.VIEWS or func in lazy.COPIES:
-        if not isinstance(first, DeferredLogits) or len(given) > 1:
-            return NotImplemented
     if func is aten.index.Tensor:
         args = (first, _numbered(args[1]))
     like_args, like_kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
-    like = func(*like_args, **like_kwargs)
-    if isinstance(like, Tensor) and func not in lazy.VIEWS and func not in lazy.COPIES:
-        others = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        sizes = [a.numel() for a in others if not isinstance(a, DeferredLogits)]
-        if any(like.shape != each.shape for each in given) or 2 * max(sizes, default=0) > like.numel():
+    try:
+        like = func(*like_args, **like_kwargs)
+    except Exception:
+        return NotImplemented  # an error, which may read otherwise than that of numbers
+    if func not in lazy.VIEWS and func not in lazy.COPIES:
+        if not _is_small_beside(given, like, (args, kwargs)):
             return NotImplemented
+        one_args, one_kwargs = tree_map_only(Tensor, _one, (args, kwargs))
+        func(*one_args, **one_kwargs)  # raises what it has to say about dtypes
+    elif first is not given[0] or len(given) > 1:
+        return NotImplemented
     operation = Operation(func, *tree_map_only(Tensor, _argument, (args, kwargs)))
+    if func not in lazy.VIEWS:
+        return DeferredLogits(like, operation, given[0].device)
     if isinstance(like, Tensor):
-        if func not in lazy.VIEWS:
-            return DeferredLogits(like, operation, given[0].device)
         return _view(first, like, operation, lambda parent: func(parent, *args[1:], **kwargs))
     return [
         _view(
@@ -327,8 +334,18 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ]
 
 
+def _is_small_beside(given: list[DeferredLogits], like: Tensor, arguments: Any) -> bool:
+    """Whether a pointwise function of logits makes as many numbers, and reads few others."""
+    others = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
+    largest = max((a.numel() for a in others if not isinstance(a, DeferredLogits)), default=0)
+    return all(like.shape == each.shape for each in given) and 2 * largest <= like.numel()
+
+
 def _view(
-    parent: DeferredLogits, like: Tensor, operation: Operation, of_parent: Callable[[Tensor], Tensor]
+    parent: DeferredLogits,
+    like: Tensor,
+    operation: Operation,
+    of_parent: Callable[[Tensor], Tensor],
 ) -> DeferredLogits:
     offset = parent.storage_offset() + like.storage_offset()
     made = DeferredLogits(like, operation, parent.device, offset)
@@ -339,6 +356,10 @@ def _view(
 
 def _meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _one(tensor: Tensor) -> Tensor:
+    return torch.ones((1,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -363,43 +384,71 @@ def _argument(tensor: Tensor) -> Operation | Kept:
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result from the numbers, which are kept."""
-    changed: dict[str, DeferredLogits] = {}
-    shared: set[int] = set()
-    if isinstance(func, torch._ops.OpOverload):
-        for at, argument in enumerate(func._schema.arguments):
-            value = args[at] if at < len(args) else kwargs.get(argument.name)
-            if argument.alias_info is None:
-                continue
-            for each in tree_leaves(value):
-                if isinstance(each, DeferredLogits):
-                    shared.add(id(each))
-                    if argument.alias_info.is_write:
-                        changed[argument.name] = each
+    shared, changed = _aliases(func, args, kwargs)
 
     def numbers(logits: DeferredLogits) -> Tensor:
         return logits.settle() if id(logits) in shared else logits.numbers()
 
     plain_args, plain_kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
-    if not changed:
-        return result
-    returns = func._schema.returns
-    written = [r for r in returns if r.alias_info is not None and r.alias_info.is_write]
-    if not written:
-        return result
-    (logits,) = changed.values()
-    return logits
+    if changed is None:
+        given = {id(a) for a in tree_leaves((plain_args, plain_kwargs)) if isinstance(a, Tensor)}
+        # Autograd writes into what it gets, which must not be what is kept here.
+        return tree_map_only(Tensor, lambda t: t.detach() if id(t) in given else t, result)
+    if torch.Tag.inplace_view in func.tags:
+        with no_dispatch():  # gives the tensor, that has no numbers, its new shape
+            func(*args, **kwargs)
+    return changed if func._schema.returns else result
+
+
+def _aliases(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[set[int], DeferredLogits | None]:
+    """The identities of the tensors whose memory the result of an operator has, and the tensor
+    that it changes."""
+    shared: set[int] = set()
+    changed = None
+    if isinstance(func, torch._ops.OpOverload):
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for each in tree_leaves(value):
+                if isinstance(each, DeferredLogits):
+                    shared.add(id(each))
+                    changed = each if argument.alias_info.is_write else changed
+    return shared, changed
 
 
 def _as_any_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+    return _as_plain(func, args, kwargs)
+
+
+_NO_MEMORY = (
+    "its data is not allocated yet",
+    "Cannot copy out of meta tensor",
+    "Cannot access data pointer",
+    "Attempted to access the data pointer on an invalid python storage",
+)
+"""What functions say that read memory themselves, of a tensor that has none."""
 
 
 def _as_plain(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """For what reads memory itself."""
     args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.plain, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _in_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """For what changes memory itself."""
+    _as_plain(func, args, kwargs)
+    return args[0]
 
 
 def _storage(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -427,6 +476,8 @@ def _shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     logits = args[0]
     if not logits.is_deferred:
         return str(func(logits.plain(), *args[1:], **kwargs))
+    if func is Tensor.__format__:
+        return object.__format__(logits, *args[1:], **kwargs)  # the same text, with no width
     grad = ", requires_grad=True" if logits.requires_grad else ""
     return (
         f"DeferredLogits(shape={tuple(logits.shape)}, dtype={logits.dtype}, "
@@ -436,6 +487,7 @@ def _shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 _LOOKS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     **dict.fromkeys((Tensor.__repr__, Tensor.__format__), _shown),
+    **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.share_memory_), _in_memory),
     Tensor.untyped_storage: _storage,
     Tensor._is_view: _is_view,
     **dict.fromkeys(
@@ -444,12 +496,13 @@ _LOOKS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.__array__,
             Tensor.cpu,
             Tensor.data_ptr,
+            *([Tensor.const_data_ptr] if hasattr(Tensor, "const_data_ptr") else []),
             Tensor.storage,
             Tensor.__deepcopy__,
             Tensor.__reduce_ex__,
             Tensor.__dlpack__,
             Tensor.pin_memory,
-            Tensor.share_memory_,
+            Tensor.tolist,
             Tensor.data.__get__,  # type: ignore[attr-defined]
         ),
         _as_plain,

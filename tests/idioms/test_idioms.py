@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
+from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.options import Options
 from cce_inductor.report import LossReport
 from cce_inductor.rewrite import rewrite
@@ -106,10 +107,13 @@ def compiled(name: str) -> tuple[Outcome, list[LossReport], list[GraphModule]]:
     reports: list[LossReport] = []
     graphs: list[GraphModule] = []
 
-    def backend(module, example_inputs):
-        reports.extend(rewrite(module, options))
+    def compiler(module, example_inputs):
+        reports.extend(rewrite(module, options, deferral=deferral_for(module)))
         graphs.append(module)
         return module.forward
+
+    def backend(module, example_inputs):
+        return compile_with_deferral(compiler, module, example_inputs)
 
     torch._dynamo.reset()
     code, arguments = idiom.make()

@@ -161,13 +161,13 @@ def test_bfloat16_llama(autocast):
 
 @pytest.mark.parametrize("make", [llama, bert])
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_returned_logits_are_left_alone(make, return_dict):
+def test_returned_logits_are_left_alone_if_they_must_not_be_deferred(make, return_dict):
     model = build(make)
 
     def whole_output(ids, labels):
         return model(ids, labels=labels, return_dict=return_dict)
 
-    with cce_inductor.installed(min_logits_bytes=0):
+    with cce_inductor.installed(min_logits_bytes=0, defer_logits="never"):
         explanation = cce_inductor.explain(whole_output, *batch())
     (report,) = explanation.losses
     assert not report.rewritten
