@@ -172,3 +172,11 @@ def wrap_inductor(wrapper: Callable[..., Any]) -> Callable[[], None] | None:
             owner.__call__ = original
 
     return restore
+
+
+def forbid_memory(tensor: torch.Tensor) -> None:
+    """Lets code that reads the memory of a tensor without any raise an error, not crash."""
+    for name in ("_set_throw_on_mutable_data_ptr", "_set_throw_on_immutable_data_ptr"):
+        forbid = getattr(torch._C, name, None)
+        if forbid is not None:
+            forbid(tensor)

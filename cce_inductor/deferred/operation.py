@@ -59,10 +59,6 @@ class Operation:
         """Its result is that of a deferred tensor, as long as that lives."""
         self.tensor = weakref.ref(tensor)
 
-    def is_nobodys(self) -> None:
-        """Its result is no more that of the tensor, which may change."""
-        self.tensor = lambda: None
-
     @functools.cached_property
     def is_real(self) -> bool:
         """Whether it reads only plain tensors: nothing waits while a compiler traces."""
@@ -86,15 +82,14 @@ class Operation:
     def history(self) -> list[Operation]:
         """All operations up to this one, each after those that it reads."""
         found: dict[int, Operation] = {}
-
-        def visit(operation: Operation) -> None:
-            if id(operation) not in found:
-                for argument in operation.arguments:
-                    if isinstance(argument, Operation):
-                        visit(argument)
-                found[id(operation)] = operation
-
-        visit(self)
+        pending = [self]
+        while pending:
+            operation = pending[-1]
+            before = [a for a in operation.arguments if isinstance(a, Operation)]
+            missing = [a for a in before if id(a) not in found]
+            pending += missing
+            if not missing:
+                found[id(pending.pop())] = operation
         return list(found.values())
 
     def compute(self) -> Any:
@@ -108,9 +103,12 @@ class Operation:
         return self.function(*args, **kwargs)
 
     def result(self) -> Any:
-        """The numbers of the tensor that it belongs to, or what `compute` returns."""
+        """The numbers of the tensor that it belongs to, or what `compute` returns if that is gone
+        or may have been changed."""
         tensor = self.tensor()
-        return self.compute() if tensor is None else tensor.numbers()
+        if tensor is None or tensor.root.is_settled:
+            return self.compute()
+        return tensor.numbers()
 
 
 def detached(operation: Operation) -> Operation:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .. import compat
 from ..location import in_torch
 from . import cost, fused, lazy
 from .operation import Operation, detached, product, strided
@@ -47,7 +48,7 @@ class DeferredLogits(Tensor):
     _stored: Tensor | None
     _parent: DeferredLogits | None
     _of_parent: Callable[[Tensor], Tensor]
-    _is_settled: bool
+    is_settled: bool  # whether the numbers are all that it is: it may have been changed
     _lock: threading.RLock
 
     @staticmethod
@@ -62,10 +63,11 @@ class DeferredLogits(Tensor):
             dtype=like.dtype,
             device=device,
         )
+        compat.forbid_memory(self)
         self._operation = operation
         self._stored = None
         self._parent = None
-        self._is_settled = False
+        self.is_settled = False
         self._lock = threading.RLock()
         operation.belongs_to(self)
         return self
@@ -85,7 +87,7 @@ class DeferredLogits(Tensor):
         """A plain tensor without gradient."""
         with self.root._lock, torch.inference_mode(self.is_inference()), torch.no_grad():
             parent = self._parent
-            if parent is not None and not self._is_settled and self._shares_memory_of(parent):
+            if parent is not None and not self.is_settled and self._shares_memory_of(parent):
                 return self._of_parent(parent.numbers())
             if self._stored is None:
                 self._stored = self._computed()
@@ -94,17 +96,16 @@ class DeferredLogits(Tensor):
     def _shares_memory_of(self, parent: DeferredLogits) -> bool:
         """Whether its numbers are taken from the parent's, as those of few rows need not be."""
         whole = self.numel() == parent.numel()
-        return whole or not parent.is_deferred or parent._is_settled
+        return whole or not parent.is_deferred or parent.is_settled
 
     def settle(self) -> Tensor:
         """The numbers, which from now on are what it is, in memory that its views share."""
         with self.root._lock:
-            if not self._is_settled:
+            if not self.is_settled:
                 if self._parent is not None:
                     self._parent.settle()
                 self._stored = self.numbers()
-                self._is_settled = True
-                self._operation.is_nobodys()
+                self.is_settled = True
             assert self._stored is not None
             return self._stored
 
@@ -134,10 +135,10 @@ class DeferredLogits(Tensor):
         """How it is computed, for a reduction that skips it; None if it must not be skipped."""
         if not self.is_deferred or not self._operation.is_real:
             return None
-        if self.requires_grad:
-            watched = any(operation.is_watched for operation in self._operation.history())
-            return None if watched else self._operation
-        return detached(self._operation)
+        if not self.requires_grad:
+            return detached(self._operation)
+        watched = any(operation.is_watched for operation in self._operation.history())
+        return None if watched or self.is_leaf else self._operation
 
     def watch(self) -> None:
         """From now on gradients pass here.
@@ -289,11 +290,14 @@ class _Plain(torch.autograd.Function):
 
 def _reduced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A reduction of deferred logits, NotImplemented if it needs the numbers."""
-    operations = tree_map_only(DeferredLogits, DeferredLogits.known, (args, kwargs))
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return NotImplemented  # a torch.func transform may want to see inside
     given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, DeferredLogits)]
     if not given or any(logits.known() is None for logits in given):
         return NotImplemented
-    return fused.reduce(target, *operations)
+    return fused.reduce(
+        target, *tree_map_only(DeferredLogits, DeferredLogits.known, (args, kwargs))
+    )
 
 
 def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -377,7 +381,11 @@ def _argument(tensor: Tensor) -> Operation | Kept:
     """A tensor as an argument of an operation that waits."""
     if isinstance(tensor, DeferredLogits):
         operation = tensor._operation
-        return operation if tensor.requires_grad else detached(operation)
+        if not tensor.requires_grad:
+            return detached(operation)
+        if tensor.is_leaf:  # also a view that was taken under no_grad
+            tensor.watch()
+        return operation
     # Nobody knows when it is read, so what has no gradient is copied: it is small.
     return Kept(tensor if tensor.requires_grad else tensor.clone(), "an operand")
 
@@ -389,6 +397,8 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def numbers(logits: DeferredLogits) -> Tensor:
         return logits.settle() if id(logits) in shared else logits.numbers()
 
+    if func in _NEW:
+        numbers = _NEW[func]
     plain_args, plain_kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     if changed is None:
@@ -399,6 +409,42 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with no_dispatch():  # gives the tensor, that has no numbers, its new shape
             func(*args, **kwargs)
     return changed if func._schema.returns else result
+
+
+def _no_elements(logits: DeferredLogits) -> Tensor:
+    return torch.empty(0, dtype=logits.dtype, device=logits.device)
+
+
+def _any_elements(logits: DeferredLogits) -> Tensor:
+    return torch.empty_strided(
+        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
+    )
+
+
+_NEW: dict[Any, Callable[[DeferredLogits], Tensor]] = {
+    **dict.fromkeys(
+        (
+            aten.new_empty.default,
+            aten.new_empty_strided.default,
+            aten.new_full.default,
+            aten.new_ones.default,
+            aten.new_zeros.default,
+        ),
+        _no_elements,
+    ),
+    **dict.fromkeys(
+        (
+            aten.empty_like.default,
+            aten.full_like.default,
+            aten.ones_like.default,
+            aten.rand_like.default,
+            aten.randn_like.default,
+            aten.zeros_like.default,
+        ),
+        _any_elements,
+    ),
+}
+"""What makes another tensor and reads no numbers, and what it is given in their place."""
 
 
 def _aliases(
@@ -472,6 +518,14 @@ def _watched(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return _as_any_tensor(func, args, kwargs)
 
 
+def _differentiated(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+    for each in tree_leaves(inputs):
+        if isinstance(each, DeferredLogits):
+            each.watch()
+    return _as_any_tensor(func, args, kwargs)
+
+
 def _shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     logits = args[0]
     if not logits.is_deferred:
@@ -514,9 +568,9 @@ _LOOKS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.register_post_accumulate_grad_hook,
             Tensor.requires_grad_,
             Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
-            torch.autograd.grad,
         ),
         _watched,
     ),
+    torch.autograd.grad: _differentiated,
 }
 """What is neither a reduction nor an operation on numbers."""

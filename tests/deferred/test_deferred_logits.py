@@ -1,0 +1,834 @@
+"""DeferredLogits by themselves: what waits, what is reduced, what computes, and what it refuses."""
+
+import copy
+import gc
+import io
+import pickle
+import re
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cce_inductor.deferred import cost, fused
+from cce_inductor.deferred.stale import StaleLogitsError
+from cce_inductor.deferred.tensor import DeferredLogits, defer, with_strides
+from cce_inductor.testing import relative_error
+
+BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 5, 8, 50
+TARGET = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+class Head:
+    """Leaves, and the logits made of them, deferred or not."""
+
+    def __init__(self, *, bias=False, dtype=torch.float32, requires_grad=True):
+        generator = torch.Generator().manual_seed(0)
+
+        def leaf(*shape):
+            value = torch.randn(shape, generator=generator).to(dtype)
+            return torch.nn.Parameter(value, requires_grad=requires_grad)
+
+        self.leaf = leaf(BATCH, LENGTH, HIDDEN)
+        self.hidden = self.leaf * 1.0  # a result, as that of a compiled function
+        self.weight = leaf(VOCABULARY, HIDDEN)
+        self.bias = leaf(VOCABULARY) if bias else None
+
+    @property
+    def leaves(self):
+        return [self.leaf, self.weight, *([] if self.bias is None else [self.bias])]
+
+    def deferred(self):
+        return defer(self.hidden, self.weight, self.bias, self.hidden.dtype)
+
+    def plain(self):
+        return F.linear(self.hidden, self.weight, self.bias)
+
+    def exact(self):
+        exact = Head.__new__(Head)
+        exact.leaf = self.leaf.detach().double().requires_grad_(self.leaf.requires_grad)
+        exact.hidden = exact.leaf * 1.0
+        exact.weight = self.weight.detach().double().requires_grad_(self.weight.requires_grad)
+        exact.bias = None
+        if self.bias is not None:
+            exact.bias = self.bias.detach().double().requires_grad_(self.bias.requires_grad)
+        return exact
+
+
+def assert_same_gradients(head, backward):
+    """`backward` of a head that is not deferred gives the gradients that `head` has."""
+    other = Head(bias=head.bias is not None)
+    backward(other)
+    for mine, theirs in zip(head.leaves, other.leaves, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def value_and_gradients(head, fn, logits):
+    value = fn(logits)
+    value = value if isinstance(value, torch.Tensor) else sum(v.sum() for v in value)
+    weights = torch.arange(1, value.numel() + 1).view(value.shape)
+    total = (value * weights).sum()
+    gradients = torch.autograd.grad(total, head.leaves, retain_graph=True, allow_unused=True)
+    return [value.detach(), *gradients]
+
+
+def assert_as_accurate(fn, *, bias=False, dtype=torch.float32, computed=False):
+    """`fn` of deferred logits is as near to float64 as `fn` of a tensor."""
+    head = Head(bias=bias, dtype=dtype)
+    logits = head.deferred()
+    got = value_and_gradients(head, fn, logits)
+    assert logits.is_deferred != computed
+    want = value_and_gradients(head, fn, head.plain())
+    exact_head = head.exact()
+    exact = value_and_gradients(exact_head, fn, exact_head.plain())
+    for mine, theirs, reference in zip(got, want, exact, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is None:
+            continue
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+        slack = 2 * torch.finfo(dtype).eps
+        assert relative_error(mine, reference) <= 1.5 * relative_error(theirs, reference) + slack
+
+
+WAITING = {
+    "view": lambda z: z.view(-1, VOCABULARY),
+    "reshape": lambda z: z.reshape(LENGTH, BATCH, VOCABULARY),
+    "flatten": lambda z: z.flatten(0, 1),
+    "rows": lambda z: z[:, :-1],
+    "ellipsis": lambda z: z[..., 1:, :],
+    "one row": lambda z: z[:, -1],
+    "one row kept": lambda z: z[:, -1:, :],
+    "contiguous rows": lambda z: z[:, :-1].contiguous(),
+    "rows flattened": lambda z: z[:, :-1].reshape(-1, VOCABULARY),
+    "index": lambda z: z[torch.tensor([1, 0])],
+    "index of rows": lambda z: z.view(-1, VOCABULARY)[torch.tensor([3, 3, 1])],
+    "mask": lambda z: z[TARGET > 20],
+    "index_select": lambda z: z.index_select(1, torch.tensor([0, 2])),
+    "narrow": lambda z: z.narrow(1, 1, 2),
+    "transpose": lambda z: z.transpose(0, 1),
+    "permute": lambda z: z.permute(1, 0, 2),
+    "channels first": lambda z: z.transpose(1, 2),
+    "T": lambda z: z.view(-1, VOCABULARY).T,
+    "mT": lambda z: z.mT,
+    "unsqueeze": lambda z: z.unsqueeze(1),
+    "squeeze": lambda z: z[:1].squeeze(0),
+    "split": lambda z: z.split(2, dim=1)[1],
+    "chunk": lambda z: z.chunk(2, dim=1)[0],
+    "unbind": lambda z: z.unbind(0)[1],
+    "iteration": lambda z: next(iter(z)),
+    "float": lambda z: z.float(),
+    "to": lambda z: z.to(torch.float64),
+    "double": lambda z: z.double(),
+    "bfloat16": lambda z: z.bfloat16(),
+    "same device": lambda z: z.to("cpu"),
+    "detach": lambda z: z.detach(),
+    "clone": lambda z: z.clone(),
+    "contiguous": lambda z: z.contiguous(),
+    "expand": lambda z: z[:1].expand(3, LENGTH, VOCABULARY),
+    "scaled": lambda z: z / 0.7,
+    "softcap": lambda z: 30 * torch.tanh(z / 30),
+    "masked vocabulary": lambda z: z.masked_fill(torch.arange(VOCABULARY) > 45, -1e9),
+    "row mask": lambda z: torch.where((TARGET > 20)[..., None], z, 0.0),
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "softmax": lambda z: F.softmax(z, dim=-1, dtype=torch.float32),
+    "slice of the vocabulary": lambda z: z[..., :40],
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("change", WAITING.values(), ids=WAITING)
+def test_waits(change, bias):
+    """Nothing is computed, the shape is right, and so are the numbers and gradients at a look."""
+    head = Head(bias=bias)
+    logits = head.deferred()
+    changed, plain = change(logits), change(head.plain())
+    assert isinstance(changed, DeferredLogits)
+    assert logits.is_deferred
+    assert changed.is_deferred
+    assert (changed.shape, changed.dtype) == (plain.shape, plain.dtype)
+    assert changed.stride() == plain.stride()
+    assert changed.requires_grad == plain.requires_grad
+    assert changed.storage_offset() == plain.storage_offset()
+    numbers = changed.numbers()
+    assert type(numbers) is torch.Tensor
+    assert numbers.stride() == plain.stride()
+    torch.testing.assert_close(numbers, plain.detach(), rtol=1e-5, atol=1e-5)
+    if changed.requires_grad:
+        assert_as_accurate(lambda z: change(z).double().pow(2).cumsum(0), bias=bias, computed=None)
+
+
+ROWS_ONLY = ["rows", "one row", "index of rows", "mask", "narrow", "rows flattened"]
+
+
+@pytest.mark.parametrize("name", ROWS_ONLY)
+def test_few_rows_are_computed_alone(name):
+    logits = Head().deferred()
+    changed = WAITING[name](logits)
+    changed.numbers()
+    assert logits.is_deferred
+
+
+REDUCTIONS = {
+    "cross_entropy": lambda z: F.cross_entropy(z.view(-1, VOCABULARY), TARGET.view(-1)),
+    "module": lambda z: torch.nn.CrossEntropyLoss()(z.transpose(1, 2), TARGET),
+    "shifted": lambda z: F.cross_entropy(
+        z[:, :-1].reshape(-1, VOCABULARY).float(), TARGET[:, 1:].reshape(-1)
+    ),
+    "shifted and contiguous": lambda z: F.cross_entropy(
+        z[..., :-1, :].contiguous().view(-1, VOCABULARY), TARGET[:, 1:].reshape(-1)
+    ),
+    "ignored": lambda z: F.cross_entropy(
+        z.flatten(0, 1), TARGET.flatten().masked_fill(TARGET.flatten() > 25, -100)
+    ),
+    "smoothed": lambda z: F.cross_entropy(
+        z.flatten(0, 1), TARGET.flatten(), label_smoothing=0.1, reduction="sum"
+    ),
+    "per token": lambda z: F.cross_entropy(z.flatten(0, 1), TARGET.flatten(), reduction="none"),
+    "masked rows": lambda z: F.cross_entropy(z[TARGET > 20], TARGET[TARGET > 20]),
+    "nll": lambda z: F.nll_loss(z.log_softmax(-1).flatten(0, 1), TARGET.flatten()),
+    "log-probabilities": lambda z: z.log_softmax(-1).gather(-1, TARGET[..., None]).squeeze(-1),
+    "temperature": lambda z: (z / 0.7).log_softmax(-1).gather(-1, TARGET[..., None]),
+    "selective": lambda z: z.gather(-1, TARGET[..., None]).squeeze(-1) - z.logsumexp(-1),
+    "label smoother": lambda z: (-z.log_softmax(-1)).sum(-1, keepdim=True),
+    "logsumexp": lambda z: torch.logsumexp(z, -1),
+    "z-loss": lambda z: z.logsumexp(-1).pow(2).mean(),
+    "entropy": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "max": lambda z: z.max(-1).values,
+    "amax": lambda z: z.amax(-1),
+    "topk": lambda z: z.topk(3).values,
+    "softcapped": lambda z: F.cross_entropy(
+        (30 * torch.tanh(z / 30)).flatten(0, 1), TARGET.flatten()
+    ),
+    "kl_div": lambda z: F.kl_div(
+        z.log_softmax(-1),
+        torch.full((BATCH, LENGTH, VOCABULARY), 0.02, dtype=z.dtype),
+        reduction="sum",
+    ),
+    "channels first": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
+    "mean": lambda z: z.mean(-1),
+    "unbound": lambda z: F.cross_entropy(z.unbind(0)[0], TARGET[0]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduce", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_reduced_without_the_numbers(reduce, dtype):
+    assert_as_accurate(reduce, dtype=dtype)
+    assert_as_accurate(reduce, dtype=dtype, bias=True)
+
+
+INDICES = {
+    "argmax": lambda z: z.argmax(-1),
+    "torch.argmax": lambda z: torch.argmax(z.view(-1, VOCABULARY), dim=1),
+    "max": lambda z: z.max(dim=-1).indices,
+    "topk": lambda z: z.topk(4).indices,
+    "argmin": lambda z: z.argmin(-1),
+    "accuracy": lambda z: (z[:, :-1].argmax(-1) == TARGET[:, 1:]).float().mean(),
+}
+
+
+@pytest.mark.parametrize("reduce", INDICES.values(), ids=INDICES)
+def test_indices(reduce):
+    head = Head()
+    logits = head.deferred()
+    got = reduce(logits)
+    assert type(got) is torch.Tensor
+    assert logits.is_deferred
+    assert torch.equal(got, reduce(head.plain()))
+
+
+def test_namedtuples():
+    head = Head()
+    values, indices = got = head.deferred().max(-1)
+    assert type(got) is torch.return_types.max
+    assert type(head.deferred().topk(2)) is torch.return_types.topk
+    torch.testing.assert_close(values, head.plain().max(-1).values)
+    assert torch.equal(indices, head.plain().max(-1).indices)
+
+
+COMPUTED = {
+    "norm": lambda z: z.norm(),
+    "sort": lambda z: z.sort(-1).values,
+    "cumsum": lambda z: z.cumsum(-1),
+    "std": lambda z: z.std(-1),
+    "matmul": lambda z: z @ torch.ones(VOCABULARY, 3, dtype=z.dtype),
+    "einsum": lambda z: torch.einsum("blv,bwv->blw", z, z),
+    "cat": lambda z: torch.cat([z, z]),
+    "stack": lambda z: torch.stack([z, z]),
+    "entries": lambda z: z[..., 3] * 2,
+    "diagonal": lambda z: z.diagonal(0, 1, 2),
+    "roll": lambda z: z.roll(1, 0),
+    "as large": lambda z: (z + torch.ones(BATCH, LENGTH, VOCABULARY, dtype=z.dtype)).cumsum(0),
+}
+
+
+@pytest.mark.parametrize("fn", COMPUTED.values(), ids=COMPUTED)
+def test_anything_else_computes(fn):
+    assert_as_accurate(fn, bias=True, computed=True)
+
+
+def test_computed_once():
+    head = Head()
+    logits = head.deferred()
+    logits.sort(-1)
+    first = logits.numbers()
+    logits.cumsum(0)
+    (logits * 2).norm()
+    assert logits.numbers() is first
+    assert not logits.is_deferred
+
+
+def test_a_look_under_no_grad_takes_no_gradient():
+    head = Head()
+    logits = head.deferred()
+    with torch.no_grad():
+        logits.norm()
+    with torch.inference_mode():
+        logits.std()
+    logits.norm().backward()
+    assert_same_gradients(head, lambda other: other.plain().norm().backward())
+
+
+def test_without_gradient():
+    head = Head(requires_grad=False)
+    logits = head.deferred()
+    assert not logits.requires_grad
+    assert logits.grad_fn is None
+    loss = F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
+    assert not loss.requires_grad
+    assert logits.is_deferred
+
+
+def test_what_a_tensor_says_without_being_computed():
+    logits = Head().deferred()
+    assert isinstance(logits, torch.Tensor)
+    assert torch.is_tensor(logits)
+    assert logits.shape == (BATCH, LENGTH, VOCABULARY)
+    assert logits.size(-1) == VOCABULARY
+    assert (logits.dim(), logits.ndim, len(logits), logits.numel()) == (3, 3, BATCH, 500)
+    assert (logits.dtype, logits.device, logits.layout) == (
+        torch.float32,
+        torch.device("cpu"),
+        torch.strided,
+    )
+    assert logits.stride() == (LENGTH * VOCABULARY, VOCABULARY, 1)
+    assert logits.is_contiguous()
+    assert logits.is_floating_point()
+    assert (logits.nbytes, logits.itemsize, logits.element_size()) == (2000, 4, 4)
+    assert logits.requires_grad
+    assert not logits.is_leaf
+    assert logits.grad_fn is not None
+    assert logits._version == 0
+    assert logits.is_deferred
+    assert (
+        repr(logits)
+        == str(logits)
+        == f"{logits}"
+        == (
+            "DeferredLogits(shape=(2, 5, 50), dtype=torch.float32, device='cpu', requires_grad=True, "
+            "not computed)"
+        )
+    )
+    assert repr([logits]) == f"[{logits}]"
+    assert logits.is_deferred
+    logits.norm()
+    assert repr(logits).startswith("tensor([[[")
+
+
+def test_new_tensors_of_its_kind_do_not_compute_it():
+    logits = Head().deferred()
+    assert torch.zeros_like(logits).sum() == 0
+    assert logits.new_empty(3).shape == (3,)
+    assert logits.is_deferred
+
+
+def test_strides():
+    logits = Head().deferred()
+    strides = (LENGTH * VOCABULARY * 2, VOCABULARY * 2, 1)
+    other = with_strides(logits, strides)
+    assert other.stride() == strides
+    assert logits.is_deferred
+    assert with_strides(logits, logits.stride()) is logits
+    assert other.numbers().stride() == strides
+    assert torch.equal(other.numbers(), logits.numbers())
+    assert_as_accurate(lambda z: with_strides(z, strides).logsumexp(-1))
+    assert_as_accurate(lambda z: with_strides(z, strides).cumsum(-1), computed=True)
+
+
+# What is changed in place
+
+
+IN_PLACE = {
+    "div_": lambda z: z.div_(2),
+    "statement": lambda z: z.__imul__(3),
+    "setitem": lambda z: z.__setitem__((..., slice(40, None)), -7.0),
+    "masked_fill_": lambda z: z.masked_fill_(torch.arange(VOCABULARY) > 40, -3.0),
+    "of a view": lambda z: z.view(-1, VOCABULARY)[2:4].zero_(),
+    "of rows": lambda z: z[:, -1].mul_(2),
+    "of a diagonal": lambda z: z.diagonal(0, 1, 2).add_(1),
+    "out": lambda z: torch.mul(z.detach(), 2, out=z.detach()),
+    "copy_": lambda z: z.copy_(torch.ones_like(z)),
+    "scatter_": lambda z: z.scatter_(-1, TARGET[..., None], 0.5),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+def test_changed_in_place(change):
+    """Views and what was taken before see what they see of a tensor, and so do gradients."""
+    outcomes = []
+    head = Head(bias=True)
+    for logits in (head.deferred(), head.plain()):
+        before = logits.clone()
+        view, rows = logits.view(-1, VOCABULARY), logits[:, -1]
+        half = rows.float() * 0.5
+        change(logits)
+        assert logits._version > 0
+        values = [logits, before, view, rows, half, logits[:, 1:].logsumexp(-1)]
+        total = sum((value * (number + 1)).cumsum(-1).sum() for number, value in enumerate(values))
+        gradients = torch.autograd.grad(total, head.leaves, retain_graph=True)
+        outcomes.append([*(value.detach() + 0 for value in values), *gradients])
+    for mine, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_view_that_was_looked_at_follows_the_tensor():
+    logits = Head().deferred()
+    rows = logits[:, -1]
+    rows.norm()
+    assert logits.is_deferred
+    with torch.no_grad():
+        logits.zero_()
+    assert rows.norm() == 0
+    with torch.no_grad():
+        rows.fill_(1)
+    assert logits.sum() == rows.numel()
+
+
+# Gradients that somebody asks for
+
+
+def test_retained_gradient():
+    head = Head()
+    logits = head.deferred()
+    logits.retain_grad()
+    F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
+    theirs = Head().plain()
+    theirs.retain_grad()
+    F.cross_entropy(theirs.flatten(0, 1), TARGET.flatten()).backward()
+    torch.testing.assert_close(logits.grad, theirs.grad)
+
+
+def test_hook():
+    head = Head()
+    logits = head.deferred()
+    seen = []
+    logits.register_hook(lambda grad: seen.append(grad.shape) or grad * 2)
+    F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
+    assert seen == [logits.shape]
+
+    def twice(other):
+        (2 * F.cross_entropy(other.plain().flatten(0, 1), TARGET.flatten())).backward()
+
+    assert_same_gradients(head, twice)
+
+
+def test_gradient_of_the_logits():
+    head = Head()
+    logits = head.deferred()
+    logits.retain_grad()
+    loss = F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    theirs = head.plain()
+    expected = torch.autograd.grad(F.cross_entropy(theirs.flatten(0, 1), TARGET.flatten()), theirs)[
+        0
+    ]
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda logits, loss: torch.autograd.grad(loss, logits),
+        lambda logits, loss: torch.autograd.grad(loss, inputs=[logits], allow_unused=True),
+        lambda logits, loss: logits.retain_grad(),
+        lambda logits, loss: logits.register_hook(print),
+    ],
+)
+def test_a_gradient_that_a_loss_has_skipped_is_an_error(ask):
+    logits = Head().deferred()
+    loss = F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
+    with pytest.raises(RuntimeError, match=r'defer_logits="never"'):
+        ask(logits, loss)
+
+
+def test_a_leaf_made_of_them_gets_its_gradient():
+    """As chunked losses do: detach, take the gradient there, and pass it on."""
+    head = Head()
+    logits = head.deferred()
+    leaf = logits.detach().requires_grad_()
+    assert leaf.is_leaf
+    F.cross_entropy(leaf.flatten(0, 1), TARGET.flatten()).backward()
+    logits.backward(leaf.grad)
+
+    def whole(other):
+        F.cross_entropy(other.plain().flatten(0, 1), TARGET.flatten()).backward()
+
+    assert_same_gradients(head, whole)
+
+
+def test_torch_autograd_backward():
+    head = Head()
+    grad = torch.ones(BATCH, LENGTH, VOCABULARY)
+    torch.autograd.backward(head.deferred(), grad)
+    assert_same_gradients(head, lambda other: torch.autograd.backward(other.plain(), grad))
+
+
+def test_what_is_detached_halfway_stays_detached():
+    def fn(z):
+        with torch.no_grad():
+            p = z.softmax(-1)
+        return (p * z).sum(-1)
+
+    assert_as_accurate(fn)
+    assert_as_accurate(lambda z: (z.detach().softmax(-1) * z).sum(-1))
+
+    def view_without_gradient(z):
+        with torch.no_grad():
+            rows = z.view(-1, VOCABULARY)
+        return rows.logsumexp(-1).sum() + z.logsumexp(-1).sum()
+
+    # Such a view is a leaf, where gradients end.
+    assert_as_accurate(view_without_gradient, computed=True)
+
+
+def test_second_derivative():
+    outcomes = []
+    for make in (Head.deferred, Head.plain):
+        head = Head()
+        logits = make(head)
+        (first,) = torch.autograd.grad(
+            logits.pow(3).cumsum(-1).sum(), head.weight, create_graph=True
+        )
+        outcomes.append(torch.autograd.grad(first.pow(2).sum(), head.leaves))
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-2)
+
+
+# What they are computed from
+
+
+def optimizer_step(head):
+    with torch.no_grad():
+        head.weight.add_(1e-3)
+
+
+CHANGES = {
+    "optimizer": (optimizer_step, "the weight"),
+    "data": (lambda head: head.weight.data.mul_(1.01), "the weight"),
+    "kernel": (lambda head: head.weight.detach().numpy().__imul__(1.01), "the weight"),
+    "replaced": (
+        lambda head: setattr(head.weight, "data", head.weight.data.clone()),
+        "the weight",
+    ),
+    "bias": (lambda head: head.bias.data.add_(1), "the bias"),
+    "hidden": (lambda head: head.hidden.detach().zero_(), "the hidden state"),
+    "freed": (lambda head: head.weight.untyped_storage().resize_(0), "the weight"),
+}
+
+
+@pytest.mark.parametrize(("change", "name"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda z: z.norm(),
+        lambda z: z.argmax(-1),
+        lambda z: F.cross_entropy(z.flatten(0, 1), TARGET.flatten()),
+        lambda z: z[:, -1].tolist(),
+        lambda z: z.float().cpu(),
+        lambda z: pickle.dumps(z),
+    ],
+    ids=["norm", "argmax", "loss", "rows", "cpu", "pickle"],
+)
+def test_changed_since(change, name, look):
+    head = Head(bias=True)
+    logits = head.deferred()
+    change(head)
+    with pytest.raises(StaleLogitsError) as error:
+        look(logits)
+    assert re.search(rf"and {name}, which they are computed from, was .* since", str(error.value))
+    assert 'defer_logits="never"' in str(error.value)
+
+
+def test_computed_before_the_change():
+    head = Head(bias=True)
+    logits, expected = head.deferred(), head.plain().detach()
+    logits.norm()
+    optimizer_step(head)
+    torch.testing.assert_close(logits.detach() + 0, expected)
+
+
+def test_shape_after_the_change():
+    head = Head()
+    logits = head.deferred()
+    optimizer_step(head)
+    assert logits.view(-1, VOCABULARY).shape == (10, VOCABULARY)
+    assert "not computed" in repr(logits)
+
+
+def test_an_operand_may_change():
+    """What a pointwise function read is what it was then."""
+    head = Head()
+    scale, rows = torch.full((VOCABULARY,), 2.0), torch.tensor([0, 1])
+    logits = head.deferred()
+    scaled, taken = logits * scale, logits[rows]
+    scale.zero_()
+    rows.zero_()
+    torch.testing.assert_close(scaled + 0, head.plain() * 2)
+    torch.testing.assert_close(taken + 0, head.plain()[:2])
+
+
+def test_nan_weights_are_not_a_change():
+    head = Head()
+    with torch.no_grad():
+        head.weight[0] = torch.nan
+    assert head.deferred().isnan().any()
+
+
+# Other homes
+
+
+HOMES = {
+    "pickle": lambda z: pickle.loads(pickle.dumps(z.detach())),
+    "deepcopy": lambda z: copy.deepcopy(z.detach()),
+    "numpy": lambda z: torch.from_numpy(z.detach().numpy()),
+    "array": lambda z: torch.from_numpy(__import__("numpy").asarray(z.detach())),
+    "cpu": lambda z: z.cpu(),
+    "dlpack": lambda z: torch.from_dlpack(z.detach()),
+    "list": lambda z: torch.tensor(z.tolist()),
+    "storage": lambda z: torch.tensor(list(z.contiguous().storage())).view(z.shape),
+    "data": lambda z: z.data,
+    "share_memory_": lambda z: z.detach().share_memory_().cpu(),
+    "collate": lambda z: torch.utils.data.default_collate([z.detach()])[0],
+}
+
+
+@pytest.mark.parametrize("move", HOMES.values(), ids=HOMES)
+@pytest.mark.parametrize("change", [lambda z: z, lambda z: z[:, 1:]], ids=["all", "rows"])
+def test_other_homes(move, change):
+    head = Head()
+    moved = move(change(head.deferred()))
+    assert type(moved) is torch.Tensor
+    torch.testing.assert_close(moved.detach(), change(head.plain()).detach())
+
+
+def test_what_reads_memory_without_asking_is_an_error():
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(Head().deferred().detach())
+
+
+def test_saved():
+    head = Head()
+    file = io.BytesIO()
+    torch.save({"logits": head.deferred()}, file)
+    file.seek(0)
+    loaded = torch.load(file)["logits"]
+    assert type(loaded) is torch.Tensor
+    torch.testing.assert_close(loaded.detach(), head.plain().detach())
+
+
+def test_deepcopy_of_a_result_is_the_same_error():
+    with pytest.raises(RuntimeError, match="Only Tensors created explicitly by the user"):
+        copy.deepcopy(Head().deferred())
+    with pytest.raises(RuntimeError, match="requires grad"):
+        Head().deferred().numpy()
+
+
+def test_pinning_is_the_same_error():
+    def error(tensor):
+        try:
+            return type(tensor.pin_memory())
+        except Exception as why:
+            return type(why)
+
+    head = Head(requires_grad=False)
+    assert error(head.deferred()) == error(head.plain())
+
+
+# Warnings
+
+
+def warned(fn):
+    cost._told.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fn()
+    return [w for w in caught if "deferred logits are computed here" in str(w.message)]
+
+
+def large():
+    hidden, weight = torch.randn(1024, 4), torch.randn(5000, 4)
+    return defer(hidden, weight, None, torch.float32)
+
+
+def test_one_warning_for_each_place():
+    def look():
+        return large().norm()
+
+    def looks():
+        for _ in range(3):
+            look()
+        large().std()
+
+    first, second = warned(looks)
+    assert "1024x5000 float32, 19.53 MiB" in str(first.message)
+    assert first.filename == second.filename == __file__
+    assert first.lineno == look.__code__.co_firstlineno + 1
+    assert second.lineno == looks.__code__.co_firstlineno + 3
+
+
+def test_no_warning_for_what_is_cheap():
+    assert not warned(lambda: large()[:3].norm())
+    assert not warned(lambda: large().argmax(-1))
+    assert not warned(lambda: Head().deferred().norm())
+
+
+# References
+
+
+def test_nothing_keeps_them_alive():
+    """Without the garbage collector: there are no cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        head = Head()
+        logits = head.deferred()
+        derived = logits.view(-1, VOCABULARY).float()[1:] * 2
+        F.cross_entropy(derived, TARGET.flatten()[1:])
+        derived.norm()
+        logits.numbers()
+        alive = [weakref.ref(each) for each in (logits, derived, head.hidden)]
+        alive.append(weakref.ref(logits._operation))
+        del logits, derived
+        head.hidden = None
+        assert [each() for each in alive] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_no_leak_in_a_thousand_steps():
+    def step():
+        head = Head()
+        logits = head.deferred()
+        F.cross_entropy(
+            logits[:, :-1].reshape(-1, VOCABULARY), TARGET[:, 1:].reshape(-1)
+        ).backward()
+        logits.argmax(-1)
+        if step.number % 10 == 0:
+            logits.norm()
+        step.number += 1
+
+    step.number = 0
+    for _ in range(20):
+        step()
+    gc.collect()
+    tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+    plans = fused._reduction.cache_info().currsize
+    for _ in range(1000):
+        step()
+    gc.collect()
+    assert sum(isinstance(each, torch.Tensor) for each in gc.get_objects()) <= tensors
+    assert fused._reduction.cache_info().currsize == plans
+
+
+def test_threads_compute_once():
+    head = Head()
+    logits = head.deferred()
+    computed = []
+    original = DeferredLogits._computed
+
+    def counted(self):
+        computed.append(self)
+        return original(self)
+
+    results = []
+    barrier = threading.Barrier(8)
+
+    def look():
+        barrier.wait()
+        results.append(logits.norm().item())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeferredLogits, "_computed", counted)
+        threads = [threading.Thread(target=look) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(computed) == 1
+    assert len(set(results)) == 1
+
+
+def test_threads_reduce():
+    head = Head()
+    expected = head.plain().logsumexp(-1).detach()
+    results = []
+
+    def reduce():
+        for _ in range(20):
+            results.append(head.deferred().logsumexp(-1).detach())
+
+    threads = [threading.Thread(target=reduce) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 80
+    for result in results:
+        torch.testing.assert_close(result, expected)
+
+
+# Other worlds
+
+
+def test_functorch():
+    head = Head()
+    scale = torch.tensor(0.5)
+
+    def gradient(logits):
+        logits = logits.flatten(0, 1)
+        return torch.func.grad(lambda s: F.cross_entropy(logits * s, TARGET.flatten()))(scale)
+
+    torch.testing.assert_close(gradient(head.deferred()), gradient(head.plain()))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.vmap(lambda row: row.softmax(-1))(head.deferred()),
+            torch.vmap(lambda row: row.softmax(-1))(head.plain()),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Eager losses are computed wide under autocast, as they are of a tensor."""
+    head = Head(dtype=torch.float32)
+    losses = []
+    for logits in (defer(head.hidden, head.weight, None, dtype), None):
+        with torch.autocast("cpu", dtype):
+            logits = F.linear(head.hidden, head.weight) if logits is None else logits
+            assert logits.dtype == dtype
+            losses.append(F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()))
+    mine, theirs = losses
+    assert mine.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        head = Head(requires_grad=False)
+        head.hidden = head.hidden + 0
+        logits = head.deferred()
+        assert logits.is_inference()
+        assert torch.equal(logits.argmax(-1), head.plain().argmax(-1))
+        assert logits.is_deferred
+        torch.testing.assert_close(logits.sort(-1).values, head.plain().sort(-1).values)
