@@ -141,35 +141,50 @@ def passes_run_always() -> bool:
     return timing is None or timing() == "early"
 
 
-def wrap_inductor(wrapper: Callable[..., Any]) -> Callable[[], None] | None:
-    """Puts a function around what `torch.compile` calls to compile a graph with Inductor.
+Wrapper = Callable[[Callable[[Any, Any], Any], Any, Any], Any]
+"""Called with a compiler, a graph and its example inputs; calls the compiler."""
 
-    Args:
-        wrapper: called with the original, and its arguments after ``self``.
+
+def wrap_inductor(wrapper: Wrapper) -> Callable[[], None] | None:
+    """Puts a function around what `torch.compile` calls to compile a graph with Inductor.
 
     Returns:
         A function that takes it away again; None if the place was not found.
     """
     owner = getattr(torch, "_TorchCompileInductorWrapper", None)
-    if owner is None:
+    return _wrap_method(owner, "__call__", ["self", "model_", "inputs_"], wrapper)
+
+
+def wrap_backends(wrapper: Wrapper) -> Callable[[], None] | None:
+    """The same for what Dynamo calls to compile a graph with any backend."""
+    from torch._dynamo.output_graph import OutputGraph
+
+    return _wrap_method(
+        OutputGraph, "call_user_compiler", ["self", "gm", "example_inputs"], wrapper
+    )
+
+
+def _wrap_method(
+    owner: Any, name: str, parameters: list[str], wrapper: Wrapper
+) -> Callable[[], None] | None:
+    original = getattr(owner, name, None)
+    if owner is None or original is None:
         return None
-    original = owner.__call__
-    parameters = list(inspect.signature(original).parameters)
-    if parameters[:3] != ["self", "model_", "inputs_"]:
+    if list(inspect.signature(original).parameters)[:3] != parameters:
         return None
 
     @functools.wraps(original)
-    def call(self: Any, model_: Any, inputs_: Any, **kwargs: Any) -> Any:
+    def call(self: Any, module: Any, example_inputs: Any, **kwargs: Any) -> Any:
         def compiler(module: Any, example_inputs: Any) -> Any:
             return original(self, module, example_inputs, **kwargs)
 
-        return wrapper(compiler, model_, inputs_)
+        return wrapper(compiler, module, example_inputs)
 
-    owner.__call__ = call
+    setattr(owner, name, call)
 
     def restore() -> None:
-        if owner.__call__ is call:
-            owner.__call__ = original
+        if getattr(owner, name) is call:
+            setattr(owner, name, original)
 
     return restore
 

@@ -294,20 +294,26 @@ def _replace(
     except Exception:
         builder.undo()
         raise
+    replaced: dict[Node, Node] = {}
     for old, nodes in new:
         if isinstance(nodes, tuple):
-            for user in list(old.users):
-                user.replace_all_uses_with(nodes[user.args[1]])
-                graph.erase_node(user)
+            replaced |= {user: nodes[user.args[1]] for user in old.users}
         else:
-            old.replace_all_uses_with(nodes)
+            replaced[old] = nodes
+    for old, node in replaced.items():
+        old.replace_all_uses_with(node)
         graph.erase_node(old)
-    outputs = _return_instead(graph, heads) if heads else []
+    for old, nodes in new:
+        if isinstance(nodes, tuple):
+            graph.erase_node(old)
+    outputs = _return_instead(graph, heads, replaced) if heads else []
     _erase_unused(graph, decision, found)
     return outputs
 
 
-def _return_instead(graph: Graph, heads: dict[Node, Head]) -> list[int | DeferredOutput]:
+def _return_instead(
+    graph: Graph, heads: dict[Node, Head], replaced: dict[Node, Node]
+) -> list[int | DeferredOutput]:
     """Returns what deferred logits are made of in their place, each tensor once."""
     (output,) = graph.find_nodes(op="output")
     placeholders = graph.find_nodes(op="placeholder")
@@ -316,6 +322,7 @@ def _return_instead(graph: Graph, heads: dict[Node, Head]) -> list[int | Deferre
     results = [node for node in old if node not in heads]
 
     def source(node: Node) -> Source:
+        node = replaced.get(node, node)
         if node in placeholders:
             return Source("arguments", placeholders.index(node))
         if node not in results:

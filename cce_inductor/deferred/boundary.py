@@ -8,6 +8,7 @@ operations that do so in its graph, where the pass finds them like any others.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from .. import compat
+from ..mutation import mutated_storages, storage_of
 from ..returned import Deferral, DeferredOutput
 from . import fused
 from .operation import Operation
@@ -60,7 +62,7 @@ def compile_with_deferral(
         module: what Dynamo captured.
         example_inputs: its inputs.
     """
-    if any(isinstance(value, DeferredLogits) for value in example_inputs):
+    if _some_deferred(example_inputs):
         return _compiled_without_deferred(compiler, module, example_inputs)
     compiled = _compiled(compiler, module, example_inputs)
     return compiled if _is_whole(module) else _with_plain_arguments(compiled)
@@ -75,7 +77,55 @@ def _compiled(compiler: Compiler, module: GraphModule, example_inputs: Sequence[
         compiled = compiler(module, example_inputs)
     finally:
         _compilations.open.pop()
-    return compiled if deferral.outputs is None else _deferring(compiled, deferral.outputs)
+    if deferral.outputs is None:
+        return compiled
+    _tell_dynamo()
+    return _deferring(compiled, deferral.outputs)
+
+
+@functools.cache
+def _tell_dynamo() -> None:
+    """From the first deferred logits on, what any backend compiles can be given some."""
+    compat.wrap_backends(_compiled_by_any)
+
+
+def _compiled_by_any(
+    compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
+) -> Compiled:
+    compiled = compiler(module, example_inputs)
+    if not _some_deferred(example_inputs) or isinstance(compiled, _TakesDeferred):
+        return compiled
+    if _changes_deferred(module, example_inputs):
+        return _TakesDeferred(module)
+    return _with_plain_arguments(compiled)
+
+
+def _some_deferred(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, DeferredLogits) for value in values)
+
+
+def _changes_deferred(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph changes deferred logits in place: autograd must see it change them, and
+    not something else in their place."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    deferred = {
+        storage_of(node)
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, DeferredLogits)
+    }
+    return any(
+        storage in deferred for node in module.graph.nodes for storage in mutated_storages(node)
+    )
+
+
+class _TakesDeferred:
+    """A compiled function that takes deferred logits as they are."""
+
+    def __init__(self, call: Compiled):
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
 
 
 def _is_whole(module: GraphModule) -> bool:
@@ -163,6 +213,9 @@ def _compiled_without_deferred(
     compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
 ) -> Compiled:
     """Compiles a graph for what its deferred arguments are computed from."""
+    if _changes_deferred(module, example_inputs):
+        _log.info("a graph that changes deferred logits in place is not compiled")
+        return _TakesDeferred(module)
     try:
         unpacked = _Unpacked.of(example_inputs)
         inner = _accepting(module, example_inputs, unpacked)
@@ -172,7 +225,7 @@ def _compiled_without_deferred(
             "it; please report this with the traceback.",
             exc_info=True,
         )
-        return module
+        return _TakesDeferred(module)
     compiled = _compiled(compiler, inner, unpacked.values)
     fakes = [n.meta["example_value"] for n in inner.graph.find_nodes(op="placeholder")]
 
@@ -185,7 +238,7 @@ def _compiled_without_deferred(
             return module(*arguments)  # where nothing depends on how they are computed
         return compiled(*given.values)
 
-    return call
+    return _TakesDeferred(call)
 
 
 def _fits(tensor: Tensor, example: Tensor) -> bool:

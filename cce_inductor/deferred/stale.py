@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _SAMPLE = 1021
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,9 +61,10 @@ class Kept:
         if self._pointer is not None and tensor.data_ptr() != self._pointer:
             return "was moved or freed"
         if self._sample is not None and not _is_capturing(tensor):
-            now = _sample(tensor)
-            if now is None or not torch.equal(now, self._sample):
-                return "was written to (by an optimizer step, say)"
+            with _disable_current_modes():  # a compiler may be the one who asks
+                now = _sample(tensor)
+                if now is None or not torch.equal(now, self._sample):
+                    return "was written to (by an optimizer step, say)"
         return None
 
 

@@ -213,6 +213,8 @@ class DeferredLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         result = _derived(func, args, kwargs)
+        if result is NotImplemented and isinstance(func, torch._ops.OpOverload):
+            result = _decomposed(func, args, kwargs)
         return _computed(func, args, kwargs) if result is NotImplemented else result
 
 
@@ -343,6 +345,14 @@ def _is_small_beside(given: list[DeferredLogits], like: Tensor, arguments: Any) 
     others = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
     largest = max((a.numel() for a in others if not isinstance(a, DeferredLogits)), default=0)
     return all(like.shape == each.shape for each in given) and 2 * largest <= like.numel()
+
+
+def _decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of the operators that an operator is made of, which come one by one unless
+    autograd is out of the way, as in inference mode; NotImplemented if it is made of none."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return NotImplemented
+    return func.decompose(*args, **kwargs)
 
 
 def _view(

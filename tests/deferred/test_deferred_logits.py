@@ -830,5 +830,13 @@ def test_inference_mode():
         logits = head.deferred()
         assert logits.is_inference()
         assert torch.equal(logits.argmax(-1), head.plain().argmax(-1))
+        for change in WAITING.values():
+            assert change(logits).is_deferred
+        loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), TARGET[:, 1:].reshape(-1))
+        assert loss.item() == pytest.approx(
+            F.cross_entropy(
+                head.plain()[:, :-1].reshape(-1, VOCABULARY), TARGET[:, 1:].reshape(-1)
+            ).item()
+        )
         assert logits.is_deferred
         torch.testing.assert_close(logits.sort(-1).values, head.plain().sort(-1).values)
