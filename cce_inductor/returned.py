@@ -205,6 +205,15 @@ def _is_static(value: torch.Tensor) -> bool:
     return all(isinstance(number, int) for number in (*value.shape, *value.stride()))
 
 
+ARRIVED = "cce_inductor_arrived"
+"""Marks, in its meta, a projection that computes a deferred argument of the function."""
+
+
+def are_deferred_already(logits: Logits) -> bool:
+    """Whether the function got them deferred."""
+    return all(ARRIVED in origin.meta for origin in logits.projection.origins)
+
+
 def is_worth_deferring(logits: Logits) -> bool:
     """Whether, with no loss in the graph, logits are larger than what they are made of."""
     projection = logits.projection

@@ -39,6 +39,7 @@ from .returned import (
     DeferredOutput,
     Returned,
     Source,
+    are_deferred_already,
     is_worth_deferring,
     returned_logits,
 )
@@ -46,7 +47,9 @@ from .walk import FoundLoss, Kept, Walk, walk
 
 _log = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
-_DONE = "cce_inductor"  # key in GraphModule.meta of a graph that the pass has seen
+# Key in the meta of the output of a graph that the pass has seen. That of a module may be shared
+# by several, as the parts are that DistributedDataParallel makes of a graph.
+_DONE = "cce_inductor"
 
 
 def rewrite(
@@ -71,9 +74,10 @@ def rewrite(
     """
     reports: list[LossReport] = []
     for graph_module in _with_subgraphs(module):
-        if graph_module.meta.get(_DONE):
+        (output,) = graph_module.graph.find_nodes(op="output")
+        if output.meta.get(_DONE):
             continue
-        graph_module.meta[_DONE] = True
+        output.meta[_DONE] = True
         of_graph = deferral if graph_module is module else None
         reports += _rewrite_graph(graph_module, options, refused, of_graph)
     return reports
@@ -194,8 +198,8 @@ def _decide(found: Walk, options: Options, deferrable: list[Returned]) -> Decisi
 def _deferred(
     deferrable: list[Returned], chosen: list[FoundLoss], kept: Kept, options: Options
 ) -> list[Returned]:
-    """Those whose logits nothing else keeps, and from which a loss is rewritten or, if the
-    options say so, which are large."""
+    """Those whose logits nothing else keeps, and that have come deferred, or from which a loss is
+    rewritten, or, if the options say so, which are large."""
     of_losses = {
         origin
         for each in chosen
@@ -206,10 +210,12 @@ def _deferred(
     for each in deferrable:
         if kept.reason(each.logits) is not None:
             continue
-        if not of_losses.isdisjoint(each.logits.projection.origins) or (
-            options.defer_logits == "always"
-            and is_worth_deferring(each.logits)
-            and _reason_of_logits(each.logits, options) is None
+        has_loss = not of_losses.isdisjoint(each.logits.projection.origins)
+        large = is_worth_deferring(each.logits) and not _reason_of_logits(each.logits, options)
+        if (
+            has_loss
+            or are_deferred_already(each.logits)
+            or (options.defer_logits == "always" and large)
         ):
             found.append(each)
     return found

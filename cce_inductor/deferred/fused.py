@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 from ..mutation import storage_of
 from ..options import Options
 from ..patterns import loss, reduction
-from ..returned import Deferral, DeferredOutput
+from ..returned import ARRIVED, Deferral, DeferredOutput
 from ..rewrite import reduce_all, rewrite
 from .lazy import spelled
-from .operation import Operation
+from .operation import Operation, product
 from .stale import Kept
 
 _log = logging.getLogger(__name__)
@@ -192,8 +192,7 @@ def _rows(
     deferral = Deferral()
     try:
         module, _ = _graph(calls, situation.tensors)
-        options = Options(min_logits_bytes=0, defer_logits="always", on_error="raise")
-        rewrite(module, options, deferral=deferral)
+        rewrite(module, Options(min_logits_bytes=0, on_error="raise"), deferral=deferral)
     except Exception:
         _log.debug("rows of deferred logits are computed with the others", exc_info=True)
         return None
@@ -268,6 +267,8 @@ def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Nod
             function = getattr(torch.Tensor, function)
         examples = torch.fx.map_arg((args, kwargs), lambda each: each.meta["example_value"])
         node.meta["example_value"] = function(*examples[0], **examples[1])
+        if function is product:
+            node.meta[ARRIVED] = True
         values[Ref("call", number)] = node
     return node
 

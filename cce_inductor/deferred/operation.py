@@ -92,6 +92,11 @@ class Operation:
                 found[id(pending.pop())] = operation
         return list(found.values())
 
+    def kept(self) -> list[Kept]:
+        """The tensors that it is computed from."""
+        arguments = [a for operation in self.history() for a in operation.arguments]
+        return [a for a in arguments if isinstance(a, Kept)]
+
     def compute(self) -> Any:
         """Its result, without gradient; what it reads is asked of those tensors that still live,
         so that it is computed once."""

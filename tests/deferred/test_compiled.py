@@ -395,7 +395,7 @@ REFUSED = {
     "is as large": lambda z, w: (
         z + w.detach()[: z.shape[0]].sum(-1, keepdim=True).expand(TOKENS, VOCABULARY).clone(),
     ),
-    "computed from them": lambda z, w: ((z + torch.arange(6.0)[:, None]).log_softmax(-1),),
+    "computed from them": lambda z, w: (z.log_softmax(-1).log_softmax(-1),),
 }
 
 

@@ -1,0 +1,274 @@
+"""Deferred logits in the hands of transformers, accelerate and torch.distributed."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+import cce_inductor
+from cce_inductor.deferred.tensor import defer
+
+VOCABULARY = 503
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    torch._dynamo.reset()
+    cce_inductor.clear_reports()
+    yield
+    assert not cce_inductor.is_installed()
+
+
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        use_cache=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def rows(count):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        for ids in torch.randint(3, VOCABULARY, (count, 16), generator=generator)
+    ]
+
+
+def accuracy(prediction):
+    predicted = prediction.predictions
+    if predicted.ndim == 3:
+        predicted = predicted.argmax(-1)
+    return {"accuracy": float((predicted[:, :-1] == prediction.label_ids[:, 1:]).mean())}
+
+
+def trained(directory, *, preprocess=None, **arguments):
+    """Every number that a Trainer logs."""
+    torch._dynamo.reset()
+    trainer = Trainer(
+        model=llama(),
+        args=TrainingArguments(
+            output_dir=str(directory),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            max_steps=3,
+            logging_steps=1,
+            learning_rate=1e-2,
+            torch_compile=True,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **arguments,
+        ),
+        train_dataset=rows(24),
+        eval_dataset=rows(8),
+        compute_metrics=accuracy,
+        preprocess_logits_for_metrics=preprocess,
+    )
+    trainer.train()
+    logs = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    metrics = trainer.evaluate()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return logs, metrics["eval_loss"], metrics["eval_accuracy"], weights
+
+
+TRAINERS = {
+    "float32": {},
+    "argmax in evaluation": {"preprocess": lambda logits, labels: logits.argmax(-1)},
+    "accumulated bfloat16": {"gradient_accumulation_steps": 2, "bf16": True},
+    "label smoothing": {"label_smoothing_factor": 0.1, "defer_logits": "always"},
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainer(name, tmp_path):
+    arguments = dict(TRAINERS[name])
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    options["defer_logits"] = arguments.pop("defer_logits", "with_loss")
+    with cce_inductor.installed(**options):
+        logs, loss, correct, weights = trained(tmp_path / "with", **arguments)
+    reports = cce_inductor.reports()
+    assert reports
+    assert all(report.rewritten and report.deferred for report in reports)
+    their_logs, their_loss, their_correct, their_weights = trained(
+        tmp_path / "without", **arguments
+    )
+    loose = 2e-2 if "bf16" in arguments else 1e-4
+    assert logs == pytest.approx(their_logs, rel=loose)
+    assert loss == pytest.approx(their_loss, rel=loose)
+    assert correct == pytest.approx(their_correct, abs=0.02 if "bf16" in arguments else 0)
+    assert (weights - their_weights).norm() <= loose * their_weights.norm()
+
+
+def test_accelerate_conversion_of_results():
+    """What a mixed-precision model returns is made float32, which computes nothing."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = torch.compile(llama(), backend="cce_inductor_eager", options={"min_logits_bytes": 0})
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = {name: value[None] for name, value in rows(1)[0].items()}
+        output = convert_outputs_to_fp32(model.forward)(**batch)
+    assert output.logits.dtype == torch.float32
+    assert output.logits.is_deferred
+    output.loss.backward()
+    assert output.logits.is_deferred
+
+
+def test_functional_call():
+    model = llama()
+    batch = {name: value[None] for name, value in rows(1)[0].items()}
+
+    def loss_and_logits(parameters):
+        output = torch.func.functional_call(model, parameters, kwargs=batch)
+        return output.loss, output.logits
+
+    parameters = {name: p.detach() * 1.5 for name, p in model.named_parameters()}
+    parameters = {name: p.requires_grad_() for name, p in parameters.items()}
+    code = torch.compile(
+        loss_and_logits, backend="cce_inductor_eager", options={"min_logits_bytes": 0}
+    )
+    loss, logits = code(parameters)
+    assert logits.is_deferred
+    expected, their_logits = loss_and_logits(parameters)
+    torch.testing.assert_close(loss, expected)
+    mine = torch.autograd.grad(loss, list(parameters.values()))
+    theirs = torch.autograd.grad(expected, list(parameters.values()))
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(logits.detach() + 0, their_logits.detach())
+
+
+def test_generate():
+    model = llama().eval()
+    prompt = rows(2)[0]["input_ids"][None, :5]
+    arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+    expected = model.generate(prompt, **arguments)
+    model.forward = torch.compile(
+        model.forward,
+        backend="cce_inductor_eager",
+        options={"min_logits_bytes": 0, "defer_logits": "always"},
+    )
+    assert torch.equal(model.generate(prompt, **arguments), expected)
+    assert any(report.deferred for report in cce_inductor.reports())
+    torch.manual_seed(0)
+    sampled = model.generate(prompt, **{**arguments, "do_sample": True, "top_k": 20})
+    assert sampled.shape == expected.shape
+
+
+@pytest.fixture
+def group(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Model(torch.nn.Module):
+    """Large enough for DistributedDataParallel to split it into buckets."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(VOCABULARY, 64)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(6))
+        self.head = torch.nn.Linear(64, VOCABULARY, bias=False)
+
+    def forward(self, ids, labels):
+        hidden = self.embedding(ids)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden).tanh()
+        logits = self.head(hidden)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+
+@pytest.mark.parametrize("optimize", [False, True], ids=["whole", "buckets"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str
+)
+def test_distributed_data_parallel(group, monkeypatch, optimize, arguments):
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, 1)
+    model, expected = Model(), Model()
+    with torch._dynamo.config.patch(optimize_ddp=optimize):
+        parallel = DistributedDataParallel(model, bucket_cap_mb=0.02, **arguments)
+        code = torch.compile(
+            parallel, backend="cce_inductor", options={"min_logits_bytes": 0, "on_error": "raise"}
+        )
+        for _ in range(2):
+            model.zero_grad()
+            loss, logits = code(ids, labels)
+            loss.backward()
+    assert any(report.rewritten and report.deferred for report in cce_inductor.reports())
+    assert logits.is_deferred
+    their_loss, their_logits = expected(ids, labels)
+    their_loss.backward()
+    torch.testing.assert_close(loss, their_loss)
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    torch.testing.assert_close(logits.detach() + 0, their_logits.detach())
+
+
+def test_gathered(group):
+    """As metrics code does."""
+    model = Model()
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        code = torch.compile(model, backend="cce_inductor_eager", options={"min_logits_bytes": 0})
+        expected = model(ids, ids)[1]
+        for gather in (all_gather, all_gather_into, broadcast, gather_object):
+            _, logits = code(ids, ids)
+            assert logits.is_deferred
+            torch.testing.assert_close(gather(logits), expected)
+
+
+def all_gather(logits):
+    (result,) = results = [torch.empty_like(logits)]
+    dist.all_gather(results, logits)
+    return result
+
+
+def all_gather_into(logits):
+    result = torch.empty(logits.shape)
+    dist.all_gather_into_tensor(result, logits)
+    return result
+
+
+def broadcast(logits):
+    dist.broadcast(logits, 0)
+    return logits + 0
+
+
+def gather_object(logits):
+    results = [None]
+    dist.all_gather_object(results, {"logits": logits})
+    return results[0]["logits"]
+
+
+def test_results_that_a_later_replay_overwrote():
+    """CUDA graphs make the memory of old results raise when it is accessed: here as well."""
+    hidden = torch.randn(6, 8)
+    for look in (
+        torch.Tensor.norm,
+        lambda logits: logits.argmax(-1),
+        lambda logits: logits[0].cpu(),
+    ):
+        logits = defer(hidden.clone(), torch.randn(50, 8), None, torch.float32)
+        (kept, *_) = logits._operation.kept()
+        torch._C._set_throw_on_mutable_data_ptr(kept.tensor)
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+            look(logits)
