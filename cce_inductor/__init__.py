@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .deferred.stale import StaleLogitsError
+    from .deferred.tensor import DeferredLogits
     from .explanation import Explanation, explain
     from .functional import linear_cross_entropy
     from .hook import install, installed, is_installed, uninstall
@@ -20,9 +22,11 @@ __version__ = "0.1.0"
 
 # Imported on first use: the compiler's modules take a second that `import torch` does not.
 _HOME = {
+    "DeferredLogits": "deferred.tensor",
     "Explanation": "explanation",
     "LossReport": "report",
     "Options": "options",
+    "StaleLogitsError": "deferred.stale",
     "clear_reports": "report",
     "explain": "explanation",
     "install": "hook",
@@ -34,9 +38,11 @@ _HOME = {
 }
 
 __all__ = [
+    "DeferredLogits",
     "Explanation",
     "LossReport",
     "Options",
+    "StaleLogitsError",
     "clear_reports",
     "explain",
     "install",

@@ -152,9 +152,9 @@ def _reports(found: Walk, decision: Decision) -> list[LossReport]:
         reports.append(loss_report(each, reason, deferred=not deferred.isdisjoint(origins)))
         if reason is None:
             deferred.difference_update(origins)
-    for each in decision.deferred:
-        if not deferred.isdisjoint(each.logits.projection.origins):
-            reports.append(deferral_report(each.logits, each.node))
+    for returned in decision.deferred:
+        if not deferred.isdisjoint(returned.logits.projection.origins):
+            reports.append(deferral_report(returned.logits, returned.node))
     return reports
 
 
@@ -309,8 +309,8 @@ def _replace(
     for old, node in replaced.items():
         old.replace_all_uses_with(node)
         graph.erase_node(old)
-    for old, nodes in new:
-        if isinstance(nodes, tuple):
+    for old, _ in new:
+        if old not in replaced:
             graph.erase_node(old)
     outputs = _return_instead(graph, heads, replaced) if heads else []
     _erase_unused(graph, decision, found)
@@ -359,7 +359,8 @@ def _return_instead(
 def _erase_unused(graph: Graph, decision: Decision, found: Walk) -> None:
     """What held logits and holds nothing now; nothing else, for a graph before autograd has
     nodes without users that matter."""
-    changed = [each.logits for each in (*decision.chosen, *decision.deferred)]
+    changed = [each.logits for each in decision.chosen]
+    changed += [returned.logits for returned in decision.deferred]
     origins = {o for logits in changed if logits is not None for o in logits.projection.origins}
     unused = [
         node

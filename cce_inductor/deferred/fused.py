@@ -91,7 +91,7 @@ def replay(calls: tuple[Call, ...], tensors: list[Tensor]) -> Any:
     values = {Ref("tensor", number): tensor for number, tensor in enumerate(tensors)}
     for number, call in enumerate(calls):
         args, kwargs = _filled((call.args, dict(call.kwargs)), values)
-        values[Ref("call", number)] = call.function(*args, **kwargs)
+        values[Ref("call", number)] = _function(call)(*args, **kwargs)
     return values[Ref("call", len(calls) - 1)]
 
 
@@ -162,12 +162,26 @@ class _Situation(NamedTuple):
     grad_enabled: bool
     autocast_device: str
     autocast_dtype: torch.dtype | None
+    workspace_bytes: int
 
     @classmethod
     def now(cls, tensors: list[Tensor]) -> _Situation:
+        from ..explanation import options_in_force  # which itself compiles with deferred logits
+
         device = tensors[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(tuple(map(_describe, tensors)), torch.is_grad_enabled(), device, autocast)
+        return cls(
+            tensors=tuple(map(_describe, tensors)),
+            grad_enabled=torch.is_grad_enabled(),
+            autocast_device=device,
+            autocast_dtype=(
+                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            ),
+            workspace_bytes=options_in_force().workspace_bytes,
+        )
+
+    @property
+    def options(self) -> Options:
+        return Options(min_logits_bytes=0, workspace_bytes=self.workspace_bytes, on_error="raise")
 
 
 @functools.lru_cache(maxsize=256)
@@ -175,7 +189,7 @@ def _reduction(calls: tuple[Call, ...], situation: _Situation) -> Callable[..., 
     """The last call, from the tensors, without the numbers of the others; None if it needs them."""
     try:
         module, kind = _graph(calls, situation.tensors)
-        if _is_view(module.graph) or not reduce_all(module.graph, Options(min_logits_bytes=0)):
+        if _is_view(module.graph) or not reduce_all(module.graph, situation.options):
             return None
     except Exception:
         _log.debug("a reduction of deferred logits has no fused form", exc_info=True)
@@ -192,7 +206,7 @@ def _rows(
     deferral = Deferral()
     try:
         module, _ = _graph(calls, situation.tensors)
-        rewrite(module, Options(min_logits_bytes=0, on_error="raise"), deferral=deferral)
+        rewrite(module, situation.options, deferral=deferral)
     except Exception:
         _log.debug("rows of deferred logits are computed with the others", exc_info=True)
         return None
@@ -261,16 +275,19 @@ def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Nod
         args, kwargs = _filled((call.args, dict(call.kwargs)), values)
         target, node_args, node_kwargs = spelled(call.function, args, kwargs)
         op = "call_method" if isinstance(target, str) else "call_function"
-        node = graph.create_node(op, target, node_args, node_kwargs)  # type: ignore[arg-type]
-        function = call.function
-        if isinstance(function, str):
-            function = getattr(torch.Tensor, function)
+        node = graph.create_node(op, target, node_args, node_kwargs)
+        function = _function(call)
         examples = torch.fx.map_arg((args, kwargs), lambda each: each.meta["example_value"])
         node.meta["example_value"] = function(*examples[0], **examples[1])
         if function is product:
             node.meta[ARRIVED] = True
         values[Ref("call", number)] = node
     return node
+
+
+def _function(call: Call) -> Callable[..., Any]:
+    function = call.function
+    return getattr(torch.Tensor, function) if isinstance(function, str) else function
 
 
 def _filled(value: Any, values: Mapping[Ref, Any]) -> Any:

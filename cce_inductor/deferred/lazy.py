@@ -99,6 +99,7 @@ def can_wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     schema = func._schema
     return (
         torch.Tag.pointwise in func.tags
+        and torch.Tag.nondeterministic_seeded not in func.tags
         and not schema.is_mutable
         and [str(result.type) for result in schema.returns] == ["Tensor"]
     )

@@ -12,6 +12,7 @@ Three layers decide what happens to one:
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import threading
@@ -312,6 +313,8 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = args[0]
     if func is aten.index.Tensor:
         args = (first, _numbered(args[1]))
+    if func in _INDICES and not _are_rows(func, *args, **kwargs):
+        return NotImplemented
     like_args, like_kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
     try:
         like = func(*like_args, **like_kwargs)
@@ -329,15 +332,33 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return DeferredLogits(like, operation, given[0].device)
     if isinstance(like, Tensor):
         return _view(first, like, operation, lambda parent: func(parent, *args[1:], **kwargs))
+
+    def part_of(parent: Tensor, number: int) -> Any:
+        return func(parent, *args[1:], **kwargs)[number]
+
     return [
         _view(
             first,
             part,
             Operation(operator.getitem, (operation, number)),
-            lambda parent, number=number: func(parent, *args[1:], **kwargs)[number],
+            functools.partial(part_of, number=number),
         )
         for number, part in enumerate(like)
     ]
+
+
+_INDICES = (aten.index.Tensor, aten.index_select.default)
+
+
+def _are_rows(func: Any, logits: DeferredLogits, *indices: Any) -> bool:
+    """Whether indices leave the last dimension as it is, after what is to be said of their range:
+    it cannot wait."""
+    last = len(indices[0]) if func is aten.index.Tensor else indices[0] % logits.dim() + 1
+    if last >= logits.dim():
+        return False
+    shape = (*logits.shape[:last], *[1] * (logits.dim() - last))
+    func(torch.empty(shape, dtype=torch.bool, device=logits.device), *indices)
+    return True
 
 
 def _is_small_beside(given: list[DeferredLogits], like: Tensor, arguments: Any) -> bool:
@@ -404,12 +425,12 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result from the numbers, which are kept."""
     shared, changed = _aliases(func, args, kwargs)
 
-    def numbers(logits: DeferredLogits) -> Tensor:
+    def plain(logits: DeferredLogits) -> Tensor:
+        if func in _NEW:
+            return _NEW[func](logits)
         return logits.settle() if id(logits) in shared else logits.numbers()
 
-    if func in _NEW:
-        numbers = _NEW[func]
-    plain_args, plain_kwargs = tree_map_only(DeferredLogits, numbers, (args, kwargs))
+    plain_args, plain_kwargs = tree_map_only(DeferredLogits, plain, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     if changed is None:
         given = {id(a) for a in tree_leaves((plain_args, plain_kwargs)) if isinstance(a, Tensor)}
@@ -567,7 +588,7 @@ _LOOKS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.__dlpack__,
             Tensor.pin_memory,
             Tensor.tolist,
-            Tensor.data.__get__,  # type: ignore[attr-defined]
+            Tensor.data.__get__,
         ),
         _as_plain,
     ),
@@ -577,7 +598,7 @@ _LOOKS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.retain_grad,
             Tensor.register_post_accumulate_grad_hook,
             Tensor.requires_grad_,
-            Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+            Tensor.requires_grad.__set__,
         ),
         _watched,
     ),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cce_inductor
 from cce_inductor.deferred import cost, fused
 from cce_inductor.deferred.stale import StaleLogitsError
 from cce_inductor.deferred.tensor import DeferredLogits, defer, with_strides
@@ -249,6 +250,33 @@ def test_namedtuples():
     assert torch.equal(indices, head.plain().max(-1).indices)
 
 
+def test_wrong_indices_are_an_error_at_once():
+    logits = Head().deferred()
+    for take in (
+        lambda z: z[torch.tensor([2])],
+        lambda z: z.index_select(1, torch.tensor([7])),
+        lambda z: F.cross_entropy(z.flatten(0, 1), TARGET.flatten() + VOCABULARY),
+    ):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            take(logits)
+    assert logits.is_deferred
+    with pytest.raises(NotImplementedError, match="bitwise_not"):
+        logits.bitwise_not()
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        logits.view(7, -1)
+
+
+def test_the_workspace_is_that_of_the_options(monkeypatch):
+    seen = []
+    original = fused.reduce_all
+    monkeypatch.setattr(
+        fused, "reduce_all", lambda graph, options: seen.append(options) or original(graph, options)
+    )
+    with cce_inductor.installed(workspace_bytes=12345):
+        Head().deferred().logsumexp(-1)
+    assert seen[0].workspace_bytes == 12345
+
+
 COMPUTED = {
     "norm": lambda z: z.norm(),
     "sort": lambda z: z.sort(-1).values,
@@ -259,6 +287,9 @@ COMPUTED = {
     "cat": lambda z: torch.cat([z, z]),
     "stack": lambda z: torch.stack([z, z]),
     "entries": lambda z: z[..., 3] * 2,
+    "columns": lambda z: z[:, :, torch.tensor([1, 2])],
+    "dropout": lambda z: (torch.manual_seed(0), F.dropout(z, 0.5))[1],
+    "noise": lambda z: (torch.manual_seed(0), F.rrelu(z, training=True))[1],
     "diagonal": lambda z: z.diagonal(0, 1, 2),
     "roll": lambda z: z.roll(1, 0),
     "as large": lambda z: (z + torch.ones(BATCH, LENGTH, VOCABULARY, dtype=z.dtype)).cumsum(0),
