@@ -370,10 +370,13 @@ def _is_small_beside(given: list[DeferredLogits], like: Tensor, arguments: Any) 
 
 def _decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of the operators that an operator is made of, which come one by one unless
-    autograd is out of the way, as in inference mode; NotImplemented if it is made of none."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        return NotImplemented
-    return func.decompose(*args, **kwargs)
+    autograd is out of the way, in inference mode; NotImplemented if it is made of none."""
+    composite = "CompositeImplicitAutograd"
+    if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), composite
+    ):
+        return func.decompose(*args, **kwargs)
+    return NotImplemented
 
 
 def _view(

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
-import cce_inductor
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.options import Options
 from cce_inductor.rewrite import rewrite
