@@ -13,16 +13,10 @@ from cce_inductor import compat
 from cce_inductor.deferred.stale import StaleLogitsError
 from cce_inductor.deferred.tensor import DeferredLogits
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 TOKENS, HIDDEN, VOCABULARY = 6, 8, 50
 TARGET = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    torch._dynamo.reset()
-    cce_inductor.clear_reports()
-    yield
-    assert not cce_inductor.is_installed()
 
 
 def leaf(*shape, seed=0, dtype=torch.float32):

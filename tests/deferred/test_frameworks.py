@@ -11,15 +11,9 @@ from transformers import Trainer, TrainingArguments
 import cce_inductor
 from cce_inductor.deferred.tensor import defer
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
 VOCABULARY = 503
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    torch._dynamo.reset()
-    cce_inductor.clear_reports()
-    yield
-    assert not cce_inductor.is_installed()
 
 
 def llama():

@@ -31,6 +31,11 @@ VARIANTS = [
     ("Gemma2ForCausalLM", "dynamic"),
     ("BartForConditionalGeneration", "autocast"),
     ("MobileBertForMaskedLM", "bf16"),
+    ("LlamaForCausalLM", "whole"),
+    ("Gemma2ForCausalLM", "whole"),
+    ("GPT2LMHeadModel", "whole"),
+    ("BartForConditionalGeneration", "whole"),
+    ("ProphetNetForConditionalGeneration", "whole"),
 ]
 
 
