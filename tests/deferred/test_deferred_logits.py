@@ -400,6 +400,7 @@ IN_PLACE = {
     "of a view": lambda z: z.view(-1, VOCABULARY)[2:4].zero_(),
     "of rows": lambda z: z[:, -1].mul_(2),
     "of a diagonal": lambda z: z.diagonal(0, 1, 2).add_(1),
+    "of the diagonal of a matrix": lambda z: z.flatten(0, 1).diagonal().add_(1),
     "out": lambda z: torch.mul(z.detach(), 2, out=z.detach()),
     "copy_": lambda z: z.copy_(torch.ones_like(z)),
     "scatter_": lambda z: z.scatter_(-1, TARGET[..., None], 0.5),
@@ -533,6 +534,22 @@ def test_what_is_detached_halfway_stays_detached():
 
     # Such a view is a leaf, where gradients end.
     assert_as_accurate(view_without_gradient, computed=True)
+
+    def function_of_a_view_without_gradient(z):
+        with torch.no_grad():
+            rows = z.view(-1, VOCABULARY)
+        return (rows * 2).logsumexp(-1).sum() + z.logsumexp(-1).sum()
+
+    assert_as_accurate(function_of_a_view_without_gradient, computed=True)
+
+
+def test_what_is_kept_is_not_given_away():
+    """`dequantize` returns its argument."""
+    logits = Head().deferred()
+    kept = logits.numbers()
+    assert logits.dequantize() is not kept
+    assert not kept.requires_grad
+    assert logits.numbers() is kept
 
 
 def test_second_derivative():
