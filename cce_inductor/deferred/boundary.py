@@ -63,12 +63,14 @@ def compile_with_deferral(
         example_inputs: its inputs.
     """
     if _some_deferred(example_inputs):
-        return _compiled_without_deferred(compiler, module, example_inputs)
-    compiled = _compiled(compiler, module, example_inputs)
+        return _compiled_for_tensors(compiler, module, example_inputs)
+    compiled = _compiled_with_outputs(compiler, module, example_inputs)
     return compiled if _is_whole(module) else _with_plain_arguments(compiled)
 
 
-def _compiled(compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+def _compiled_with_outputs(
+    compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
+) -> Compiled:
     deferral = Deferral()
     if compat.saves_compiled():
         deferral.why_not = "the compiled function is saved, and loaded without what computes them"
@@ -95,7 +97,7 @@ def _compiled_by_any(
     compiled = compiler(module, example_inputs)
     if not _some_deferred(example_inputs) or isinstance(compiled, _TakesDeferred):
         return compiled
-    if _changes_deferred(module, example_inputs):
+    if _shares_deferred(module, example_inputs):
         return _TakesDeferred(module)
     return _with_plain_arguments(compiled)
 
@@ -104,22 +106,23 @@ def _some_deferred(values: Sequence[Any]) -> bool:
     return any(isinstance(value, DeferredLogits) for value in values)
 
 
-def _changes_deferred(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether the graph changes deferred logits in place: autograd must see it change them, and
-    not something else in their place."""
+def _shares_deferred(module: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether the graph changes deferred logits in place, or returns what shares their memory: it
+    must be them, and not something else in their place."""
     placeholders = module.graph.find_nodes(op="placeholder")
     deferred = {
         storage_of(node)
         for node, value in zip(placeholders, example_inputs, strict=True)
         if isinstance(value, DeferredLogits)
     }
-    return any(
-        storage in deferred for node in module.graph.nodes for storage in mutated_storages(node)
-    )
+    (output,) = module.graph.find_nodes(op="output")
+    returned = {storage_of(node) for node in output.all_input_nodes}
+    changed = {storage for node in module.graph.nodes for storage in mutated_storages(node)}
+    return not deferred.isdisjoint(returned | changed)
 
 
 class _TakesDeferred:
-    """A compiled function that takes deferred logits as they are."""
+    """A function that takes deferred logits as they are; `_compiled_by_any` leaves it alone."""
 
     def __init__(self, call: Compiled):
         self._call = call
@@ -177,11 +180,13 @@ class _Unpacked:
             and that is not among them.
         written: for each deferred argument its position, the calls that compute it, and the
             positions in `values` of the tensors that they read.
+        operations: how the deferred arguments are computed.
         count: of the other arguments.
     """
 
     values: list[Any]
     written: list[tuple[int, tuple[fused.Call, ...], tuple[int, ...]]]
+    operations: list[Operation]
     count: int
 
     @classmethod
@@ -206,15 +211,15 @@ class _Unpacked:
                     values.append(tensor)
             read = tuple(places[id(tensor)] for tensor in writing.tensors)
             written.append((position, tuple(writing.calls), read))
-        return cls(values, written, count)
+        return cls(values, written, [operation for _, operation in waiting], count)
 
 
-def _compiled_without_deferred(
+def _compiled_for_tensors(
     compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
 ) -> Compiled:
     """Compiles a graph for what its deferred arguments are computed from."""
-    if _changes_deferred(module, example_inputs):
-        _log.info("a graph that changes deferred logits in place is not compiled")
+    if _shares_deferred(module, example_inputs):
+        _log.info("a graph that changes deferred logits, or returns views of them, is not compiled")
         return _TakesDeferred(module)
     try:
         unpacked = _Unpacked.of(example_inputs)
@@ -226,17 +231,20 @@ def _compiled_without_deferred(
             exc_info=True,
         )
         return _TakesDeferred(module)
-    compiled = _compiled(compiler, inner, unpacked.values)
+    compiled = _compiled_with_outputs(compiler, inner, unpacked.values)
     fakes = [n.meta["example_value"] for n in inner.graph.find_nodes(op="placeholder")]
+    as_compiled = repr(unpacked.written)
 
     def call(*arguments: Any) -> Any:
         given = _Unpacked.of(arguments)
         new = range(given.count, len(given.values))
-        if given.written != unpacked.written or not all(
+        if repr(given.written) != as_compiled or not all(
             _fits(given.values[place], fakes[place]) for place in new
         ):
             return module(*arguments)  # where nothing depends on how they are computed
-        return compiled(*given.values)
+        results = compiled(*given.values)
+        fused.skip(given.operations, results)
+        return results
 
     return _TakesDeferred(call)
 

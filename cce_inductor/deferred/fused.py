@@ -25,7 +25,7 @@ from ..returned import ARRIVED, Deferral, DeferredOutput
 from ..rewrite import reduce_all, rewrite
 from .lazy import spelled
 from .operation import Operation, product
-from .stale import Kept
+from .stale import Guarded
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Writing:
         """An argument with `Ref` in the place of tensors."""
         if isinstance(value, (list, tuple)):
             return tuple(map(self.argument, value))
-        if isinstance(value, Kept):
+        if isinstance(value, Guarded):
             value = value.read()
         if isinstance(value, Tensor):
             if id(value) not in self._refs:
@@ -114,17 +114,22 @@ def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     writing = Writing()
     try:
         writing.call(target, args, kwargs)
-        fused = _reduction(tuple(writing.calls), _Situation.now(writing.tensors))
+        fused = _reduction(tuple(writing.calls), _Situation.now(writing))
     except TypeError:  # an argument that cannot be hashed is no number or dtype
         return NotImplemented
     if fused is None:
         return NotImplemented
     result = fused(*writing.tensors)
-    if any(each.requires_grad for each in tree_leaves(result) if isinstance(each, Tensor)):
+    skip(operations, result)
+    return result
+
+
+def skip(operations: list[Operation], results: Any) -> None:
+    """Remembers that the gradients of results, if they have any, do not pass by operations."""
+    if any(each.requires_grad for each in tree_leaves(results) if isinstance(each, Tensor)):
         for operation in operations:
             for each in operation.history():
                 each.is_skipped = True
-    return result
 
 
 def few_rows(operation: Operation) -> Tensor | None:
@@ -132,7 +137,7 @@ def few_rows(operation: Operation) -> Tensor | None:
     others; None if the pass does not know how."""
     writing = Writing()
     writing.argument(operation)
-    found = _rows(tuple(writing.calls), _Situation.now(writing.tensors))
+    found = _rows(tuple(writing.calls), _Situation.now(writing))
     if found is None:
         return None
     module, output = found
@@ -158,20 +163,24 @@ def _describe(tensor: Tensor) -> Description:
 class _Situation(NamedTuple):
     """What a graph depends on besides its calls."""
 
+    constants: str  # where 1, 1.0 and True are equal, but not the same
     tensors: tuple[Description, ...]
     grad_enabled: bool
+    default_dtype: torch.dtype
     autocast_device: str
     autocast_dtype: torch.dtype | None
     workspace_bytes: int
 
     @classmethod
-    def now(cls, tensors: list[Tensor]) -> _Situation:
+    def now(cls, writing: Writing) -> _Situation:
         from ..explanation import options_in_force  # which itself compiles with deferred logits
 
-        device = tensors[0].device.type
+        device = writing.tensors[0].device.type
         return cls(
-            tensors=tuple(map(_describe, tensors)),
+            constants=repr(writing.calls),
+            tensors=tuple(map(_describe, writing.tensors)),
             grad_enabled=torch.is_grad_enabled(),
+            default_dtype=torch.get_default_dtype(),
             autocast_device=device,
             autocast_dtype=(
                 torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

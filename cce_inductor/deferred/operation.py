@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .stale import Kept
+from .stale import Guarded
 
 
 def product(
@@ -40,7 +40,8 @@ class Operation:
 
     Attributes:
         function: an ATen overload, `product`, `strided` or ``operator.getitem``.
-        args, kwargs: its arguments; `Operation` or `Kept` for tensors.
+        args, kwargs: its arguments; `Operation` or `Guarded` for tensors.
+        nodes: what autograd calls those of its arguments that have a gradient.
         size: how many numbers a `product` makes.
         is_watched: whether somebody wants the gradient that passes here, so that it must.
         is_skipped: whether a fused reduction has taken its gradient past here.
@@ -50,6 +51,7 @@ class Operation:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    nodes: tuple[Any, ...] = ()
     size: int = 0
     is_watched: bool = False
     is_skipped: bool = False
@@ -75,9 +77,11 @@ class Operation:
         )
 
     @functools.cached_property
-    def arguments(self) -> list[Operation | Kept]:
+    def arguments(self) -> list[Operation | Guarded]:
         """The tensors among its arguments."""
-        return [a for a in tree_leaves((self.args, self.kwargs)) if isinstance(a, Operation | Kept)]
+        return [
+            a for a in tree_leaves((self.args, self.kwargs)) if isinstance(a, Operation | Guarded)
+        ]
 
     def history(self) -> list[Operation]:
         """All operations up to this one, each after those that it reads."""
@@ -92,17 +96,12 @@ class Operation:
                 found[id(pending.pop())] = operation
         return list(found.values())
 
-    def kept(self) -> list[Kept]:
-        """The tensors that it is computed from."""
-        arguments = [a for operation in self.history() for a in operation.arguments]
-        return [a for a in arguments if isinstance(a, Kept)]
-
     def compute(self) -> Any:
         """Its result, without gradient; what it reads is asked of those tensors that still live,
         so that it is computed once."""
         args, kwargs = tree_map_only(
-            (Operation, Kept),
-            lambda a: a.read() if isinstance(a, Kept) else a.result(),
+            (Operation, Guarded),
+            lambda a: a.read() if isinstance(a, Guarded) else a.result(),
             (self.args, self.kwargs),
         )
         return self.function(*args, **kwargs)

@@ -14,11 +14,12 @@ class StaleLogitsError(RuntimeError):
     """Deferred logits were looked at after what they are computed from had changed."""
 
 
-class Kept:
+class Guarded:
     """A tensor and how to tell that it changed.
 
-    What PyTorch changes in place counts versions. Optimizers that write to memory themselves
-    (``p.data``, fused kernels) do not, so of what is trained a sample is kept as well.
+    What PyTorch changes in place counts versions. Those who write to memory themselves (``p.data``,
+    fused optimizers) do not, so a sample is kept as well, but of what a compiled function has made
+    for itself.
 
     Args:
         tensor: what will be read.
@@ -36,8 +37,8 @@ class Kept:
         self.is_real = real = type(tensor) in (torch.Tensor, torch.nn.Parameter)
         self._version = tensor._version if real and not tensor.is_inference() else None
         self._pointer = tensor.data_ptr() if real else None
-        trained = tensor.requires_grad and (tensor.is_leaf or tensor._is_view())
-        self._sample = _sample(tensor) if real and trained else None
+        others = real and (tensor.is_leaf or tensor._is_view())
+        self._sample = _sample(tensor) if others else None
 
     def read(self) -> Tensor:
         """The tensor.

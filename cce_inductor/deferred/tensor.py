@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ from .. import compat
 from ..location import in_torch
 from . import cost, fused, lazy
 from .operation import Operation, detached, product, strided
-from .stale import Kept
+from .stale import Guarded
 
 aten = torch.ops.aten
 
@@ -49,6 +51,7 @@ class DeferredLogits(Tensor):
     _stored: Tensor | None
     _parent: DeferredLogits | None
     _of_parent: Callable[[Tensor], Tensor]
+    _viewed: Tensor | None  # the numbers in the shape that views were taken of
     is_settled: bool  # whether the numbers are all that it is: it may have been changed
     _lock: threading.RLock
 
@@ -68,6 +71,7 @@ class DeferredLogits(Tensor):
         self._operation = operation
         self._stored = None
         self._parent = None
+        self._viewed = None
         self.is_settled = False
         self._lock = threading.RLock()
         operation.belongs_to(self)
@@ -88,13 +92,14 @@ class DeferredLogits(Tensor):
         """A plain tensor without gradient."""
         with self.root._lock, torch.inference_mode(self.is_inference()), torch.no_grad():
             parent = self._parent
-            if parent is not None and not self.is_settled and self._shares_memory_of(parent):
-                return self._of_parent(parent.numbers())
+            if parent is not None and not self.is_settled and self._takes_from(parent):
+                numbers = parent.numbers() if parent._viewed is None else parent._viewed
+                return self._of_parent(numbers)
             if self._stored is None:
                 self._stored = self._computed()
             return self._stored
 
-    def _shares_memory_of(self, parent: DeferredLogits) -> bool:
+    def _takes_from(self, parent: DeferredLogits) -> bool:
         """Whether its numbers are taken from the parent's, as those of few rows need not be."""
         whole = self.numel() == parent.numel()
         return whole or not parent.is_deferred or parent.is_settled
@@ -138,8 +143,23 @@ class DeferredLogits(Tensor):
             return None
         if not self.requires_grad:
             return detached(self._operation)
-        watched = any(operation.is_watched for operation in self._operation.history())
-        return None if watched or self.is_leaf else self._operation
+        operation = self.differentiated()
+        watched = any(each.is_watched for each in operation.history())
+        return None if watched else operation
+
+    def differentiated(self) -> Operation:
+        """How it is computed, which is watched if autograd thinks otherwise: somebody's own
+        autograd function has made it, or it is a leaf, as a view taken under no_grad is."""
+        operation, node = self._operation, _node_of(self)
+        if operation.function in _OWN_NODES:
+            own = type(node) is _OWN_NODES[operation.function]._backward_cls
+        else:
+            own = re.fullmatch(r"\w+Backward\d+", node.name() if node else "") is not None
+        if own and operation.nodes:
+            before = [function for function, _ in node.next_functions]
+            own = all(any(each is function for function in before) for each in operation.nodes)
+        operation.is_watched = operation.is_watched or not own
+        return operation
 
     def watch(self) -> None:
         """From now on gradients pass here.
@@ -147,7 +167,7 @@ class DeferredLogits(Tensor):
         Raises:
             RuntimeError: one already has not.
         """
-        if self._operation.is_skipped:
+        if self._operation.is_skipped and self._version == 0:
             raise RuntimeError(
                 "cce_inductor: the gradient of these logits is asked for, but a loss was taken of "
                 "them that has none: they were never computed. Ask for it (retain_grad, "
@@ -155,7 +175,7 @@ class DeferredLogits(Tensor):
             )
         self._operation.is_watched = True
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[fused.Call, ...] | None]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[tuple[fused.Call, ...], str] | None]:
         """For torch.compile: the tensors that it is computed from, and how; `boundary` puts that
         into the compiled graph."""
         operation = self.known()
@@ -166,7 +186,7 @@ class DeferredLogits(Tensor):
         writing.argument(operation)
         names = [f"_tensor{number}" for number in range(len(writing.tensors))]
         self.__dict__.update(zip(names, writing.tensors, strict=True))
-        return names, tuple(writing.calls)
+        return names, (tuple(writing.calls), repr(writing.calls))
 
     def __getattr__(self, name: str) -> Any:
         """What `__tensor_flatten__` names, of a tensor that it has not been called for."""
@@ -179,12 +199,12 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor],
-        calls: tuple[fused.Call, ...] | None,
+        written: tuple[tuple[fused.Call, ...], str] | None,
         outer_size: Sequence[int],
         outer_stride: Sequence[int],
     ) -> Tensor:
         tensors = [tensor.detach() for tensor in inner.values()]
-        return tensors[0] if calls is None else fused.replay(calls, tensors)
+        return tensors[0] if written is None else fused.replay(written[0], tensors)
 
     @classmethod
     def __torch_function__(
@@ -195,8 +215,8 @@ class DeferredLogits(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LOOKS:
-            return _LOOKS[func](func, args, kwargs)
+        if func in _SPECIAL:
+            return _SPECIAL[func](func, args, kwargs)
         target = fused.spelling(func)
         if target is not None:
             result = _reduced(target, args, kwargs)
@@ -245,8 +265,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(input, linear_weight)
         ctx.dtype = dtype
         ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
-        bias = None if linear_bias is None else Kept(linear_bias, "the bias")
-        kept = Kept(input, "the hidden state"), Kept(linear_weight, "the weight"), bias
+        bias = None if linear_bias is None else Guarded(linear_bias, "the bias")
+        kept = Guarded(input, "the hidden state"), Guarded(linear_weight, "the weight"), bias
         shape = (*input.shape[:-1], linear_weight.shape[0])
         like = torch.empty(shape, dtype=dtype, device="meta")
         return DeferredLogits(
@@ -274,11 +294,15 @@ class _Strided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: DeferredLogits, strides: tuple[int, ...]) -> Tensor:
         like = torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device="meta")
-        return DeferredLogits(like, Operation(strided, (_argument(logits), strides)), logits.device)
+        operation = Operation(strided, (_argument(logits), strides), nodes=_nodes(logits))
+        return DeferredLogits(like, operation, logits.device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+_OWN_NODES: dict[Any, Any] = {product: _Product, strided: _Strided}
 
 
 class _Plain(torch.autograd.Function):
@@ -311,10 +335,11 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not all(logits.is_deferred and logits._operation.is_real for logits in given):
         return NotImplemented
     first = args[0]
-    if func is aten.index.Tensor:
-        args = (first, _numbered(args[1]))
-    if func in _INDICES and not _are_rows(func, *args, **kwargs):
-        return NotImplemented
+    if func in _INDICES:
+        if not _are_rows(func, *args, **kwargs):
+            return NotImplemented
+        if func is aten.index.Tensor:
+            args = (first, _numbered(args[1]))
     like_args, like_kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
     try:
         like = func(*like_args, **like_kwargs)
@@ -327,7 +352,9 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*one_args, **one_kwargs)  # raises what it has to say about dtypes
     elif first is not given[0] or len(given) > 1:
         return NotImplemented
-    operation = Operation(func, *tree_map_only(Tensor, _argument, (args, kwargs)))
+    operation = Operation(
+        func, *tree_map_only(Tensor, _argument, (args, kwargs)), nodes=_nodes(*given)
+    )
     if func not in lazy.VIEWS:
         return DeferredLogits(like, operation, given[0].device)
     if isinstance(like, Tensor):
@@ -340,7 +367,7 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _view(
             first,
             part,
-            Operation(operator.getitem, (operation, number)),
+            Operation(operator.getitem, (operation, number), nodes=operation.nodes),
             functools.partial(part_of, number=number),
         )
         for number, part in enumerate(like)
@@ -353,7 +380,8 @@ _INDICES = (aten.index.Tensor, aten.index_select.default)
 def _are_rows(func: Any, logits: DeferredLogits, *indices: Any) -> bool:
     """Whether indices leave the last dimension as it is, after what is to be said of their range:
     it cannot wait."""
-    last = len(indices[0]) if func is aten.index.Tensor else indices[0] % logits.dim() + 1
+    of_masks = func is aten.index.Tensor
+    last = len(_numbered(indices[0])) if of_masks else indices[0] % logits.dim() + 1
     if last >= logits.dim():
         return False
     shape = (*logits.shape[:last], *[1] * (logits.dim() - last))
@@ -386,7 +414,8 @@ def _view(
     of_parent: Callable[[Tensor], Tensor],
 ) -> DeferredLogits:
     offset = parent.storage_offset() + like.storage_offset()
-    made = DeferredLogits(like, operation, parent.device, offset)
+    with torch.inference_mode(parent.is_inference()):
+        made = DeferredLogits(like, operation, parent.device, offset)
     made._parent = parent
     made._of_parent = of_parent
     return made
@@ -411,17 +440,21 @@ def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _argument(tensor: Tensor) -> Operation | Kept:
+def _argument(tensor: Tensor) -> Operation | Guarded:
     """A tensor as an argument of an operation that waits."""
     if isinstance(tensor, DeferredLogits):
-        operation = tensor._operation
-        if not tensor.requires_grad:
-            return detached(operation)
-        if tensor.is_leaf:  # also a view that was taken under no_grad
-            tensor.watch()
-        return operation
+        return tensor.differentiated() if tensor.requires_grad else detached(tensor._operation)
     # Nobody knows when it is read, so what has no gradient is copied: it is small.
-    return Kept(tensor if tensor.requires_grad else tensor.clone(), "an operand")
+    return Guarded(tensor if tensor.requires_grad else tensor.clone(), "an operand")
+
+
+def _nodes(*given: DeferredLogits) -> tuple[Any, ...]:
+    return tuple(_node_of(logits) for logits in given if logits.requires_grad)
+
+
+def _node_of(logits: DeferredLogits) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return logits.grad_fn
 
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -433,16 +466,49 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return _NEW[func](logits)
         return logits.settle() if id(logits) in shared else logits.numbers()
 
+    reshapes = changed and torch.Tag.inplace_view in func.tags
+    if reshapes:  # not what others are views of
+        (logits,) = changed.values()
+        logits._viewed = logits.settle() if logits._viewed is None else logits._viewed
+        logits._stored = logits.settle().detach()
     plain_args, plain_kwargs = tree_map_only(DeferredLogits, plain, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
-    if changed is None:
+    if not changed:
         given = {id(a) for a in tree_leaves((plain_args, plain_kwargs)) if isinstance(a, Tensor)}
         # Autograd writes into what it gets, which must not be what is kept here.
         return tree_map_only(Tensor, lambda t: t.detach() if id(t) in given else t, result)
-    if torch.Tag.inplace_view in func.tags:
+    if reshapes:
         with no_dispatch():  # gives the tensor, that has no numbers, its new shape
             func(*args, **kwargs)
-    return changed if func._schema.returns else result
+    returns = func._schema.returns
+    if not returns:
+        return result
+    results = [result] if len(returns) == 1 else list(result)
+    results = [
+        changed.get(next(iter(r.alias_info.before_set)), each) if r.alias_info else each
+        for r, each in zip(returns, results, strict=True)
+    ]
+    return results[0] if len(returns) == 1 else tuple(results)
+
+
+def _aliases(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[set[int], dict[str, DeferredLogits]]:
+    """The identities of the tensors whose memory the results of an operator have, and those that it
+    changes, by what its schema calls their memory."""
+    shared: set[int] = set()
+    changed: dict[str, DeferredLogits] = {}
+    if isinstance(func, torch._ops.OpOverload):
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for each in tree_leaves(value):
+                if isinstance(each, DeferredLogits):
+                    shared.add(id(each))
+                    if argument.alias_info.is_write:
+                        changed[next(iter(argument.alias_info.before_set))] = each
+    return shared, changed
 
 
 def _no_elements(logits: DeferredLogits) -> Tensor:
@@ -481,25 +547,6 @@ _NEW: dict[Any, Callable[[DeferredLogits], Tensor]] = {
 """What makes another tensor and reads no numbers, and what it is given in their place."""
 
 
-def _aliases(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[set[int], DeferredLogits | None]:
-    """The identities of the tensors whose memory the result of an operator has, and the tensor
-    that it changes."""
-    shared: set[int] = set()
-    changed = None
-    if isinstance(func, torch._ops.OpOverload):
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None:
-                continue
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            for each in tree_leaves(value):
-                if isinstance(each, DeferredLogits):
-                    shared.add(id(each))
-                    changed = each if argument.alias_info.is_write else changed
-    return shared, changed
-
-
 def _as_any_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         with torch._C.DisableTorchFunctionSubclass():
@@ -525,6 +572,23 @@ def _as_plain(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return func(*args, **kwargs)
 
 
+def _as_numbers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """For what reads memory and makes no tensor."""
+    return func(args[0].settle().detach(), *args[1:], **kwargs)
+
+
+def _set_data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    logits, value = args
+    like = (logits.shape, logits.stride(), logits.dtype, logits.device)
+    if (value.shape, value.stride(), value.dtype, value.device) != like:
+        raise RuntimeError(
+            "cce_inductor: .data of deferred logits must keep shape, strides and dtype"
+        )
+    if logits._viewed is None:
+        logits._viewed = logits.settle()
+    logits._stored = value.plain().detach() if isinstance(value, DeferredLogits) else value.detach()
+
+
 def _in_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """For what changes memory itself."""
     _as_plain(func, args, kwargs)
@@ -535,7 +599,15 @@ def _storage(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """For PyTorch itself, which asks which tensors share memory, the storage of this tensor, that
     has no memory; for others one that has."""
     caller = sys._getframe(2).f_code.co_filename
-    return (_as_any_tensor if in_torch(caller) else _as_plain)(func, args, kwargs)
+    return (_as_any_tensor if in_torch(caller) else _as_numbers)(func, args, kwargs)
+
+
+def _node(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Who reads it may hang a hook on it; PyTorch's other parts only look."""
+    caller = sys._getframe(2).f_code.co_filename
+    if not in_torch(caller) or caller.endswith(os.path.join("autograd", "graph.py")):
+        args[0]._operation.is_watched = True
+    return _as_any_tensor(func, args, kwargs)
 
 
 def _is_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -573,24 +645,31 @@ def _shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     )
 
 
-_LOOKS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+_SPECIAL: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     **dict.fromkeys((Tensor.__repr__, Tensor.__format__), _shown),
     **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.share_memory_), _in_memory),
+    **dict.fromkeys(
+        (
+            Tensor.data_ptr,
+            *([Tensor.const_data_ptr] if hasattr(Tensor, "const_data_ptr") else []),
+            Tensor.storage,
+            Tensor.tolist,
+        ),
+        _as_numbers,
+    ),
     Tensor.untyped_storage: _storage,
     Tensor._is_view: _is_view,
+    Tensor.grad_fn.__get__: _node,
+    Tensor.data.__set__: _set_data,
     **dict.fromkeys(
         (
             Tensor.numpy,
             Tensor.__array__,
             Tensor.cpu,
-            Tensor.data_ptr,
-            *([Tensor.const_data_ptr] if hasattr(Tensor, "const_data_ptr") else []),
-            Tensor.storage,
             Tensor.__deepcopy__,
             Tensor.__reduce_ex__,
             Tensor.__dlpack__,
             Tensor.pin_memory,
-            Tensor.tolist,
             Tensor.data.__get__,
         ),
         _as_plain,
