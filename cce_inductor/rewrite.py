@@ -580,7 +580,6 @@ class _Builder:
             vocabulary_dim=logits.vocabulary_dim,
             dtype=value.dtype,
             strides=returned.strides,
-            requires_grad=value.requires_grad,
         )
         return Head(formula, input, weight, bias, operands)
 

@@ -155,9 +155,8 @@ def _made(output: DeferredOutput, arguments: Sequence[Any], results: Sequence[An
     formula = output.formula
     if any(isinstance(value, FakeTensor) for value in results):
         return output.make(arguments, results)  # a compiler runs it, for the shapes
-    with torch.set_grad_enabled(torch.is_grad_enabled() and formula.requires_grad):
-        logits = output.make(arguments, results, product=defer)
-        return logits if formula.strides is None else with_strides(logits, formula.strides)
+    logits = output.make(arguments, results, product=defer)
+    return logits if formula.strides is None else with_strides(logits, formula.strides)
 
 
 def _with_plain_arguments(compiled: Compiled) -> Compiled:

@@ -25,7 +25,6 @@ class Formula:
         dtype: of the result.
         strides: of the logits in the user's graph, None for those of a contiguous tensor; the
             caller's business.
-        requires_grad: whether it has a gradient where it was made.
     """
 
     product_dtype: torch.dtype
@@ -35,7 +34,6 @@ class Formula:
     vocabulary_dim: int
     dtype: torch.dtype
     strides: tuple[int, ...] | None
-    requires_grad: bool
 
     def __call__(self, product: Tensor, operands: Sequence[Tensor]) -> Tensor:
         """The logits, of the shape of `product` but for the place of the vocabulary.

@@ -141,7 +141,7 @@ class DeferredLogits(Tensor):
         """How it is computed, for a reduction that skips it; None if it must not be skipped."""
         if not self.is_deferred or not self._operation.is_real:
             return None
-        if not self.requires_grad:
+        if not self.requires_grad or not torch.is_grad_enabled():
             return detached(self._operation)
         operation = self.differentiated()
         watched = any(each.is_watched for each in operation.history())
@@ -352,9 +352,8 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*one_args, **one_kwargs)  # raises what it has to say about dtypes
     elif first is not given[0] or len(given) > 1:
         return NotImplemented
-    operation = Operation(
-        func, *tree_map_only(Tensor, _argument, (args, kwargs)), nodes=_nodes(*given)
-    )
+    written_args, written_kwargs = tree_map_only(Tensor, _argument, (args, kwargs))
+    operation = Operation(func, written_args, written_kwargs, _nodes(*given))
     if func not in lazy.VIEWS:
         return DeferredLogits(like, operation, given[0].device)
     if isinstance(like, Tensor):

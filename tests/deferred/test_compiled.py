@@ -10,8 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 import cce_inductor
 from cce_inductor import compat
+from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.deferred.stale import StaleLogitsError
 from cce_inductor.deferred.tensor import DeferredLogits
+from cce_inductor.options import Options
+from cce_inductor.rewrite import rewrite
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -236,6 +239,16 @@ def test_returned(name, dynamic):
         before = cce_inductor.reports()
         same_numbers(fn, code, fewer, rtol=loose, atol=loose)
         assert cce_inductor.reports() == before
+
+
+def test_returned_with_the_vocabulary_first():
+    def fn(x, w, target):
+        logits = F.linear(x.tanh(), w)
+        return F.cross_entropy(logits, target), logits.t()
+
+    _, logits = same_numbers(fn, compiled(fn), [*leaves(), TARGET])
+    assert isinstance(logits, DeferredLogits)
+    assert logits.shape == (VOCABULARY, TOKENS)
 
 
 def test_operands_are_trained():
@@ -557,6 +570,50 @@ def test_another_compiled_function_with_logits_made_otherwise():
         torch.testing.assert_close(code(plain, TARGET), loss_of(plain, TARGET))
 
 
+def captured(fn, *args, whole=True):
+    """What `compile_with_deferral` makes of the one graph of `fn`, which then runs."""
+    found = []
+
+    def compiler(module, example_inputs):
+        rewrite(module, Options(min_logits_bytes=0), deferral=deferral_for(module))
+        return module.forward
+
+    def backend(module, example_inputs):
+        if not whole:
+            del module.compile_subgraph_reason
+        found.append(compile_with_deferral(compiler, module, example_inputs))
+        return module.forward
+
+    torch.compile(fn, backend=backend, fullgraph=True)(*args)
+    return found[0]
+
+
+def test_code_for_one_formula_is_given_another():
+    """Dynamo's guards keep that from happening; should they not, the graph runs as it is."""
+    logits, _, _ = deferred_and_plain()
+    code = captured(loss_of, logits, TARGET)
+    others = [leaf(TOKENS, 2 * HIDDEN), leaf(VOCABULARY, 2 * HIDDEN, seed=1)]
+    for change, args in (
+        (lambda z: z, None),
+        (lambda z: z * 2, None),
+        (lambda z: z * 2.0, None),
+        (lambda z: z.detach(), None),
+        (lambda z: z, others),
+        (lambda z: z.mul_(3), None),
+    ):
+        torch._dynamo.reset()
+        logits, plain, _ = deferred_and_plain(change, args)
+        torch.testing.assert_close(code(logits, TARGET)[0], loss_of(plain, TARGET))
+
+
+def test_parts_of_a_graph_take_each_others_results():
+    """As DistributedDataParallel's do: the guards have seen a tensor."""
+    logits, plain, _ = deferred_and_plain()
+    code = captured(loss_of, plain, TARGET, whole=False)
+    torch.testing.assert_close(code(logits, TARGET)[0], loss_of(plain, TARGET))
+    assert not logits.is_deferred
+
+
 def test_the_weight_is_an_argument_too():
     def fn(logits, w, target):
         return F.cross_entropy(logits, target) + w.pow(2).sum()
@@ -580,6 +637,28 @@ def test_a_compiled_function_returns_them_again():
     loss, doubled = fn(plain, TARGET)
     theirs = torch.autograd.grad(loss + doubled.cumsum(-1).sum(), args)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cce_inductor_eager", "cce_inductor", "inductor"])
+def test_a_compiled_function_returns_views_of_them(backend):
+    def fn(logits):
+        return logits.view(-1), logits[0]
+
+    logits, plain, _ = deferred_and_plain()
+    logits, plain = logits.detach(), plain.detach()
+    code = compiled(fn, backend=backend) if "cce" in backend else torch.compile(fn)
+    for each in (logits, plain):
+        flat, first = code(each)
+        first.add_(1)
+        flat[-1] = 7
+    torch.testing.assert_close(logits + 0, plain)
+
+
+def test_a_gradient_that_a_compiled_loss_has_skipped_is_an_error():
+    logits, _, _ = deferred_and_plain()
+    compiled(loss_of)(logits, TARGET)
+    with pytest.raises(RuntimeError, match='defer_logits="never"'):
+        logits.retain_grad()
 
 
 def test_a_compiled_function_changes_them():

@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor.deferred import cost, fused
@@ -564,6 +565,197 @@ def test_second_derivative():
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-2)
 
 
+# What autograd has that operations do not show
+
+
+class Reversed(torch.autograd.Function):
+    """Gradient reversal, as in domain adaptation."""
+
+    forward = staticmethod(lambda ctx, x: x.view_as(x))
+    backward = staticmethod(lambda ctx, grad: -grad)
+
+
+class Itself(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x)
+    backward = staticmethod(lambda ctx, grad: 3 * grad)
+
+
+class StraightThrough(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.round())
+    backward = staticmethod(lambda ctx, grad: grad)
+
+
+class Copied(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, grad: 3 * grad)
+
+
+def doubled_by_module(z):
+    module = torch.nn.Identity()
+    module.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 2,))
+    return module(z)
+
+
+def doubled_before_module(z):
+    module = torch.nn.Identity()
+    module.register_full_backward_pre_hook(lambda module, outputs: (outputs[0] * 2,))
+    return module(z)
+
+
+def doubled_by_node(z):
+    z.grad_fn.register_prehook(lambda grads: (grads[0] * 2,))
+    return z
+
+
+def doubled_by_later_node(z):
+    doubled = z * 1
+    doubled.grad_fn.register_hook(lambda inputs, outputs: (inputs[0] * 2, *inputs[1:]))
+    return doubled
+
+
+OWN_GRADIENTS = {
+    "reversed": Reversed.apply,
+    "itself": Itself.apply,
+    "copied": Copied.apply,
+    "straight through": StraightThrough.apply,
+    "module hook": doubled_by_module,
+    "module prehook": doubled_before_module,
+    "node prehook": doubled_by_node,
+    "node hook": doubled_by_later_node,
+    "checkpoint": lambda z: checkpoint(lambda x: x.tanh() * 2, z, use_reentrant=False),
+    "reentrant checkpoint": lambda z: checkpoint(lambda x: x.tanh() * 2, z, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("change", OWN_GRADIENTS.values(), ids=OWN_GRADIENTS)
+def test_gradients_of_somebody_else(change):
+    outcomes = []
+    for make in (Head.deferred, Head.plain):
+        head = Head()
+        logits = make(head)
+        loss = F.cross_entropy(change(logits)[:, 1:].flatten(0, 1), TARGET[:, 1:].flatten())
+        (loss + F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())).backward()
+        outcomes.append([leaf.grad for leaf in head.leaves])
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-6)
+
+
+def test_an_in_place_change_makes_a_new_gradient():
+    """Which no loss has skipped."""
+    outcomes = []
+    for make in (Head.deferred, Head.plain):
+        head = Head()
+        logits = make(head)
+        loss = F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
+        logits.mul_(2)
+        logits.retain_grad()
+        (logits.cumsum(0).sum() + loss).backward()
+        outcomes.append([logits.grad, *(leaf.grad for leaf in head.leaves)])
+    torch.testing.assert_close(*outcomes)
+
+
+# Shapes and memory
+
+
+RESHAPED = {
+    "transpose_": lambda z: z.transpose_(0, 2),
+    "swapaxes_": lambda z: z.swapaxes_(0, 1),
+    "unsqueeze_": lambda z: z.unsqueeze_(0),
+    "squeeze_": lambda z: z.squeeze_(),
+    "resize_": lambda z: z.resize_(7, 10),
+    "as_strided_": lambda z: z.as_strided_((2, 2), (1, 3)),
+    "set_": lambda z: z.set_(torch.ones(3)),
+    "data": lambda z: setattr(z, "data", torch.ones(z.shape)),
+}
+
+
+@pytest.mark.parametrize("looked", [False, True], ids=["", "looked at"])
+@pytest.mark.parametrize("change", RESHAPED.values(), ids=RESHAPED)
+def test_reshaped_in_place(change, looked):
+    """Views that were taken before stay what they are, in the same memory."""
+    outcomes = []
+    head = Head()
+    for logits in (head.deferred().detach(), head.plain().detach()):
+        rows, flat = logits[0], logits.view(-1)
+        last = rows[-1]
+        if looked:
+            rows.norm()
+        change(logits)
+        flat[:3] = 9
+        outcomes.append([value + 0 for value in (logits, rows, flat, last)])
+        assert logits.shape == outcomes[-1][0].shape
+    torch.testing.assert_close(*outcomes)
+
+
+def test_data_of_another_shape_is_an_error():
+    with pytest.raises(RuntimeError, match="must keep shape"):
+        Head().deferred().detach().data = torch.ones(3)
+
+
+def test_masks_have_the_shape_of_rows():
+    for mask in (torch.tensor([True]), torch.zeros(BATCH, LENGTH + 1, dtype=torch.bool)):
+        with pytest.raises(IndexError):
+            Head().deferred()[mask]
+    with pytest.raises(IndexError):
+        Head().deferred()[:, torch.tensor([True, False])]
+    none = Head().deferred()[torch.zeros(BATCH, LENGTH, dtype=torch.bool)]
+    assert none.shape == (0, VOCABULARY)
+    assert none.logsumexp(-1).shape == (0,)
+
+
+def test_constants_that_are_equal_but_not_the_same():
+    head = Head()
+    for fn in (
+        lambda z: z.copysign(0.0).sum(-1),
+        lambda z: z.copysign(-0.0).sum(-1),
+        lambda z: ((z > 0) * 1).sum(-1),
+        lambda z: ((z > 0) * 1.0).sum(-1),
+        lambda z: ((z > 0) * True).amax(-1),
+        lambda z: ((z > 0) * 1).amax(-1),
+    ):
+        torch.testing.assert_close(fn(head.deferred()), fn(head.plain()))
+
+
+def test_results_that_are_deferred():
+    """``out=`` of several results."""
+    head = Head(requires_grad=False)
+    outcomes = []
+    for logits in (head.deferred()[..., 0].contiguous(), head.plain()[..., 0].contiguous()):
+        index = torch.empty(BATCH, LENGTH, dtype=torch.int64)
+        values, _ = torch.max(head.plain(), -1, out=(logits, index))
+        assert values is logits
+        outcomes.append([logits + 0, index])
+    torch.testing.assert_close(*outcomes)
+
+
+def test_inference_mode_after_training():
+    head = Head()
+    logits = head.deferred()
+    with torch.inference_mode():
+        for change in WAITING.values():
+            changed = change(logits)
+            assert changed.is_deferred
+            if changed.shape[-1] == VOCABULARY:
+                assert torch.equal(changed.argmax(-1), change(head.plain()).argmax(-1))
+        assert logits.is_deferred
+    F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
+    assert_same_gradients(
+        head,
+        lambda other: F.cross_entropy(other.plain().flatten(0, 1), TARGET.flatten()).backward(),
+    )
+
+
+def test_a_view_without_gradient_after_a_change():
+    head = Head()
+    outcomes = []
+    for logits in (head.deferred(), head.plain()):
+        with torch.no_grad():
+            rows = logits[0]
+        logits.mul_(2)
+        outcomes.append((rows.tolist(), rows.data_ptr() != 0, list(rows.shape)))
+    assert outcomes[0][1:] == outcomes[1][1:]
+    torch.testing.assert_close(torch.tensor(outcomes[0][0]), torch.tensor(outcomes[1][0]))
+
+
 # What they are computed from
 
 
@@ -607,6 +799,15 @@ def test_changed_since(change, name, look):
         look(logits)
     assert re.search(rf"and {name}, which they are computed from, was .* since", str(error.value))
     assert 'defer_logits="never"' in str(error.value)
+
+
+def test_a_frozen_weight_that_changed():
+    """As merged adapters and averaged weights do, hidden from PyTorch."""
+    head = Head(requires_grad=False)
+    logits = head.deferred()
+    head.weight.data.add_(1)
+    with pytest.raises(StaleLogitsError, match="the weight"):
+        logits.argmax(-1)
 
 
 def test_computed_before_the_change():

@@ -262,7 +262,6 @@ def test_results_that_a_later_replay_overwrote():
         lambda logits: logits[0].cpu(),
     ):
         logits = defer(hidden.clone(), torch.randn(50, 8), None, torch.float32)
-        (kept, *_) = logits._operation.kept()
-        torch._C._set_throw_on_mutable_data_ptr(kept.tensor)
+        torch._C._set_throw_on_mutable_data_ptr(logits._operation.arguments[0].tensor)
         with pytest.raises(RuntimeError, match="Cannot access data pointer"):
             look(logits)
