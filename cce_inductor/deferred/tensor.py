@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -33,6 +34,7 @@ from .operation import Operation, detached, product, strided
 from .stale import Guarded
 
 aten = torch.ops.aten
+_DISABLED_IN = torch._dynamo.eval_frame.__file__
 
 
 class DeferredLogits(Tensor):
@@ -207,6 +209,7 @@ class DeferredLogits(Tensor):
         return tensors[0] if written is None else fused.replay(written[0], tensors)
 
     @classmethod
+    @torch._dynamo.disable  # called between two graphs, it is not to become a third
     def __torch_function__(
         cls,
         func: Callable[..., Any],
@@ -225,6 +228,7 @@ class DeferredLogits(Tensor):
         return _as_any_tensor(func, args, kwargs)
 
     @classmethod
+    @torch._dynamo.disable
     def __torch_dispatch__(
         cls,
         func: Callable[..., Any],
@@ -576,6 +580,14 @@ def _as_numbers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return func(args[0].settle().detach(), *args[1:], **kwargs)
 
 
+def _data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dynamo evaluates it, to see what it is, and may find nothing changed afterwards."""
+    caller = _caller()
+    if in_torch(caller) or caller == "<string>":
+        return args[0].detach()
+    return _as_plain(func, args, kwargs)
+
+
 def _set_data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     logits, value = args
     like = (logits.shape, logits.stride(), logits.dtype, logits.device)
@@ -594,16 +606,23 @@ def _in_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return args[0]
 
 
+def _caller() -> str:
+    """The file of the code that has called a function of PyTorch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename in (__file__, _DISABLED_IN):
+        frame = frame.f_back
+    return frame.f_code.co_filename
+
+
 def _storage(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """For PyTorch itself, which asks which tensors share memory, the storage of this tensor, that
     has no memory; for others one that has."""
-    caller = sys._getframe(2).f_code.co_filename
-    return (_as_any_tensor if in_torch(caller) else _as_numbers)(func, args, kwargs)
+    return (_as_any_tensor if in_torch(_caller()) else _as_numbers)(func, args, kwargs)
 
 
 def _node(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Who reads it may hang a hook on it; PyTorch's other parts only look."""
-    caller = sys._getframe(2).f_code.co_filename
+    caller = _caller()
     if not in_torch(caller) or caller.endswith(os.path.join("autograd", "graph.py")):
         args[0]._operation.is_watched = True
     return _as_any_tensor(func, args, kwargs)
@@ -611,8 +630,7 @@ def _node(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _is_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A compiler takes each for itself: it would want to make it of its base."""
-    caller = sys._getframe(2).f_code.co_filename
-    return False if in_torch(caller) else _as_any_tensor(func, args, kwargs)
+    return False if in_torch(_caller()) else _as_any_tensor(func, args, kwargs)
 
 
 def _watched(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -659,6 +677,7 @@ _SPECIAL: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     Tensor.untyped_storage: _storage,
     Tensor._is_view: _is_view,
     Tensor.grad_fn.__get__: _node,
+    Tensor.data.__get__: _data,
     Tensor.data.__set__: _set_data,
     **dict.fromkeys(
         (
@@ -669,7 +688,6 @@ _SPECIAL: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.__reduce_ex__,
             Tensor.__dlpack__,
             Tensor.pin_memory,
-            Tensor.data.__get__,
         ),
         _as_plain,
     ),

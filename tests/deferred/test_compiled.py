@@ -654,6 +654,28 @@ def test_a_compiled_function_returns_views_of_them(backend):
     torch.testing.assert_close(logits + 0, plain)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_function_reads_their_data(backend):
+    """Dynamo looks at attributes of the very tensor while it traces."""
+
+    def fn(logits, target):
+        largest = logits.data.abs().amax() + logits.detach().amin()
+        torch._dynamo.graph_break()
+        return F.cross_entropy(logits.data + logits / largest, target), logits.is_leaf
+
+    logits, plain, args = deferred_and_plain()
+    if "cce" in backend:
+        code = compiled(fn, backend=backend, fullgraph=False)
+    else:
+        code = torch.compile(fn, backend=backend)
+    loss, *said = code(logits, TARGET)
+    expected, *eager = fn(plain, TARGET)
+    assert said == eager
+    torch.testing.assert_close(loss, expected)
+    mine = torch.autograd.grad(loss, args)
+    torch.testing.assert_close(mine, torch.autograd.grad(expected, args), rtol=1e-4, atol=1e-5)
+
+
 def test_a_gradient_that_a_compiled_loss_has_skipped_is_an_error():
     logits, _, _ = deferred_and_plain()
     compiled(loss_of)(logits, TARGET)

@@ -342,11 +342,12 @@ def measure_all(
 def table(results: list[Result]) -> str:
     """The results as Markdown."""
     tasks = tiny.classes()
+    variants = "".join(f" --variant {v}" for v in VARIANTS if any(r.variant == v for r in results))
     lines = [
         "# Survey of transformers",
         "",
-        f"Written by `python tests/models/survey.py` with torch {torch.__version__}, transformers"
-        f" {transformers.__version__}, {torch.get_default_device()}.",
+        f"Written by `python tests/models/survey.py{variants}` with torch {torch.__version__},"
+        f" transformers {transformers.__version__}, {torch.get_default_device()}.",
         "",
         "| task | classes | measured | every loss rewritten | numbers of eager |",
         "|---|---|---|---|---|",
