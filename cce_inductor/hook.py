@@ -1,7 +1,8 @@
 """install() and uninstall(): the pass in `torch._inductor.config.pre_grad_custom_pass`.
 
 Inductor runs it on the graph that Dynamo captured, before autograd. Three settings change, for
-every thread, and are put back by `uninstall`:
+every thread, and what `torch.compile` calls to compile a graph with Inductor is wrapped, so that
+logits that a graph does not return can be deferred. `uninstall` puts all of it back:
 
 - ``pre_grad_custom_pass``: this pass, which first runs the ones that were there;
 - ``pre_grad_pass_timing`` (from torch 2.13): before the cache lookup, so that a compilation that
