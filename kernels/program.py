@@ -71,6 +71,16 @@ class Step:
     def call(self) -> str:
         return _call_text(self.target, self.args, self.kwargs)
 
+    def run(self, values: Mapping[Any, Tensor], dtype: torch.dtype) -> Tensor:
+        """Its result from those it uses; a number where the operator wants a tensor has `dtype`."""
+        args = [
+            values[a] if isinstance(a, Name) else torch.tensor(a, dtype=dtype) if is_tensor else a
+            for a, is_tensor in zip(self.args, tensor_arguments(self.target), strict=False)
+        ]
+        kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in self.kwargs}
+        result: Tensor = overload(self.target)(*args, **kwargs)
+        return result
+
     def __str__(self) -> str:
         return f"{self.name} = {self.call}"
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .program import Name, Program, overload, position, tensor_arguments
+from .program import Program, position
 
 
 def reduce(
@@ -36,12 +36,7 @@ def reduce(
     for name, at in program.operands.items():
         values[name] = operands[at].unsqueeze(1) if name[0] == "r" else operands[at]
     for step in program.steps:
-        args = [
-            values[a] if isinstance(a, Name) else torch.tensor(a, dtype=z.dtype) if is_tensor else a
-            for a, is_tensor in zip(step.args, tensor_arguments(step.target), strict=False)
-        ]
-        kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in step.kwargs}
-        values[step.name] = overload(step.target)(*args, **kwargs)
+        values[step.name] = step.run(values, z.dtype)
 
     results: list[Tensor] = []
     for reduction in program.reductions:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.program import Name, Step, overload, position
+from ..kernels.program import Name, Step, position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,7 @@ class Formula:
             for name in step.uses:
                 if name not in values:
                     values[name] = self._leaf(name, z, operands)
-            args = [values[a] if isinstance(a, Name) else a for a in step.args]
-            kwargs = {k: values[a] if isinstance(a, Name) else a for k, a in step.kwargs}
-            values[step.name] = overload(step.target)(*args, **kwargs)
+            values[step.name] = step.run(values, z.dtype)
         if self.value not in values:
             values[self.value] = self._leaf(self.value, z, operands).expand_as(z)
         result: Tensor = values[self.value]

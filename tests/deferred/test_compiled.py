@@ -213,6 +213,8 @@ RETURNED = {
     "slice of the vocabulary": lambda z: z[..., :40].contiguous(),
     "strided slice of the vocabulary": lambda z: z[..., :40],
     "masked": lambda z: z.masked_fill(torch.arange(VOCABULARY, device=z.device) > 44, -9.0),
+    "where": lambda z: torch.where(torch.arange(VOCABULARY) > 44, torch.tensor(-9.0), z),
+    "where, of a number": lambda z: torch.where(torch.arange(VOCABULARY) > 44, -9.0, z),
     "double": lambda z: z.double(),
     "half": lambda z: z.bfloat16(),
     "log_softmax": lambda z: z.log_softmax(-1),
