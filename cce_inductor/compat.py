@@ -168,9 +168,7 @@ def _wrap_method(
     owner: Any, name: str, parameters: list[str], wrapper: Wrapper
 ) -> Callable[[], None] | None:
     original = getattr(owner, name, None)
-    if owner is None or original is None:
-        return None
-    if list(inspect.signature(original).parameters)[:3] != parameters:
+    if original is None or list(inspect.signature(original).parameters)[:3] != parameters:
         return None
 
     @functools.wraps(original)
@@ -191,7 +189,4 @@ def _wrap_method(
 
 def forbid_memory(tensor: torch.Tensor) -> None:
     """Lets code that reads the memory of a tensor without any raise an error, not crash."""
-    for name in ("_set_throw_on_mutable_data_ptr", "_set_throw_on_immutable_data_ptr"):
-        forbid = getattr(torch._C, name, None)
-        if forbid is not None:
-            forbid(tensor)
+    torch._C._set_throw_on_mutable_data_ptr(tensor)

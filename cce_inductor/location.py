@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +26,14 @@ def location(node: Node) -> str | None:
 def in_torch(file: str) -> bool:
     """Whether a file is PyTorch's own."""
     return file.startswith(_TORCH)
+
+
+def calling_frame(skipped: Callable[[str], bool]) -> FrameType:
+    """The innermost frame of the caller's stack that is in a file that is not skipped."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and skipped(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
 
 
 def at(node: Node) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch.fx import GraphModule, Node
@@ -61,8 +62,7 @@ class LossReport:
         if self.location:
             lines.append(f"  at {self.location}")
         if self.logits_shape is not None:
-            shape = "x".join(map(str, self.logits_shape))
-            lines.append(f"  logits: {shape} {str(self.logits_dtype).removeprefix('torch.')}")
+            lines.append(f"  logits: {format_tensor(self.logits_shape, self.logits_dtype)}")
         if self.rewritten:
             lines.append(f"  not stored any more: {format_bytes(self.bytes_saved)}")
             if self.deferred:
@@ -126,6 +126,11 @@ def format_bytes(count: int) -> str:
             break
         value /= 1024
     return f"{value:.4g} {unit}"
+
+
+def format_tensor(shape: Sequence[int], dtype: torch.dtype | None) -> str:
+    """``4x256x32768 float32``."""
+    return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
 class ReportLog:

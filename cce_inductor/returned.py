@@ -100,8 +100,7 @@ class Returned:
 
     @property
     def output(self) -> Node:
-        (output,) = self.node.graph.find_nodes(op="output")
-        return output
+        return self.node.graph.output_node()
 
     @property
     def expression(self) -> Expression:

@@ -74,7 +74,7 @@ def rewrite(
     """
     reports: list[LossReport] = []
     for graph_module in _with_subgraphs(module):
-        (output,) = graph_module.graph.find_nodes(op="output")
+        output = graph_module.graph.output_node()
         if output.meta.get(_DONE):
             continue
         output.meta[_DONE] = True
@@ -321,7 +321,7 @@ def _return_instead(
     graph: Graph, heads: dict[Node, Head], replaced: dict[Node, Node]
 ) -> list[int | DeferredOutput]:
     """Returns what deferred logits are made of in their place, each tensor once."""
-    (output,) = graph.find_nodes(op="output")
+    output = graph.output_node()
     placeholders = graph.find_nodes(op="placeholder")
     old = output.args[0]
     assert isinstance(old, (list, tuple)), "Dynamo's graphs return a tuple"

@@ -61,6 +61,9 @@ class Table:
             return None
         return self._rules.get(node.target)
 
+    def __contains__(self, spelling: Spelling) -> bool:
+        return spelling in self._rules
+
     def items(self) -> list[tuple[Spelling, Rule]]:
         return list(self._rules.items())
 

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .. import compat
 from ..mutation import mutated_storages, storage_of
+from ..patterns import example
 from ..returned import Deferral, DeferredOutput
 from . import fused
 from .operation import Operation
@@ -45,10 +46,8 @@ _compilations = _Compilations()
 
 def deferral_for(module: object) -> Deferral | None:
     """What takes the logits that a graph need not return, None if its caller expects them all."""
-    for compiled, deferral in _compilations.open[-1:]:
-        if compiled is module:
-            return deferral
-    return None
+    compiled, deferral = _compilations.open[-1] if _compilations.open else (None, None)
+    return deferral if compiled is module else None
 
 
 def compile_with_deferral(
@@ -115,8 +114,7 @@ def _shares_deferred(module: GraphModule, example_inputs: Sequence[Any]) -> bool
         for node, value in zip(placeholders, example_inputs, strict=True)
         if isinstance(value, DeferredLogits)
     }
-    (output,) = module.graph.find_nodes(op="output")
-    returned = {storage_of(node) for node in output.all_input_nodes}
+    returned = {storage_of(node) for node in module.graph.output_node().all_input_nodes}
     changed = {storage for node in module.graph.nodes for storage in mutated_storages(node)}
     return not deferred.isdisjoint(returned | changed)
 
@@ -231,13 +229,12 @@ def _compiled_for_tensors(
         )
         return _TakesDeferred(module)
     compiled = _compiled_with_outputs(compiler, inner, unpacked.values)
-    fakes = [n.meta["example_value"] for n in inner.graph.find_nodes(op="placeholder")]
-    as_compiled = repr(unpacked.written)
+    fakes = [example(node) for node in inner.graph.find_nodes(op="placeholder")]
 
     def call(*arguments: Any) -> Any:
         given = _Unpacked.of(arguments)
         new = range(given.count, len(given.values))
-        if repr(given.written) != as_compiled or not all(
+        if given.written != unpacked.written or not all(
             _fits(given.values[place], fakes[place]) for place in new
         ):
             return module(*arguments)  # where nothing depends on how they are computed
@@ -248,14 +245,12 @@ def _compiled_for_tensors(
     return _TakesDeferred(call)
 
 
-def _fits(tensor: Tensor, example: Tensor) -> bool:
-    """Whether code that was compiled for `example` may be given `tensor`."""
+def _fits(tensor: Tensor, fake: Tensor) -> bool:
+    """Whether code that was compiled for `fake` may be given `tensor`."""
     same = (tensor.dtype, tensor.device, tensor.requires_grad, tensor.dim()) == (
-        (example.dtype, example.device, example.requires_grad, example.dim())
+        (fake.dtype, fake.device, fake.requires_grad, fake.dim())
     )
-    numbers = zip(
-        (*tensor.shape, *tensor.stride()), (*example.shape, *example.stride()), strict=same
-    )
+    numbers = zip((*tensor.shape, *tensor.stride()), (*fake.shape, *fake.stride()), strict=same)
     return same and all(
         actual == expected for actual, expected in numbers if isinstance(expected, int)
     )
@@ -275,15 +270,14 @@ def _accepting(
     context = torch._guards.TracingContext.get()
     deferred = {position for position, *_ in unpacked.written}
     arguments = [node for position, node in enumerate(old) if position not in deferred]
-    examples = list(unpacked.values)
     plain = (value for at, value in enumerate(example_inputs) if at not in deferred)
-    for value, example in zip(plain, examples[: unpacked.count], strict=True):
-        if value is not example:
-            context.tensor_to_context[example] = _symbols(context, value)["_tensor0"]
+    for value, passed in zip(plain, unpacked.values[: unpacked.count], strict=True):
+        if value is not passed:
+            context.tensor_to_context[passed] = _symbols(context, value)["_tensor0"]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         for position, _, places in unpacked.written:
-            fake_mode = old[position].meta["example_value"].fake_mode
+            fake_mode = example(old[position]).fake_mode
             symbols = _symbols(context, example_inputs[position])
             for number, place in enumerate(places):
                 if place < len(arguments):
@@ -296,7 +290,7 @@ def _accepting(
                 arguments.append(node)
         for position, calls, places in unpacked.written:
             tensors = [arguments[place] for place in places]
-            with old[position].meta["example_value"].fake_mode:
+            with example(old[position]).fake_mode:
                 logits = fused.add_calls(graph, calls, tensors)
             old[position].replace_all_uses_with(logits)
             graph.erase_node(old[position])

@@ -6,6 +6,7 @@ code. The rewritten graph of a reduction is kept for the next one that looks the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import operator
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..mutation import storage_of
 from ..options import Options
-from ..patterns import loss, reduction
+from ..patterns import example, loss, reduction
 from ..returned import ARRIVED, Deferral, DeferredOutput
 from ..rewrite import reduce_all, rewrite
 from .lazy import spelled
@@ -35,6 +36,14 @@ class Ref(NamedTuple):
 
     kind: str
     number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number in a written operation: 1, 1.0 and True are equal, but not the same."""
+
+    value: float = dataclasses.field(compare=False)
+    text: str
 
 
 class Call(NamedTuple):
@@ -78,7 +87,7 @@ class Writing:
                         operation.function, operation.args, operation.kwargs
                     )
             return self._refs[id(value)]
-        return value
+        return Number(value, repr(value)) if isinstance(value, (int, float)) else value
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
         named = tuple((name, self.argument(value)) for name, value in kwargs.items())
@@ -99,9 +108,8 @@ def spelling(func: Any) -> Any | None:
     """What Dynamo calls a function that reduces rows, None if it is not known to."""
     name = getattr(func, "__name__", "")
     method = getattr(torch.Tensor, name, None) is func
-    known = {key for table in (loss, reduction) for key, _ in table.items()}
     target = name if method else func
-    return target if target in known else None
+    return target if target in loss or target in reduction else None
 
 
 def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -163,7 +171,6 @@ def _describe(tensor: Tensor) -> Description:
 class _Situation(NamedTuple):
     """What a graph depends on besides its calls."""
 
-    constants: str  # where 1, 1.0 and True are equal, but not the same
     tensors: tuple[Description, ...]
     grad_enabled: bool
     default_dtype: torch.dtype
@@ -177,7 +184,6 @@ class _Situation(NamedTuple):
 
         device = writing.tensors[0].device.type
         return cls(
-            constants=repr(writing.calls),
             tensors=tuple(map(_describe, writing.tensors)),
             grad_enabled=torch.is_grad_enabled(),
             default_dtype=torch.get_default_dtype(),
@@ -227,7 +233,7 @@ def _rows(
 def _is_view(graph: Graph) -> bool:
     """Whether the result shares the memory of logits, so that changes of one are seen in the
     other."""
-    (output,) = graph.find_nodes(op="output")
+    output = graph.output_node()
     returned = {storage_of(node) for node in output.all_input_nodes}
     ends = {output, *output.all_input_nodes}
     return any(storage_of(node) in returned for node in graph.nodes if node not in ends)
@@ -258,17 +264,17 @@ def _graph(
                 requires_grad=tensor.requires_grad,
             )
         result = add_calls(graph, calls, nodes)
-    example = result.meta["example_value"]
-    if isinstance(example, Tensor):
+    value = example(result)
+    if isinstance(value, Tensor):
         graph.output((result,))
         return GraphModule({}, graph), operator.itemgetter(0)
     parts = []
-    for number, part in enumerate(example):
+    for number, part in enumerate(value):
         node = graph.call_function(operator.getitem, (result, number))
         node.meta["example_value"] = part
         parts.append(node)
     graph.output(tuple(parts))
-    return GraphModule({}, graph), type(example)
+    return GraphModule({}, graph), type(value)
 
 
 def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Node:
@@ -286,7 +292,7 @@ def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Nod
         op = "call_method" if isinstance(target, str) else "call_function"
         node = graph.create_node(op, target, node_args, node_kwargs)
         function = _function(call)
-        examples = torch.fx.map_arg((args, kwargs), lambda each: each.meta["example_value"])
+        examples = torch.fx.map_arg((args, kwargs), example)
         node.meta["example_value"] = function(*examples[0], **examples[1])
         if function is product:
             node.meta[ARRIVED] = True
@@ -302,6 +308,8 @@ def _function(call: Call) -> Callable[..., Any]:
 def _filled(value: Any, values: Mapping[Ref, Any]) -> Any:
     if isinstance(value, Ref):
         return values[value]
+    if isinstance(value, Number):
+        return value.value
     if isinstance(value, dict):
         return {name: _filled(each, values) for name, each in value.items()}
     return tuple(_filled(each, values) for each in value) if isinstance(value, tuple) else value

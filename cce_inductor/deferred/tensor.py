@@ -16,7 +16,6 @@ import functools
 import operator
 import os
 import re
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import compat
-from ..location import in_torch
+from ..location import calling_frame, in_torch
 from . import cost, fused, lazy
 from .operation import Operation, detached, product, strided
 from .stale import Guarded
@@ -177,7 +176,7 @@ class DeferredLogits(Tensor):
             )
         self._operation.is_watched = True
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[tuple[fused.Call, ...], str] | None]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[fused.Call, ...] | None]:
         """For torch.compile: the tensors that it is computed from, and how; `boundary` puts that
         into the compiled graph."""
         operation = self.known()
@@ -188,7 +187,7 @@ class DeferredLogits(Tensor):
         writing.argument(operation)
         names = [f"_tensor{number}" for number in range(len(writing.tensors))]
         self.__dict__.update(zip(names, writing.tensors, strict=True))
-        return names, (tuple(writing.calls), repr(writing.calls))
+        return names, tuple(writing.calls)
 
     def __getattr__(self, name: str) -> Any:
         """What `__tensor_flatten__` names, of a tensor that it has not been called for."""
@@ -201,12 +200,12 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor],
-        written: tuple[tuple[fused.Call, ...], str] | None,
+        calls: tuple[fused.Call, ...] | None,
         outer_size: Sequence[int],
         outer_stride: Sequence[int],
     ) -> Tensor:
         tensors = [tensor.detach() for tensor in inner.values()]
-        return tensors[0] if written is None else fused.replay(written[0], tensors)
+        return tensors[0] if calls is None else fused.replay(calls, tensors)
 
     @classmethod
     @torch._dynamo.disable  # called between two graphs, it is not to become a third
@@ -323,19 +322,23 @@ def _reduced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A reduction of deferred logits, NotImplemented if it needs the numbers."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return NotImplemented  # a torch.func transform may want to see inside
-    given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, DeferredLogits)]
-    if not given or any(logits.known() is None for logits in given):
+    known = {id(logits): logits.known() for logits in _among((args, kwargs))}
+    if not known or None in known.values():
         return NotImplemented
     return fused.reduce(
-        target, *tree_map_only(DeferredLogits, DeferredLogits.known, (args, kwargs))
+        target, *tree_map_only(DeferredLogits, lambda each: known[id(each)], (args, kwargs))
     )
+
+
+def _among(arguments: Any) -> list[DeferredLogits]:
+    return [each for each in tree_leaves(arguments) if isinstance(each, DeferredLogits)]
 
 
 def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result as deferred logits, NotImplemented if it cannot be."""
     if not isinstance(func, torch._ops.OpOverload) or not lazy.can_wait(func, args, kwargs):
         return NotImplemented
-    given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, DeferredLogits)]
+    given = _among((args, kwargs))
     if not all(logits.is_deferred and logits._operation.is_real for logits in given):
         return NotImplemented
     first = args[0]
@@ -425,7 +428,7 @@ def _view(
 
 
 def _meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return _any_elements(tensor, "meta")
 
 
 def _one(tensor: Tensor) -> Tensor:
@@ -506,11 +509,10 @@ def _aliases(
             if argument.alias_info is None:
                 continue
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            for each in tree_leaves(value):
-                if isinstance(each, DeferredLogits):
-                    shared.add(id(each))
-                    if argument.alias_info.is_write:
-                        changed[next(iter(argument.alias_info.before_set))] = each
+            for each in _among(value):
+                shared.add(id(each))
+                if argument.alias_info.is_write:
+                    changed[next(iter(argument.alias_info.before_set))] = each
     return shared, changed
 
 
@@ -518,9 +520,9 @@ def _no_elements(logits: DeferredLogits) -> Tensor:
     return torch.empty(0, dtype=logits.dtype, device=logits.device)
 
 
-def _any_elements(logits: DeferredLogits) -> Tensor:
+def _any_elements(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
     return torch.empty_strided(
-        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device
     )
 
 
@@ -608,10 +610,7 @@ def _in_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 def _caller() -> str:
     """The file of the code that has called a function of PyTorch."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename in (__file__, _DISABLED_IN):
-        frame = frame.f_back
-    return frame.f_code.co_filename
+    return calling_frame(lambda file: file in (__file__, _DISABLED_IN)).f_code.co_filename
 
 
 def _storage(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -634,18 +633,10 @@ def _is_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _watched(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """For what wants the gradient of the logits."""
-    for each in tree_leaves((args, kwargs)):
-        if isinstance(each, DeferredLogits):
-            each.watch()
-    return _as_any_tensor(func, args, kwargs)
-
-
-def _differentiated(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
-    for each in tree_leaves(inputs):
-        if isinstance(each, DeferredLogits):
-            each.watch()
+    """For what wants the gradient of the logits; of `torch.autograd.grad` that is the inputs."""
+    wanted = kwargs.get("inputs", args[1:2]) if func is torch.autograd.grad else (args, kwargs)
+    for each in _among(wanted):
+        each.watch()
     return _as_any_tensor(func, args, kwargs)
 
 
@@ -698,9 +689,9 @@ _SPECIAL: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.register_post_accumulate_grad_hook,
             Tensor.requires_grad_,
             Tensor.requires_grad.__set__,
+            torch.autograd.grad,
         ),
         _watched,
     ),
-    torch.autograd.grad: _differentiated,
 }
 """What is neither a reduction nor an operation on numbers."""

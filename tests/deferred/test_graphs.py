@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from checks import code
 from expecttest import assert_expected_inline
 
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
@@ -19,9 +20,7 @@ def graphs(fn, *args, defer_logits="with_loss", **compile_args):
 
     def compiler(module, example_inputs):
         rewrite(module, options, deferral=deferral_for(module))
-        lines = module.code.splitlines()
-        body = [line.strip().split(";  ")[0] for line in lines if line[:4] == "    "]
-        found.append("\n".join(line for line in body if line and "= L_" not in line) + "\n")
+        found.append(code(module))
         return module.forward
 
     torch._dynamo.reset()
