@@ -60,7 +60,7 @@ class Guarded:
         if self._version is not None and tensor._version != self._version:
             return "was changed in place (by an optimizer step, say)"
         if self._pointer is not None and tensor.data_ptr() != self._pointer:
-            return "was moved or freed"
+            return "was moved or freed (by FSDP, say, after the backward)"
         if self._sample is not None and not _is_capturing(tensor):
             with _disable_current_modes():  # a compiler may be the one who asks
                 now = _sample(tensor)

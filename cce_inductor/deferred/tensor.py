@@ -322,12 +322,17 @@ def _reduced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A reduction of deferred logits, NotImplemented if it needs the numbers."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return NotImplemented  # a torch.func transform may want to see inside
-    known = {id(logits): logits.known() for logits in _among((args, kwargs))}
-    if not known or None in known.values():
-        return NotImplemented
-    return fused.reduce(
-        target, *tree_map_only(DeferredLogits, lambda each: known[id(each)], (args, kwargs))
-    )
+    with torch.set_grad_enabled(torch.is_grad_enabled() and target not in _WITHOUT_GRADIENT):
+        known = {id(logits): logits.known() for logits in _among((args, kwargs))}
+        if not known or None in known.values():
+            return NotImplemented
+        return fused.reduce(
+            target, *tree_map_only(DeferredLogits, lambda each: known[id(each)], (args, kwargs))
+        )
+
+
+_WITHOUT_GRADIENT = (torch.argmax, "argmax", torch.argmin, "argmin")
+"""Reductions that concern nobody who wants the gradient of the logits."""
 
 
 def _among(arguments: Any) -> list[DeferredLogits]:

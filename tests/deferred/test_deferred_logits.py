@@ -242,6 +242,14 @@ def test_indices(reduce):
     assert torch.equal(got, reduce(head.plain()))
 
 
+def test_whose_gradient_is_wanted_has_an_argmax_anyway():
+    logits = Head().deferred()
+    logits.register_hook(lambda gradient: None)
+    assert not logits.argmax(-1).requires_grad
+    assert torch.argmin(logits, -1).shape == (BATCH, LENGTH)
+    assert logits.is_deferred
+
+
 def test_namedtuples():
     head = Head()
     values, indices = got = head.deferred().max(-1)

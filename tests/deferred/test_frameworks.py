@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -215,6 +217,28 @@ def test_distributed_data_parallel(group, monkeypatch, optimize, arguments):
     for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
     torch.testing.assert_close(logits.detach() + 0, their_logits.detach())
+
+
+def test_fully_sharded_data_parallel(group):
+    """The weight of the head is there from the forward to the backward, and then it is freed."""
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, 1)
+    model, expected = Model(), Model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    code = torch.compile(
+        model, backend="cce_inductor", options={"min_logits_bytes": 0, "on_error": "raise"}
+    )
+    loss, logits = code(ids, labels)
+    assert logits.is_deferred
+    their_loss, their_logits = expected(ids, labels)
+    assert torch.equal(logits.argmax(-1), their_logits.argmax(-1))
+    loss.backward()
+    their_loss.backward()
+    torch.testing.assert_close(loss, their_loss)
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+    with pytest.raises(cce_inductor.StaleLogitsError, match="freed"):
+        logits.argmax(-1)
 
 
 def test_gathered(group):
