@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 from torch.fx import Node
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = Path(torch.__file__).parent
+_COMPILER = ("_dynamo", "_functorch", "_inductor", "_subclasses", "fx", "_guards.py")
 
 
 def location(node: Node) -> str | None:
@@ -25,7 +27,12 @@ def location(node: Node) -> str | None:
 
 def in_torch(file: str) -> bool:
     """Whether a file is PyTorch's own."""
-    return file.startswith(_TORCH)
+    return file.startswith(f"{_TORCH}{os.sep}")
+
+
+def in_compiler(file: str) -> bool:
+    """Whether a file is of PyTorch's compiler, which looks at tensors without changing them."""
+    return in_torch(file) and Path(file).relative_to(_TORCH).parts[0] in _COMPILER
 
 
 def calling_frame(skipped: Callable[[str], bool]) -> FrameType:

@@ -15,6 +15,7 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -52,6 +53,16 @@ DEVICES = ("cpu", "cuda")
 _DONE = "cce_inductor"
 
 
+def computing_examples() -> torch.autograd.graph.saved_tensors_hooks:
+    """While values of new nodes are computed: hooks on saved tensors that are in force, those of a
+    checkpoint, say, are for the user's, which they count."""
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def rewrite(
     module: GraphModule,
     options: Options,
@@ -79,7 +90,8 @@ def rewrite(
             continue
         output.meta[_DONE] = True
         of_graph = deferral if graph_module is module else None
-        reports += _rewrite_graph(graph_module, options, refused, of_graph)
+        with computing_examples():
+            reports += _rewrite_graph(graph_module, options, refused, of_graph)
     return reports
 
 
@@ -95,7 +107,8 @@ def reduce_all(graph: Graph, options: Options) -> bool:
     decision = _decide(found, options, [])
     if not decision.groups or any(decision.reasons):
         return False
-    _replace(graph, decision, found, options)
+    with computing_examples():
+        _replace(graph, decision, found, options)
     return True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
@@ -23,7 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 from .. import compat
 from ..mutation import mutated_storages, storage_of
 from ..patterns import example
-from ..returned import Deferral, DeferredOutput
+from ..returned import ARRIVED, Deferral, DeferredOutput
 from . import fused
 from .operation import Operation
 from .tensor import DeferredLogits, defer, with_strides
@@ -189,13 +191,15 @@ class _Unpacked:
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> _Unpacked:
         waiting: list[tuple[int, Operation]] = []
+        operations: list[Operation] = []
         values: list[Any] = []
         for position, value in enumerate(arguments):
-            operation = value.known() if isinstance(value, DeferredLogits) else None
+            operation = value.as_argument() if isinstance(value, DeferredLogits) else None
             if operation is None:
                 values.append(_plain(value))
             else:
                 waiting.append((position, operation))
+                operations.append(value._operation)
         count = len(values)
         places = {id(value): place for place, value in enumerate(values)}
         written = []
@@ -208,7 +212,7 @@ class _Unpacked:
                     values.append(tensor)
             read = tuple(places[id(tensor)] for tensor in writing.tensors)
             written.append((position, tuple(writing.calls), read))
-        return cls(values, written, [operation for _, operation in waiting], count)
+        return cls(values, written, operations, count)
 
 
 def _compiled_for_tensors(
@@ -230,19 +234,42 @@ def _compiled_for_tensors(
         return _TakesDeferred(module)
     compiled = _compiled_with_outputs(compiler, inner, unpacked.values)
     fakes = [example(node) for node in inner.graph.find_nodes(op="placeholder")]
+    written = unpacked.written
+    placeholders = module.graph.find_nodes(op="placeholder")
+    skips = [_reaches_results(placeholders[position]) for position, *_ in written]
+    del unpacked, example_inputs, placeholders  # what is compiled outlives them
 
     def call(*arguments: Any) -> Any:
         given = _Unpacked.of(arguments)
         new = range(given.count, len(given.values))
-        if given.written != unpacked.written or not all(
+        if given.written != written or not all(
             _fits(given.values[place], fakes[place]) for place in new
         ):
             return module(*arguments)  # where nothing depends on how they are computed
         results = compiled(*given.values)
-        fused.skip(given.operations, results)
+        fused.skip(list(itertools.compress(given.operations, skips)), results)
         return results
 
     return _TakesDeferred(call)
+
+
+def _reaches_results(node: Node) -> bool:
+    """Whether a result of the graph has a gradient that passes to `node`."""
+    reached, pending = {node}, [node]
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output":
+                return True
+            if user not in reached and _has_gradient(user):
+                reached.add(user)
+                pending.append(user)
+    return False
+
+
+def _has_gradient(node: Node) -> bool:
+    """Whether it is a tensor with a gradient, or something else of which nobody knows."""
+    value = example(node)
+    return not isinstance(value, Tensor) or value.requires_grad
 
 
 def _fits(tensor: Tensor, fake: Tensor) -> bool:
@@ -294,6 +321,9 @@ def _accepting(
                 logits = fused.add_calls(graph, calls, tensors)
             old[position].replace_all_uses_with(logits)
             graph.erase_node(old[position])
+    for node in graph.nodes:
+        if ARRIVED in node.meta:
+            _compute_in_its_dtype(node)
     graph.lint()
     inner = GraphModule(module, graph)
     inner.meta.update(module.meta)
@@ -301,6 +331,25 @@ def _accepting(
         if hasattr(module, name):
             setattr(inner, name, getattr(module, name))
     return inner
+
+
+def _compute_in_its_dtype(linear: Node) -> None:
+    """Has a projection computed as it would have been where its logits come from: its graph may
+    be under another autocast."""
+    graph, value = linear.graph, example(linear)
+    device, dtype = value.device.type, value.dtype
+    operands = [node for node in linear.args if isinstance(node, Node)]
+    if not torch.is_autocast_enabled(device) and all(example(o).dtype == dtype for o in operands):
+        return
+    with graph.inserting_before(linear):
+        disabled = graph.call_function(_enter_autocast, (device, None, False, None))
+        for operand in operands:
+            if example(operand).dtype != dtype:
+                cast = graph.call_method("to", (operand, dtype))
+                cast.meta["example_value"] = example(operand).to(dtype)
+                linear.replace_input_with(operand, cast)
+    with graph.inserting_after(linear):
+        graph.call_function(_exit_autocast, (disabled,))
 
 
 def _symbols(context: Any, logits: DeferredLogits) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..location import calling_frame, in_torch
 from ..options import DEFAULT_MIN_LOGITS_BYTES
 from ..report import format_bytes, format_tensor
 
-_PACKAGE = str(Path(__file__).parent.parent)
+_PACKAGE = Path(__file__).parent.parent
 _told: set[tuple[str, int]] = set()
 
 
@@ -19,7 +19,7 @@ def tell(logits: Tensor) -> None:
     """Warns that logits are computed, if they are large and the place is new."""
     if logits.nbytes < DEFAULT_MIN_LOGITS_BYTES:
         return
-    frame = calling_frame(lambda file: file.startswith(_PACKAGE) or in_torch(file))
+    frame = calling_frame(lambda file: _PACKAGE in Path(file).parents or in_torch(file))
     file, line = place = frame.f_code.co_filename, frame.f_lineno
     if place in _told:
         return

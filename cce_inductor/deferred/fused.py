@@ -23,7 +23,7 @@ from ..mutation import storage_of
 from ..options import Options
 from ..patterns import example, loss, reduction
 from ..returned import ARRIVED, Deferral, DeferredOutput
-from ..rewrite import reduce_all, rewrite
+from ..rewrite import computing_examples, reduce_all, rewrite
 from .lazy import spelled
 from .operation import Operation, product
 from .stale import Guarded
@@ -57,12 +57,16 @@ class Call(NamedTuple):
 class Writing:
     """Operations as calls in order, which compare equal if they do the same.
 
+    Args:
+        read: what reads a guarded tensor.
+
     Attributes:
         calls: each after those that it reads.
         tensors: what they read, each once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Guarded], Tensor] = Guarded.read) -> None:
+        self._read = read
         self.calls: list[Call] = []
         self.tensors: list[Tensor] = []
         self._refs: dict[int, Ref] = {}
@@ -73,7 +77,7 @@ class Writing:
         if isinstance(value, (list, tuple)):
             return tuple(map(self.argument, value))
         if isinstance(value, Guarded):
-            value = value.read()
+            value = _usable(self._read(value))
         if isinstance(value, Tensor):
             if id(value) not in self._refs:
                 self._refs[id(value)] = Ref("tensor", len(self.tensors))
@@ -95,6 +99,12 @@ class Writing:
         return Ref("call", len(self.calls) - 1)
 
 
+def _usable(tensor: Tensor) -> Tensor:
+    """Itself, or, if autograd cannot use it because it comes from inference mode, a copy."""
+    is_late = tensor.is_inference() and not torch.is_inference_mode_enabled()
+    return tensor.clone() if is_late else tensor
+
+
 def replay(calls: tuple[Call, ...], tensors: list[Tensor]) -> Any:
     """The result of the last call."""
     values = {Ref("tensor", number): tensor for number, tensor in enumerate(tensors)}
@@ -109,7 +119,8 @@ def spelling(func: Any) -> Any | None:
     name = getattr(func, "__name__", "")
     method = getattr(torch.Tensor, name, None) is func
     target = name if method else func
-    return target if target in loss or target in reduction else None
+    known = target in loss or (target in reduction and func is not torch.Tensor.size)
+    return target if known else None
 
 
 def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,16 +129,21 @@ def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Returns:
         Its result, or NotImplemented if that needs the numbers.
     """
-    operations = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Operation)]
+    leaves = tree_leaves((args, kwargs))
+    operations = [each for each in leaves if isinstance(each, Operation)]
+    trained = any(each.trained for each in operations) or any(
+        each.requires_grad for each in leaves if isinstance(each, Tensor)
+    )
     writing = Writing()
-    try:
-        writing.call(target, args, kwargs)
-        fused = _reduction(tuple(writing.calls), _Situation.now(writing))
-    except TypeError:  # an argument that cannot be hashed is no number or dtype
-        return NotImplemented
-    if fused is None:
-        return NotImplemented
-    result = fused(*writing.tensors)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        try:
+            writing.call(target, args, kwargs)
+            fused = _reduction(tuple(writing.calls), _Situation.now(writing))
+        except TypeError:  # an argument that cannot be hashed is no number or dtype
+            return NotImplemented
+        if fused is None:
+            return NotImplemented
+        result = fused(*writing.tensors)
     skip(operations, result)
     return result
 
@@ -143,13 +159,19 @@ def skip(operations: list[Operation], results: Any) -> None:
 def few_rows(operation: Operation) -> Tensor | None:
     """The numbers of logits that are a part of those that were deferred, without computing the
     others; None if the pass does not know how."""
+    return of_rows(operation, product)
+
+
+def of_rows(operation: Operation, product: Callable[..., Tensor]) -> Tensor | None:
+    """The result of `operation` from the `product` of the rows of the hidden state that it is made
+    of and the weight; None if the pass does not know how."""
     writing = Writing()
     writing.argument(operation)
     found = _rows(tuple(writing.calls), _Situation.now(writing))
     if found is None:
         return None
     module, output = found
-    return output.make(writing.tensors, module(*writing.tensors))
+    return output.make(writing.tensors, module(*writing.tensors), product)
 
 
 class Description(NamedTuple):
@@ -293,7 +315,8 @@ def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Nod
         node = graph.create_node(op, target, node_args, node_kwargs)
         function = _function(call)
         examples = torch.fx.map_arg((args, kwargs), example)
-        node.meta["example_value"] = function(*examples[0], **examples[1])
+        with computing_examples():
+            node.meta["example_value"] = function(*examples[0], **examples[1])
         if function is product:
             node.meta[ARRIVED] = True
         values[Ref("call", number)] = node

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operation import product, strided
+from .operation import Operation, product, strided
 
 aten = torch.ops.aten
 
@@ -103,6 +103,24 @@ def can_wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and not schema.is_mutable
         and [str(result.type) for result in schema.returns] == ["Tensor"]
     )
+
+
+def depends_on_sizes(operation: Operation) -> bool:
+    """Whether it is one that does something else for logits with another number of rows, or reads
+    rows whose strides depend on that."""
+    if operation.function is product:
+        return not operation.args[0].tensor.is_contiguous()
+    return operation.function in _OF_SIZES
+
+
+_OF_SIZES = {
+    *VIEWS.keys() - {aten.alias.default, aten.detach.default},
+    aten._unsafe_view.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    strided,
+    operator.getitem,
+}
 
 
 def _only_casts(input: Tensor, *, dtype: Any = None, device: Any = None, **others: Any) -> bool:

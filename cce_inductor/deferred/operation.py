@@ -72,7 +72,7 @@ class Operation:
         if self.function is torch.ops.aten.detach.default:
             return False
         return any(
-            argument.trained if isinstance(argument, Operation) else argument.tensor.requires_grad
+            argument.trained if isinstance(argument, Operation) else argument.requires_grad
             for argument in self.arguments
         )
 
@@ -83,36 +83,62 @@ class Operation:
             a for a in tree_leaves((self.args, self.kwargs)) if isinstance(a, Operation | Guarded)
         ]
 
-    def history(self) -> list[Operation]:
-        """All operations up to this one, each after those that it reads."""
+    def history(self, ends: Callable[[Operation], bool] = lambda _: False) -> list[Operation]:
+        """All operations up to this one, each after those that it reads; what is before `ends` is
+        left out."""
         found: dict[int, Operation] = {}
         pending = [self]
         while pending:
             operation = pending[-1]
-            before = [a for a in operation.arguments if isinstance(a, Operation)]
-            missing = [a for a in before if id(a) not in found]
+            before = [] if ends(operation) else operation.arguments
+            missing = [a for a in before if isinstance(a, Operation) and id(a) not in found]
             pending += missing
             if not missing:
                 found[id(pending.pop())] = operation
         return list(found.values())
 
+    def products(self) -> list[Operation]:
+        """The projections that it is made of."""
+        return [operation for operation in self.history() if operation.function is product]
+
     def compute(self) -> Any:
         """Its result, without gradient; what it reads is asked of those tensors that still live,
         so that it is computed once."""
+        for each in self._missing():
+            if each is not self and (living := each._living()) is not None:
+                living.numbers()
+        results: dict[int, Any] = {}
+        history = self._missing()
+        last_reader = {id(a): each for each in history for a in each.arguments}
+        for each in history:
+            living = None if each is self else each._living()
+            results[id(each)] = each._computed_from(results) if living is None else living.numbers()
+            for argument in each.arguments:
+                if last_reader[id(argument)] is each:
+                    results.pop(id(argument), None)
+        return results[id(self)]
+
+    def _missing(self) -> list[Operation]:
+        """The history that has to be computed, after what is known of it."""
+
+        def is_known(each: Operation) -> bool:
+            living = None if each is self else each._living()
+            return living is not None and not living.is_deferred
+
+        return self.history(is_known)
+
+    def _living(self) -> Any:
+        """The tensor that it makes, None if that is gone or may have been changed."""
+        tensor = self.tensor()
+        return None if tensor is None or tensor.root.is_settled else tensor
+
+    def _computed_from(self, results: dict[int, Any]) -> Any:
         args, kwargs = tree_map_only(
             (Operation, Guarded),
-            lambda a: a.read() if isinstance(a, Guarded) else a.result(),
+            lambda a: a.read() if isinstance(a, Guarded) else results[id(a)],
             (self.args, self.kwargs),
         )
         return self.function(*args, **kwargs)
-
-    def result(self) -> Any:
-        """The numbers of the tensor that it belongs to, or what `compute` returns if that is gone
-        or may have been changed."""
-        tensor = self.tensor()
-        if tensor is None or tensor.root.is_settled:
-            return self.compute()
-        return tensor.numbers()
 
 
 def detached(operation: Operation) -> Operation:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-_SAMPLE = 1021
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -19,26 +18,35 @@ class Guarded:
 
     What PyTorch changes in place counts versions. Those who write to memory themselves (``p.data``,
     fused optimizers) do not, so a sample is kept as well, but of what a compiled function has made
-    for itself.
+    for itself. Tensors of inference mode count nothing: all of one is kept.
 
     Args:
         tensor: what will be read.
         name: what the error calls it.
 
     Attributes:
-        is_real: whether it has numbers, as those of compilers have not.
+        is_real: whether it has numbers in memory of its own, as those of compilers have not.
+        requires_grad: whether it did when this was made.
     """
 
-    __slots__ = ("_pointer", "_sample", "_version", "is_real", "name", "tensor")
+    __slots__ = ("_pointer", "_sample", "_tensor", "_version", "is_real", "name", "requires_grad")
 
     def __init__(self, tensor: Tensor, name: str):
-        self.tensor = tensor
+        self._tensor = tensor
         self.name = name
-        self.is_real = real = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        self._version = tensor._version if real and not tensor.is_inference() else None
+        self.requires_grad = tensor.requires_grad
+        self.is_real = real = _has_memory(tensor)
+        self._version = None if tensor.is_inference() else tensor._version
         self._pointer = tensor.data_ptr() if real else None
         others = real and (tensor.is_leaf or tensor._is_view())
         self._sample = _sample(tensor) if others else None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now, with the gradient that it had."""
+        if self._tensor.requires_grad and not self.requires_grad:
+            self._tensor = self._tensor.detach()
+        return self._tensor
 
     def read(self) -> Tensor:
         """The tensor.
@@ -56,7 +64,7 @@ class Guarded:
         return self.tensor
 
     def _change(self) -> str | None:
-        tensor = self.tensor
+        tensor = self._tensor
         if self._version is not None and tensor._version != self._version:
             return "was changed in place (by an optimizer step, say)"
         if self._pointer is not None and tensor.data_ptr() != self._pointer:
@@ -69,13 +77,29 @@ class Guarded:
         return None
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it is a tensor like any other: of no class that changes what functions do."""
+    kind = type(tensor)
+    return kind is Tensor or (
+        isinstance(tensor, torch.nn.Parameter)
+        and kind.__torch_function__ is torch.nn.Parameter.__torch_function__
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
 def _sample(tensor: Tensor) -> Tensor | None:
-    """The bits of some elements, evenly spaced; None if there is no cheap way to them."""
+    """The bits of some elements, with one of each row and column of a matrix among them; None if
+    there is no cheap way to them."""
     tensor = tensor.detach()
     if tensor.numel() == 0 or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return None
     flat = tensor.as_strided((tensor.numel(),), (1,))
-    return flat[:: tensor.numel() // _SAMPLE | 1].clone().view(_BITS[tensor.element_size()])
+    is_whole = tensor.is_inference() or tensor.dim() < 2
+    return (
+        flat[:: 1 if is_whole else max(tensor.shape[-1] - 1, 1)]
+        .clone()
+        .view(_BITS[tensor.element_size()])
+    )
 
 
 def _is_capturing(tensor: Tensor) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -27,10 +26,10 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import compat
-from ..location import calling_frame, in_torch
+from ..location import calling_frame, in_compiler, in_torch
 from . import cost, fused, lazy
 from .operation import Operation, detached, product, strided
-from .stale import Guarded
+from .stale import Guarded, StaleLogitsError
 
 aten = torch.ops.aten
 _DISABLED_IN = torch._dynamo.eval_frame.__file__
@@ -53,6 +52,7 @@ class DeferredLogits(Tensor):
     _parent: DeferredLogits | None
     _of_parent: Callable[[Tensor], Tensor]
     _viewed: Tensor | None  # the numbers in the shape that views were taken of
+    _of_rows: dict[bool, Tensor | None]  # `as_argument`, by whether gradients were enabled
     is_settled: bool  # whether the numbers are all that it is: it may have been changed
     _lock: threading.RLock
 
@@ -73,6 +73,7 @@ class DeferredLogits(Tensor):
         self._stored = None
         self._parent = None
         self._viewed = None
+        self._of_rows = {}
         self.is_settled = False
         self._lock = threading.RLock()
         operation.belongs_to(self)
@@ -176,14 +177,36 @@ class DeferredLogits(Tensor):
             )
         self._operation.is_watched = True
 
+    def as_argument(self) -> Operation | None:
+        """`known` for a compiled function: of other tensors, so that no size is part of it and it is
+        the same for every length; None if it cannot be had so.
+
+        Raises:
+            StaleLogitsError: what it is computed from has changed.
+        """
+        operation = self.known()
+        if operation is None or not any(map(lazy.depends_on_sizes, operation.history())):
+            return operation
+        with torch.set_grad_enabled(operation.trained and torch.is_grad_enabled()):
+            key = torch.is_grad_enabled()
+            if key not in self._of_rows:
+                self._of_rows[key] = fused.of_rows(
+                    operation, lambda input, *others: defer(input.contiguous(), *others)
+                )
+            made = self._of_rows[key]
+        return made._operation if isinstance(made, DeferredLogits) else None
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[fused.Call, ...] | None]:
         """For torch.compile: the tensors that it is computed from, and how; `boundary` puts that
         into the compiled graph."""
-        operation = self.known()
+        try:
+            operation = self.as_argument()
+        except StaleLogitsError:  # which whoever asks for the shape only need not know
+            operation = self.known()
         if operation is None:
             self.__dict__["_tensor0"] = self.settle()
             return ["_tensor0"], None
-        writing = fused.Writing()
+        writing = fused.Writing(lambda guarded: guarded.tensor)
         writing.argument(operation)
         names = [f"_tensor{number}" for number in range(len(writing.tensors))]
         self.__dict__.update(zip(names, writing.tensors, strict=True))
@@ -205,7 +228,10 @@ class DeferredLogits(Tensor):
         outer_stride: Sequence[int],
     ) -> Tensor:
         tensors = [tensor.detach() for tensor in inner.values()]
-        return tensors[0] if calls is None else fused.replay(calls, tensors)
+        made: Tensor = tensors[0] if calls is None else fused.replay(calls, tensors)
+        if made.stride() != tuple(outer_stride) and made.shape == outer_size:
+            made = made.new_empty_strided(outer_size, outer_stride)
+        return made
 
     @classmethod
     @torch._dynamo.disable  # called between two graphs, it is not to become a third
@@ -400,8 +426,15 @@ def _are_rows(func: Any, logits: DeferredLogits, *indices: Any) -> bool:
     return True
 
 
+_MOST_PRODUCTS = 8
+"""Each keeps its hidden state, and is multiplied again for every reduction."""
+
+
 def _is_small_beside(given: list[DeferredLogits], like: Tensor, arguments: Any) -> bool:
     """Whether a pointwise function of logits makes as many numbers, and reads few others."""
+    made_of = {id(each) for logits in given for each in logits._operation.products()}
+    if len(made_of) > _MOST_PRODUCTS:
+        return False
     others = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
     largest = max((a.numel() for a in others if not isinstance(a, DeferredLogits)), default=0)
     return all(like.shape == each.shape for each in given) and 2 * largest <= like.numel()
@@ -590,7 +623,7 @@ def _as_numbers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 def _data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dynamo evaluates it, to see what it is, and may find nothing changed afterwards."""
     caller = _caller()
-    if in_torch(caller) or caller == "<string>":
+    if in_compiler(caller) or caller == "<string>":
         return args[0].detach()
     return _as_plain(func, args, kwargs)
 
@@ -625,16 +658,15 @@ def _storage(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _node(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Who reads it may hang a hook on it; PyTorch's other parts only look."""
-    caller = _caller()
-    if not in_torch(caller) or caller.endswith(os.path.join("autograd", "graph.py")):
+    """Who reads it may hang a hook on it; a compiler only looks."""
+    if not in_compiler(_caller()):
         args[0]._operation.is_watched = True
     return _as_any_tensor(func, args, kwargs)
 
 
 def _is_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A compiler takes each for itself: it would want to make it of its base."""
-    return False if in_torch(_caller()) else _as_any_tensor(func, args, kwargs)
+    return False if in_compiler(_caller()) else _as_any_tensor(func, args, kwargs)
 
 
 def _watched(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
