@@ -9,7 +9,8 @@ _ADVICE = {
     ),
     "the logits are small": "pass min_logits_bytes=0 to rewrite them all the same",
     "come into this graph from outside": (
-        "remove the graph break between the projection and the loss, or compile both together"
+        "remove the graph break between the projection and the loss, or pass "
+        'defer_logits="always", which looks across it'
     ),
     "it is random": "draw the random numbers before the projection, or evaluate with dropout off",
     "class weights require a gradient": "pass weight.detach()",

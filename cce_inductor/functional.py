@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,14 +39,15 @@ def linear_cross_entropy(
         ignore_index: rows with this target add nothing, and are neither read nor computed.
         label_smoothing: in [0, 1].
         softcap: if given, logits become ``softcap * tanh(logits / softcap)`` (Gemma 2,
-            arXiv 2408.00118).
+            arXiv 2408.00118); greater than 0.
 
     Returns:
         The loss in the dtype of `input`: a scalar, or [tokens] for ``reduction="none"``.
 
     Raises:
         RuntimeError, ValueError, TypeError: what `linear` and `cross_entropy` raise for the same
-            arguments; a second derivative raises RuntimeError.
+            arguments; a second derivative raises RuntimeError, a `softcap` that is not finite and
+            greater than 0 ValueError.
         IndexError: a target out of bounds (CPU).
         NotImplementedError: targets that are class probabilities, or a `linear_weight` for a
             K-dimensional loss; `cross_entropy` takes both.
@@ -57,6 +59,8 @@ def linear_cross_entropy(
             "linear_cross_entropy takes a linear_weight of shape [vocabulary, hidden], got "
             f"{tuple(linear_weight.shape)}"
         )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"expected a finite softcap greater than 0, got {softcap}")
     if target.is_floating_point():
         raise NotImplementedError(
             "linear_cross_entropy takes class indices; for targets that are class probabilities "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -16,6 +16,7 @@ from .mutation import UNKNOWN, storage_of
 from .options import Options
 from .patterns import (
     Apply,
+    Call,
     Expression,
     Logits,
     Operand,
@@ -177,13 +178,20 @@ def _with_softmaxes(expression: Expression) -> Expression:
         return expression
     first, *rest = expression.args
     if expression.target == "sub.Tensor" and isinstance(rest[0], Operand):
-        source = rest[0].source
+        source, is_detached = rest[0].source, False
+        if isinstance(source, Call) and source.target is torch.detach and _is_detached(first):
+            (source,), (first,), is_detached = source.args, first.args, True
         if isinstance(source, Statistic) and (source.kind, source.values) == (
             ("logsumexp", (first,))
         ):
-            return Apply("_log_softmax", (_with_softmaxes(first), -1, False))
+            softmax = Apply("_log_softmax", (_with_softmaxes(first), -1, False))
+            return Apply("detach", (softmax,)) if is_detached else softmax
     args = tuple(_with_softmaxes(argument) for argument in expression.args)
     return Apply(expression.target, args, expression.kwargs)
+
+
+def _is_detached(expression: Expression) -> TypeGuard[Apply]:
+    return isinstance(expression, Apply) and expression.target == "detach"
 
 
 def _is_contiguous(value: torch.Tensor, vocabulary_dim: int) -> bool:

@@ -204,6 +204,9 @@ def test_errors_of_what_only_the_unfused_code_can_do():
         loss(input.view(2, 3, 8), weight, target.view(2, 3))
     with pytest.raises(NotImplementedError, match="linear_weight of shape"):
         loss(input, weight[0], target)
+    for softcap in (0, -30.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite softcap greater than 0"):
+            cce_inductor.linear_cross_entropy(input, weight, target, softcap=softcap)
     with pytest.raises(NotImplementedError, match="class probabilities"):
         loss(input, weight, torch.rand(6, 50))
 

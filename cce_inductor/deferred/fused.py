@@ -131,9 +131,10 @@ def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     leaves = tree_leaves((args, kwargs))
     operations = [each for each in leaves if isinstance(each, Operation)]
-    trained = any(each.trained for each in operations) or any(
-        each.requires_grad for each in leaves if isinstance(each, Tensor)
-    )
+    others = [each for each in leaves if isinstance(each, Tensor)]
+    if not all(each.is_floating_point() or each.dtype in _INDICES for each in others):
+        return NotImplemented
+    trained = any(each.trained for each in operations) or any(each.requires_grad for each in others)
     writing = Writing()
     with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
         try:
@@ -146,6 +147,10 @@ def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = fused(*writing.tensors)
     skip(operations, result)
     return result
+
+
+_INDICES = (torch.int64, torch.bool)
+"""What every function takes as indices or masks; of others each has its own opinion."""
 
 
 def skip(operations: list[Operation], results: Any) -> None:
@@ -175,7 +180,7 @@ def of_rows(operation: Operation, product: Callable[..., Tensor]) -> Tensor | No
 
 
 class Description(NamedTuple):
-    """All of a tensor but its numbers."""
+    """All of a tensor but its numbers, and whether its gradient can be wanted now."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

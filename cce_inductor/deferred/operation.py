@@ -34,6 +34,10 @@ def strided(input: Tensor, strides: tuple[int, ...]) -> Tensor:
     return input.new_empty_strided(input.shape, strides).copy_(input)
 
 
+_DEPTH = 25
+"""Tensors that ask each other for their numbers before one is asked by itself."""
+
+
 @dataclasses.dataclass(eq=False)
 class Operation:
     """One operation and, through its arguments, those before it.
@@ -104,35 +108,30 @@ class Operation:
     def compute(self) -> Any:
         """Its result, without gradient; what it reads is asked of those tensors that still live,
         so that it is computed once."""
-        for each in self._missing():
-            if each is not self and (living := each._living()) is not None:
-                living.numbers()
-        results: dict[int, Any] = {}
-        history = self._missing()
+
+        def living(each: Operation) -> Any:
+            return None if each is self else each._living()
+
+        before = [tensor for each in self.history() if (tensor := living(each)) is not None]
+        for tensor in before[_DEPTH::_DEPTH]:
+            tensor.numbers()  # which asks those before it in turn
+        history = self.history(lambda each: living(each) is not None)
         last_reader = {id(a): each for each in history for a in each.arguments}
+        results: dict[int, Any] = {}
         for each in history:
-            living = None if each is self else each._living()
-            results[id(each)] = each._computed_from(results) if living is None else living.numbers()
+            tensor = living(each)
+            results[id(each)] = each._run(results) if tensor is None else tensor.numbers()
             for argument in each.arguments:
                 if last_reader[id(argument)] is each:
                     results.pop(id(argument), None)
         return results[id(self)]
-
-    def _missing(self) -> list[Operation]:
-        """The history that has to be computed, after what is known of it."""
-
-        def is_known(each: Operation) -> bool:
-            living = None if each is self else each._living()
-            return living is not None and not living.is_deferred
-
-        return self.history(is_known)
 
     def _living(self) -> Any:
         """The tensor that it makes, None if that is gone or may have been changed."""
         tensor = self.tensor()
         return None if tensor is None or tensor.root.is_settled else tensor
 
-    def _computed_from(self, results: dict[int, Any]) -> Any:
+    def _run(self, results: dict[int, Any]) -> Any:
         args, kwargs = tree_map_only(
             (Operation, Guarded),
             lambda a: a.read() if isinstance(a, Guarded) else results[id(a)],

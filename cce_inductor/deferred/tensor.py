@@ -134,9 +134,14 @@ class DeferredLogits(Tensor):
         known = any(tensor is not None and not tensor.is_deferred for tensor in tensors)
         return not known and self.numel() < history[0].size
 
-    def plain(self) -> Tensor:
-        """A plain tensor with the same memory and gradient."""
-        made: Tensor = _Plain.apply(self)
+    def plain(self, *, shared: bool = True) -> Tensor:
+        """A plain tensor with the same gradient.
+
+        Args:
+            shared: whether it must have the same memory. A few rows do without: those of others
+                are then not computed.
+        """
+        made: Tensor = _Plain.apply(self, shared)
         return made
 
     def known(self) -> Operation | None:
@@ -178,8 +183,8 @@ class DeferredLogits(Tensor):
         self._operation.is_watched = True
 
     def as_argument(self) -> Operation | None:
-        """`known` for a compiled function: of other tensors, so that no size is part of it and it is
-        the same for every length; None if it cannot be had so.
+        """`known` for a compiled function: of other tensors, so that no size is part of it and it
+        is the same for every length; None if it cannot be had so.
 
         Raises:
             StaleLogitsError: what it is computed from has changed.
@@ -336,12 +341,14 @@ _OWN_NODES: dict[Any, Any] = {product: _Product, strided: _Strided}
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: DeferredLogits) -> Tensor:
+    def forward(ctx: Any, logits: DeferredLogits, shared: bool) -> Tensor:
+        if logits._is_part and not shared:
+            return logits.numbers().clone()
         return logits.settle().detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _reduced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -610,14 +617,24 @@ _NO_MEMORY = (
 
 
 def _as_plain(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """For what reads memory itself."""
+    """For what reads or changes memory itself."""
     args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.plain, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _as_copy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """For what brings numbers somewhere else, of a few rows or of all."""
+    logits, *others = args
+    return func(logits.plain(shared=False), *others, **kwargs)
 
 
 def _as_numbers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """For what reads memory and makes no tensor."""
     return func(args[0].settle().detach(), *args[1:], **kwargs)
+
+
+def _as_list(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(args[0].numbers().detach(), *args[1:], **kwargs)
 
 
 def _data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -680,7 +697,7 @@ def _watched(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 def _shown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     logits = args[0]
     if not logits.is_deferred:
-        return str(func(logits.plain(), *args[1:], **kwargs))
+        return str(func(logits.plain(shared=False), *args[1:], **kwargs))
     if func is Tensor.__format__:
         return object.__format__(logits, *args[1:], **kwargs)  # the same text, with no width
     grad = ", requires_grad=True" if logits.requires_grad else ""
@@ -698,7 +715,6 @@ _SPECIAL: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.data_ptr,
             *([Tensor.const_data_ptr] if hasattr(Tensor, "const_data_ptr") else []),
             Tensor.storage,
-            Tensor.tolist,
         ),
         _as_numbers,
     ),
@@ -717,8 +733,9 @@ _SPECIAL: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
             Tensor.__dlpack__,
             Tensor.pin_memory,
         ),
-        _as_plain,
+        _as_copy,
     ),
+    Tensor.tolist: _as_list,
     **dict.fromkeys(
         (
             Tensor.register_hook,

@@ -1,7 +1,9 @@
 """Compiled functions that return logits, and that take deferred ones."""
 
 import contextlib
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -554,6 +556,119 @@ def test_another_compiled_function_with_other_shapes():
         theirs = torch.autograd.grad(loss_of(plain, TARGET[:tokens]), args)
         torch.testing.assert_close(mine, theirs)
         assert logits.is_deferred
+
+
+SIZED = {
+    "shifted": lambda z: z[:, :-1].contiguous().view(-1, VOCABULARY),
+    "last": lambda z: z[:, -1],
+    "flat": lambda z: z.flatten(0, 1),
+    "some": lambda z: z[:, :2].reshape(-1, VOCABULARY) * 2,
+    "indexed": lambda z: z.view(-1, VOCABULARY)[torch.tensor([0, 2])],
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", SIZED)
+def test_another_compiled_function_with_rows_of_other_lengths(name, dynamic):
+    """It is compiled as often as for tensors: once for a length, and once for any."""
+
+    def entropy(logits):
+        return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+    code = compiled(entropy, dynamic=dynamic)
+    for batch, length in ((2, 3), (3, 4), (4, 6), (2, 7), (3, 9), (5, 8), (2, 5)):
+        args = [leaf(batch, length, HIDDEN, seed=length), leaves()[1]]
+        logits, plain, _ = deferred_and_plain(SIZED[name], args)
+        value, expected = code(logits), entropy(plain)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(value, args), torch.autograd.grad(expected, args)
+        )
+        assert logits.is_deferred
+    second = [report for report in cce_inductor.reports() if not report.loss.endswith("returned")]
+    assert len(second) <= 2
+
+
+def test_another_compiled_function_with_one_sequence():
+    """The strides of dimensions of one are anything."""
+    args = [leaf(1, 3, HIDDEN), leaves()[1]]
+    logits, plain, _ = deferred_and_plain(lambda z: z[:, -1:].reshape(-1, VOCABULARY), args)
+    loss = compiled(loss_of)(logits, TARGET[:1])
+    torch.testing.assert_close(loss, loss_of(plain, TARGET[:1]))
+
+
+def with_norm(logits, target):
+    return F.cross_entropy(logits.float(), target) + logits.cumsum(-1).float().norm()
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["float32 inside", "bfloat16 inside"])
+@pytest.mark.parametrize("outer", [False, True], ids=["float32 outside", "bfloat16 outside"])
+def test_another_compiled_function_under_another_autocast(outer, inner):
+    """Its logits have the dtype that they came in."""
+    x, w = leaves()
+    middle = leaf(HIDDEN, HIDDEN, seed=2)
+
+    def model(x, middle, w):
+        return F.linear(F.linear(x, middle), w)
+
+    results = []
+    for first, second in (
+        (compiled(model, defer_logits="always"), compiled(with_norm)),
+        (model, with_norm),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inner):
+            logits = first(x, middle, w)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            loss = second(logits, TARGET)
+        results.append((logits.dtype, loss, *torch.autograd.grad(loss, (x, middle, w))))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=3e-2, atol=3e-2)
+    if not inner:
+        torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-4, atol=1e-4)
+
+
+def test_graph_break_after_autocast():
+    def fn(x, w, target):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(F.linear(x, x.mT @ x), w)
+        torch._dynamo.graph_break()
+        return with_norm(logits, target)
+
+    code = compiled(fn, defer_logits="always", fullgraph=False)
+    same_numbers(fn, code, [*leaves(), TARGET], rtol=3e-2, atol=3e-2)
+
+
+def test_what_was_compiled_keeps_no_arguments():
+    second = compiled(loss_of)
+    logits, _, args = deferred_and_plain()
+    second(logits, TARGET)
+    kept = [weakref.ref(tensor) for tensor in (logits, *args)]
+    del logits, _, args
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 3
+
+
+def test_an_argmax_skips_no_gradient():
+    logits, plain, _ = deferred_and_plain()
+    weights = leaf(TOKENS, seed=4)
+    result = compiled(lambda z, y: y * z.argmax(-1))(logits, weights)
+    assert result.requires_grad
+    logits.retain_grad()
+    plain.retain_grad()
+    loss_of(logits, TARGET).backward()
+    loss_of(plain, TARGET).backward()
+    torch.testing.assert_close(logits.grad, plain.grad)
+
+
+def test_the_shape_of_stale_logits_is_known_in_a_compiled_function():
+    logits, _, args = deferred_and_plain(lambda z: z[1:])
+    code = compiled(lambda z, y: y * z.shape[0])
+    for _ in range(2):
+        assert code(logits, torch.ones(1)).item() == TOKENS - 1
+        with torch.no_grad():
+            args[1].add_(1)
+    with pytest.raises(StaleLogitsError):
+        compiled(loss_of, fullgraph=False)(logits, TARGET[1:])
 
 
 def test_another_compiled_function_with_logits_made_otherwise():

@@ -173,6 +173,52 @@ def test_few_rows_are_computed_alone(name):
     assert logits.is_deferred
 
 
+TAKEN = {
+    "cpu": lambda z: z.cpu(),
+    "detached": lambda z: z.detach().cpu(),
+    "float": lambda z: z.float().cpu(),
+    "to": lambda z: z.to("cpu", torch.float64).cpu(),
+    "numpy": lambda z: torch.from_numpy(z.detach().numpy()),
+    "tolist": lambda z: torch.tensor(z.tolist()),
+    "item": lambda z: torch.tensor(z[0, 3].item()),
+    "pickle": lambda z: pickle.loads(pickle.dumps(z.detach())),
+    "deepcopy": lambda z: copy.deepcopy(z.detach()),
+    "sorted probabilities": lambda z: z.softmax(-1).sort(-1).values,
+    "sampled": lambda z: (torch.manual_seed(0), torch.multinomial(z.softmax(-1), 2))[1],
+    "sampled warmly": lambda z: (
+        torch.manual_seed(0),
+        torch.multinomial((z / 0.7).softmax(-1), 2),
+    )[1],
+    "finite": lambda z: z.isfinite().all(),
+}
+
+
+@pytest.mark.parametrize("take", TAKEN.values(), ids=TAKEN)
+@pytest.mark.parametrize("no_grad", [False, True], ids=["", "no_grad"])
+def test_few_rows_are_taken_alone(take, no_grad):
+    with torch.set_grad_enabled(not no_grad):
+        logits = Head().deferred()
+        taken = take(logits[:, -1])
+        expected = take(Head().plain()[:, -1])
+        torch.testing.assert_close(taken, expected, rtol=1e-5, atol=1e-5)
+    assert logits.is_deferred
+
+
+def test_few_rows_that_were_taken_are_a_copy():
+    logits = Head().deferred().detach()
+    rows = logits[0]
+    rows.numpy()[:] = 0
+    expected = Head().plain()[0].detach()
+    torch.testing.assert_close(rows + 0, expected, rtol=1e-5, atol=1e-5)
+    rows.zero_()
+    assert logits[0].eq(0).all()
+
+
+def test_targets_that_a_loss_does_not_take():
+    with pytest.raises(RuntimeError, match="Int"):
+        F.cross_entropy(Head().deferred().flatten(0, 1), TARGET.flatten().int())
+
+
 REDUCTIONS = {
     "cross_entropy": lambda z: F.cross_entropy(z.view(-1, VOCABULARY), TARGET.view(-1)),
     "module": lambda z: torch.nn.CrossEntropyLoss()(z.transpose(1, 2), TARGET),
@@ -308,6 +354,33 @@ COMPUTED = {
 @pytest.mark.parametrize("fn", COMPUTED.values(), ids=COMPUTED)
 def test_anything_else_computes(fn):
     assert_as_accurate(fn, bias=True, computed=True)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_long_chains(kept):
+    head = Head()
+    chain, plain = head.deferred(), head.plain()
+    alive = []
+    for _ in range(400):
+        chain, plain = chain * 1.001, plain * 1.001
+        if kept:
+            alive.append(chain)
+    assert chain.is_deferred
+    torch.testing.assert_close(chain + 0, plain)
+
+
+def test_averages_keep_few_hidden_states():
+    heads = [Head() for _ in range(30)]
+    for head in heads[1:]:
+        head.weight = heads[0].weight
+    total = 0
+    for head in heads:
+        total = total + head.deferred() / 30
+    with torch.no_grad():
+        torch.testing.assert_close(total + 0, Head().plain().detach())
+        few = Head().deferred() + Head().deferred()
+    assert few.is_deferred
+    assert not getattr(total, "is_deferred", False)
 
 
 def test_computed_once():
@@ -561,6 +634,19 @@ def test_what_is_kept_is_not_given_away():
     assert logits.numbers() is kept
 
 
+def test_checkpoint_that_meets_a_loss_for_the_first_time():
+    """It counts what is saved for the backward."""
+    head = Head()
+    logits = head.deferred()
+
+    def loss(logits):
+        return F.cross_entropy(logits[1:].flatten(0, 1), TARGET[1], label_smoothing=0.123)
+
+    checkpoint(loss, logits, use_reentrant=False).backward()
+    assert logits.is_deferred
+    assert_same_gradients(head, lambda other: loss(other.plain()).backward())
+
+
 def test_second_derivative():
     outcomes = []
     for make in (Head.deferred, Head.plain):
@@ -752,6 +838,27 @@ def test_inference_mode_after_training():
     )
 
 
+def test_metrics_after_inference_mode():
+    head = Head()
+    with torch.inference_mode():
+        logits = defer(head.leaf * 1.0, head.weight, None, torch.float32)
+    rows, expected = logits.flatten(0, 1), head.plain().flatten(0, 1)
+    for name in ("cross_entropy", "entropy", "topk", "max"):
+        got = REDUCTIONS[name](logits)
+        assert not got.requires_grad
+        torch.testing.assert_close(got, REDUCTIONS[name](head.plain()).detach())
+    assert torch.equal(rows.argmax(-1), expected.argmax(-1))
+    student = head.deferred().flatten(0, 1)
+    total = F.cross_entropy(student + rows, TARGET.flatten())
+    total.backward()
+    assert_same_gradients(
+        head,
+        lambda other: F.cross_entropy(
+            other.plain().flatten(0, 1) + expected.detach(), TARGET.flatten()
+        ).backward(),
+    )
+
+
 def test_a_view_without_gradient_after_a_change():
     head = Head()
     outcomes = []
@@ -783,6 +890,8 @@ CHANGES = {
     "bias": (lambda head: head.bias.data.add_(1), "the bias"),
     "hidden": (lambda head: head.hidden.detach().zero_(), "the hidden state"),
     "freed": (lambda head: head.weight.untyped_storage().resize_(0), "the weight"),
+    "row of data": (lambda head: head.weight.data[7].zero_(), "the weight"),
+    "column of data": (lambda head: head.weight.data[:, 3].zero_(), "the weight"),
 }
 
 
@@ -818,6 +927,47 @@ def test_a_frozen_weight_that_changed():
         logits.argmax(-1)
 
 
+class OwnParameter(torch.nn.Parameter):
+    pass
+
+
+def test_a_parameter_of_somebody_elses_class():
+    head = Head()
+    head.weight = OwnParameter(head.weight.detach())
+    logits = head.deferred()
+    F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
+    assert head.weight.grad is not None
+    assert logits.is_deferred
+    optimizer_step(head)
+    with pytest.raises(StaleLogitsError, match="the weight"):
+        logits.norm()
+
+
+def test_an_element_of_inference_mode_that_changed():
+    """Nothing counts the versions of such a tensor."""
+    with torch.inference_mode():
+        hidden = torch.randn(100, HIDDEN)
+        logits = defer(hidden, Head().weight, None, torch.float32)
+        hidden[37, 2] += 1
+        with pytest.raises(StaleLogitsError, match="the hidden state"):
+            logits[37].norm()
+
+
+def test_gradients_are_wanted_when_the_logits_are_made():
+    """As those who train one part after the other switch them on and off."""
+    head = Head()
+    head.weight.requires_grad_(False)
+    losses = []
+    for logits in (head.deferred(), head.plain()):
+        losses.append(F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()))
+        head.weight.requires_grad_(True)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), TARGET.flatten(), reduction="sum"))
+        losses[-1].backward(retain_graph=True)
+        assert head.weight.grad is None
+        head.weight.requires_grad_(False)
+    torch.testing.assert_close(losses[:2], losses[2:])
+
+
 def test_computed_before_the_change():
     head = Head(bias=True)
     logits, expected = head.deferred(), head.plain().detach()
@@ -831,6 +981,7 @@ def test_shape_after_the_change():
     logits = head.deferred()
     optimizer_step(head)
     assert logits.view(-1, VOCABULARY).shape == (10, VOCABULARY)
+    assert (logits.size(), logits.size(0)) == ((BATCH, LENGTH, VOCABULARY), BATCH)
     assert "not computed" in repr(logits)
 
 
