@@ -14,6 +14,7 @@ the order of float32 operations explains, or when nothing was rewritten.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -74,8 +75,8 @@ def child(arguments: argparse.Namespace) -> None:
         return {"accuracy": float(right.mean())}
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = transformers.Trainer(
-            model=transformers.LlamaForCausalLM(config),
+        make = functools.partial(
+            transformers.Trainer,
             args=transformers.TrainingArguments(
                 output_dir=folder,
                 per_device_train_batch_size=arguments.batch,
@@ -97,8 +98,13 @@ def child(arguments: argparse.Namespace) -> None:
             preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
             callbacks=[Clock()],
         )
+        trainer = make(model=transformers.LlamaForCausalLM(config))
         trainer.train()
-        metrics = trainer.evaluate()
+        # A model that was trained by a Trainer is evaluated without being compiled, one that was
+        # loaded is compiled.
+        loaded = transformers.LlamaForCausalLM(config)
+        loaded.load_state_dict(trainer.model.state_dict())
+        metrics = make(model=loaded).evaluate()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     numbers = {
         "Peak resident memory (MiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
