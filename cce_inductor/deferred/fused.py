@@ -28,6 +28,7 @@ from .lazy import spelled
 from .operation import Operation, product
 from .stale import Guarded
 
+aten = torch.ops.aten
 _log = logging.getLogger(__name__)
 
 
@@ -84,11 +85,18 @@ class Writing:
                 self.tensors.append(value)
             return self._refs[id(value)]
         if isinstance(value, Operation):
-            for operation in value.history():
+            met = self._refs.keys() | {id(operation) for operation in value.history()}
+
+            def is_detached(operation: Operation) -> bool:
+                return id(operation.with_gradient()) in met
+
+            for operation in value.history(is_detached):
                 if id(operation) not in self._refs:
                     self._operations.append(operation)
-                    self._refs[id(operation)] = self.call(
-                        operation.function, operation.args, operation.kwargs
+                    self._refs[id(operation)] = (
+                        self.call(aten.detach.default, (operation.with_gradient(),), {})
+                        if is_detached(operation)
+                        else self.call(operation.function, operation.args, operation.kwargs)
                     )
             return self._refs[id(value)]
         return Number(value, repr(value)) if isinstance(value, (int, float)) else value

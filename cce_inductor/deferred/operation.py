@@ -49,7 +49,8 @@ class Operation:
         size: how many numbers a `product` makes.
         is_watched: whether somebody wants the gradient that passes here, so that it must.
         is_skipped: whether a fused reduction has taken its gradient past here.
-        tensor: the deferred tensor that it makes, None when that is gone.
+        memory: the `Memory` of what it makes, None when that is gone.
+        with_gradient: whose `without_gradient` it is, None if nobody's.
     """
 
     function: Callable[..., Any]
@@ -59,11 +60,24 @@ class Operation:
     size: int = 0
     is_watched: bool = False
     is_skipped: bool = False
-    tensor: Callable[[], Any] = lambda: None
+    memory: Callable[[], Any] = lambda: None
+    with_gradient: Callable[[], Operation | None] = lambda: None
 
-    def belongs_to(self, tensor: Any) -> None:
-        """Its result is that of a deferred tensor, as long as that lives."""
-        self.tensor = weakref.ref(tensor)
+    def belongs_to(self, memory: Any) -> None:
+        """Its result is what `memory` has, as long as that lives."""
+        self.memory = self.without_gradient.memory = weakref.ref(memory)
+
+    @functools.cached_property
+    def without_gradient(self) -> Operation:
+        """The same of tensors that have none, so that it keeps no graph of autograd alive."""
+        if not self.trained:
+            return self
+        args, kwargs = tree_map_only(
+            (Operation, Guarded), lambda a: a.without_gradient, (self.args, self.kwargs)
+        )
+        made = Operation(self.function, args, kwargs, size=self.size)
+        made.with_gradient = weakref.ref(self)
+        return made
 
     @functools.cached_property
     def is_real(self) -> bool:
@@ -73,8 +87,6 @@ class Operation:
     @functools.cached_property
     def trained(self) -> bool:
         """Whether a gradient can pass through it to what it reads."""
-        if self.function is torch.ops.aten.detach.default:
-            return False
         return any(
             argument.trained if isinstance(argument, Operation) else argument.requires_grad
             for argument in self.arguments
@@ -106,30 +118,26 @@ class Operation:
         return [operation for operation in self.history() if operation.function is product]
 
     def compute(self) -> Any:
-        """Its result, without gradient; what it reads is asked of those tensors that still live,
+        """Its result, without gradient; what it reads is asked of those that still live,
         so that it is computed once."""
 
         def living(each: Operation) -> Any:
-            return None if each is self else each._living()
+            memory = None if each is self else each.memory()
+            return None if memory is None or memory.root.is_settled else memory
 
-        before = [tensor for each in self.history() if (tensor := living(each)) is not None]
-        for tensor in before[_DEPTH::_DEPTH]:
-            tensor.numbers()  # which asks those before it in turn
+        before = [memory for each in self.history() if (memory := living(each)) is not None]
+        for memory in before[_DEPTH::_DEPTH]:
+            memory.numbers()  # which asks those before it in turn
         history = self.history(lambda each: living(each) is not None)
         last_reader = {id(a): each for each in history for a in each.arguments}
         results: dict[int, Any] = {}
         for each in history:
-            tensor = living(each)
-            results[id(each)] = each._run(results) if tensor is None else tensor.numbers()
+            memory = living(each)
+            results[id(each)] = each._run(results) if memory is None else memory.numbers()
             for argument in each.arguments:
                 if last_reader[id(argument)] is each:
                     results.pop(id(argument), None)
         return results[id(self)]
-
-    def _living(self) -> Any:
-        """The tensor that it makes, None if that is gone or may have been changed."""
-        tensor = self.tensor()
-        return None if tensor is None or tensor.root.is_settled else tensor
 
     def _run(self, results: dict[int, Any]) -> Any:
         args, kwargs = tree_map_only(
@@ -138,10 +146,3 @@ class Operation:
             (self.args, self.kwargs),
         )
         return self.function(*args, **kwargs)
-
-
-def detached(operation: Operation) -> Operation:
-    """The same without gradient."""
-    return (
-        Operation(torch.ops.aten.detach.default, (operation,)) if operation.trained else operation
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -40,6 +42,15 @@ class Guarded:
         self._pointer = tensor.data_ptr() if real else None
         others = real and (tensor.is_leaf or tensor._is_view())
         self._sample = _sample(tensor) if others else None
+
+    @property
+    def without_gradient(self) -> Guarded:
+        """The same with a tensor that has none."""
+        if not self.requires_grad:
+            return self
+        other = copy.copy(self)
+        other._tensor, other.requires_grad = self._tensor.detach(), False
+        return other
 
     @property
     def tensor(self) -> Tensor:

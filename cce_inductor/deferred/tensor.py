@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import operator
 import re
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import compat
 from ..location import calling_frame, in_compiler, in_torch
-from . import cost, fused, lazy
-from .operation import Operation, detached, product, strided
+from . import fused, lazy
+from .memory import Memory
+from .operation import Operation, product, strided
 from .stale import Guarded, StaleLogitsError
 
 aten = torch.ops.aten
@@ -48,17 +48,18 @@ class DeferredLogits(Tensor):
     """
 
     _operation: Operation
-    _stored: Tensor | None
-    _parent: DeferredLogits | None
-    _of_parent: Callable[[Tensor], Tensor]
-    _viewed: Tensor | None  # the numbers in the shape that views were taken of
+    _memory: Memory
     _of_rows: dict[bool, Tensor | None]  # `as_argument`, by whether gradients were enabled
-    is_settled: bool  # whether the numbers are all that it is: it may have been changed
-    _lock: threading.RLock
 
     @staticmethod
     def __new__(
-        cls, like: Tensor, operation: Operation, device: torch.device, storage_offset: int = 0
+        cls,
+        like: Tensor,
+        operation: Operation,
+        device: torch.device,
+        storage_offset: int = 0,
+        parent: Memory | None = None,
+        of_parent: Callable[[Tensor], Tensor] = lambda parent: parent,
     ) -> DeferredLogits:
         self: DeferredLogits = Tensor._make_wrapper_subclass(
             cls,
@@ -70,69 +71,24 @@ class DeferredLogits(Tensor):
         )
         compat.forbid_memory(self)
         self._operation = operation
-        self._stored = None
-        self._parent = None
-        self._viewed = None
+        without_gradient = operation.without_gradient
+        self._memory = Memory(like, without_gradient, self.is_inference(), parent, of_parent)
         self._of_rows = {}
-        self.is_settled = False
-        self._lock = threading.RLock()
-        operation.belongs_to(self)
+        operation.belongs_to(self._memory)
         return self
 
     @property
     def is_deferred(self) -> bool:
         """Whether the numbers have not been computed yet."""
-        parent = self._parent
-        return self._stored is None and (parent is None or parent.is_deferred)
-
-    @property
-    def root(self) -> DeferredLogits:
-        """The deferred tensor that it is a view of, itself if it is none."""
-        return self if self._parent is None else self._parent.root
+        return self._memory.is_deferred
 
     def numbers(self) -> Tensor:
         """A plain tensor without gradient."""
-        with self.root._lock, torch.inference_mode(self.is_inference()), torch.no_grad():
-            parent = self._parent
-            if parent is not None and not self.is_settled and self._takes_from(parent):
-                numbers = parent.numbers() if parent._viewed is None else parent._viewed
-                return self._of_parent(numbers)
-            if self._stored is None:
-                self._stored = self._computed()
-            return self._stored
-
-    def _takes_from(self, parent: DeferredLogits) -> bool:
-        """Whether its numbers are taken from the parent's, as those of few rows need not be."""
-        whole = self.numel() == parent.numel()
-        return whole or not parent.is_deferred or parent.is_settled
+        return self._memory.numbers()
 
     def settle(self) -> Tensor:
         """The numbers, which from now on are what it is, in memory that its views share."""
-        with self.root._lock:
-            if not self.is_settled:
-                if self._parent is not None:
-                    self._parent.settle()
-                self._stored = self.numbers()
-                self.is_settled = True
-            assert self._stored is not None
-            return self._stored
-
-    def _computed(self) -> Tensor:
-        cost.tell(self)
-        computed = fused.few_rows(self._operation) if self._is_part else None
-        if computed is None:
-            computed = self._operation.compute()
-        if computed.stride() != self.stride():
-            computed = strided(computed, self.stride())
-        return computed
-
-    @property
-    def _is_part(self) -> bool:
-        """Whether there are more logits than these, none of which have been computed."""
-        history = self._operation.history()
-        tensors = [operation.tensor() for operation in history[:-1]]
-        known = any(tensor is not None and not tensor.is_deferred for tensor in tensors)
-        return not known and self.numel() < history[0].size
+        return self._memory.settle()
 
     def plain(self, *, shared: bool = True) -> Tensor:
         """A plain tensor with the same gradient.
@@ -149,7 +105,7 @@ class DeferredLogits(Tensor):
         if not self.is_deferred or not self._operation.is_real:
             return None
         if not self.requires_grad or not torch.is_grad_enabled():
-            return detached(self._operation)
+            return self._operation.without_gradient
         operation = self.differentiated()
         watched = any(each.is_watched for each in operation.history())
         return None if watched else operation
@@ -328,7 +284,8 @@ class _Strided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: DeferredLogits, strides: tuple[int, ...]) -> Tensor:
         like = torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device="meta")
-        operation = Operation(strided, (_argument(logits), strides), nodes=_nodes(logits))
+        argument = _argument(logits, differentiable=True)
+        operation = Operation(strided, (argument, strides), nodes=_nodes(logits))
         return DeferredLogits(like, operation, logits.device)
 
     @staticmethod
@@ -342,7 +299,7 @@ _OWN_NODES: dict[Any, Any] = {product: _Product, strided: _Strided}
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: DeferredLogits, shared: bool) -> Tensor:
-        if logits._is_part and not shared:
+        if logits._memory.is_part and not shared:
             return logits.numbers().clone()
         return logits.settle().detach()
 
@@ -397,15 +354,21 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*one_args, **one_kwargs)  # raises what it has to say about dtypes
     elif first is not given[0] or len(given) > 1:
         return NotImplemented
-    written_args, written_kwargs = tree_map_only(Tensor, _argument, (args, kwargs))
-    operation = Operation(func, written_args, written_kwargs, _nodes(*given))
+    differentiable = torch.is_grad_enabled() and func is not aten.detach.default
+    written_args, written_kwargs = tree_map_only(
+        Tensor, functools.partial(_argument, differentiable=differentiable), (args, kwargs)
+    )
+    operation = Operation(
+        func, written_args, written_kwargs, _nodes(*given) if differentiable else ()
+    )
     if func not in lazy.VIEWS:
         return DeferredLogits(like, operation, given[0].device)
+    others = args[1:]  # what takes a view of the numbers does not keep the tensor alive
     if isinstance(like, Tensor):
-        return _view(first, like, operation, lambda parent: func(parent, *args[1:], **kwargs))
+        return _view(first, like, operation, lambda parent: func(parent, *others, **kwargs))
 
     def part_of(parent: Tensor, number: int) -> Any:
-        return func(parent, *args[1:], **kwargs)[number]
+        return func(parent, *others, **kwargs)[number]
 
     return [
         _view(
@@ -466,10 +429,7 @@ def _view(
 ) -> DeferredLogits:
     offset = parent.storage_offset() + like.storage_offset()
     with torch.inference_mode(parent.is_inference()):
-        made = DeferredLogits(like, operation, parent.device, offset)
-    made._parent = parent
-    made._of_parent = of_parent
-    return made
+        return DeferredLogits(like, operation, parent.device, offset, parent._memory, of_parent)
 
 
 def _meta(tensor: Tensor) -> Tensor:
@@ -491,10 +451,11 @@ def _numbered(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _argument(tensor: Tensor) -> Operation | Guarded:
+def _argument(tensor: Tensor, differentiable: bool) -> Operation | Guarded:
     """A tensor as an argument of an operation that waits."""
     if isinstance(tensor, DeferredLogits):
-        return tensor.differentiated() if tensor.requires_grad else detached(tensor._operation)
+        wanted = differentiable and tensor.requires_grad
+        return tensor.differentiated() if wanted else tensor._operation.without_gradient
     # Nobody knows when it is read, so what has no gradient is copied: it is small.
     return Guarded(tensor if tensor.requires_grad else tensor.clone(), "an operand")
 
@@ -520,8 +481,9 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     reshapes = changed and torch.Tag.inplace_view in func.tags
     if reshapes:  # not what others are views of
         (logits,) = changed.values()
-        logits._viewed = logits.settle() if logits._viewed is None else logits._viewed
-        logits._stored = logits.settle().detach()
+        memory = logits._memory
+        memory.viewed = memory.settle() if memory.viewed is None else memory.viewed
+        memory.stored = memory.settle().detach()
     plain_args, plain_kwargs = tree_map_only(DeferredLogits, plain, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     if not changed:
@@ -652,9 +614,10 @@ def _set_data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         raise RuntimeError(
             "cce_inductor: .data of deferred logits must keep shape, strides and dtype"
         )
-    if logits._viewed is None:
-        logits._viewed = logits.settle()
-    logits._stored = value.plain().detach() if isinstance(value, DeferredLogits) else value.detach()
+    memory = logits._memory
+    if memory.viewed is None:
+        memory.viewed = memory.settle()
+    memory.stored = value.plain().detach() if isinstance(value, DeferredLogits) else value.detach()
 
 
 def _in_memory(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

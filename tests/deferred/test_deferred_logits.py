@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor.deferred import cost, fused
+from cce_inductor.deferred.memory import Memory
 from cce_inductor.deferred.stale import StaleLogitsError
 from cce_inductor.deferred.tensor import DeferredLogits, defer, with_strides
 from cce_inductor.testing import relative_error
@@ -883,10 +884,6 @@ CHANGES = {
     "optimizer": (optimizer_step, "the weight"),
     "data": (lambda head: head.weight.data.mul_(1.01), "the weight"),
     "kernel": (lambda head: head.weight.detach().numpy().__imul__(1.01), "the weight"),
-    "replaced": (
-        lambda head: setattr(head.weight, "data", head.weight.data.clone()),
-        "the weight",
-    ),
     "bias": (lambda head: head.bias.data.add_(1), "the bias"),
     "hidden": (lambda head: head.hidden.detach().zero_(), "the hidden state"),
     "freed": (lambda head: head.weight.untyped_storage().resize_(0), "the weight"),
@@ -966,6 +963,16 @@ def test_gradients_are_wanted_when_the_logits_are_made():
         assert head.weight.grad is None
         head.weight.requires_grad_(False)
     torch.testing.assert_close(losses[:2], losses[2:])
+
+
+def test_a_weight_that_was_replaced():
+    """The old one is still there; a gradient would be that of the new one."""
+    head = Head()
+    logits, expected = head.deferred(), head.plain().detach()
+    head.weight.data = torch.zeros(VOCABULARY, HIDDEN)
+    with pytest.raises(StaleLogitsError, match="the weight"):
+        F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
+    torch.testing.assert_close(logits.detach() + 0, expected)
 
 
 def test_computed_before_the_change():
@@ -1125,6 +1132,37 @@ def test_nothing_keeps_them_alive():
         gc.enable()
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [lambda z: z.detach(), lambda z: z.detach()[:, -1], lambda z: z.argmax(-1)],
+    ids=["all", "rows", "argmax"],
+)
+def test_what_is_detached_keeps_no_graph_of_autograd(keep):
+    head = Head()
+    activations = torch.randn(BATCH, LENGTH, HIDDEN, requires_grad=True) * 1.0
+    logits = defer(activations.exp(), head.weight, None, torch.float32)
+    expected = keep(logits.detach().clone())
+    activations = weakref.ref(activations)
+    kept = keep(logits)
+    del logits
+    gc.collect()
+    assert activations() is None
+    torch.testing.assert_close(kept + 0, expected + 0)
+
+
+def test_no_grad_keeps_no_graph_of_autograd():
+    head = Head()
+    activations = torch.randn(BATCH, LENGTH, HIDDEN, requires_grad=True) * 1.0
+    logits = defer(activations.exp(), head.weight, None, torch.float32)
+    activations = weakref.ref(activations)
+    with torch.no_grad():
+        kept = logits.softmax(-1)
+    del logits
+    gc.collect()
+    assert kept.is_deferred
+    assert activations() is None
+
+
 def test_no_leak_in_a_thousand_steps():
     def step():
         head = Head()
@@ -1154,7 +1192,7 @@ def test_threads_compute_once():
     head = Head()
     logits = head.deferred()
     computed = []
-    original = DeferredLogits._computed
+    original = Memory._computed
 
     def counted(self):
         computed.append(self)
@@ -1168,7 +1206,7 @@ def test_threads_compute_once():
         results.append(logits.norm().item())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DeferredLogits, "_computed", counted)
+        patch.setattr(Memory, "_computed", counted)
         threads = [threading.Thread(target=look) for _ in range(8)]
         for thread in threads:
             thread.start()
