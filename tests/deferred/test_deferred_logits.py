@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import os
 import pickle
 import re
 import threading
@@ -19,6 +20,7 @@ from cce_inductor.deferred import cost, fused
 from cce_inductor.deferred.memory import Memory
 from cce_inductor.deferred.stale import StaleLogitsError
 from cce_inductor.deferred.tensor import DeferredLogits, defer, with_strides
+from cce_inductor.location import in_compiler, in_torch
 from cce_inductor.testing import relative_error
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 5, 8, 50
@@ -548,6 +550,23 @@ def test_hook():
         (2 * F.cross_entropy(other.plain().flatten(0, 1), TARGET.flatten())).backward()
 
     assert_same_gradients(head, twice)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_hooks_of_modules():
+    for register in ("register_full_backward_hook", "register_backward_hook"):
+        seen = []
+
+        class Projection(torch.nn.Module):
+            def forward(self, hidden, logits):
+                return logits
+
+        module, head = Projection(), Head()
+        hook = lambda module, inward, outward: seen.append(outward[0].shape)  # noqa: B023, E731
+        getattr(module, register)(hook)
+        logits = module(head.hidden, head.deferred())
+        F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
+        assert seen == [logits.shape]
 
 
 def test_gradient_of_the_logits():
@@ -1101,6 +1120,16 @@ def test_one_warning_for_each_place():
     assert first.filename == second.filename == __file__
     assert first.lineno == look.__code__.co_firstlineno + 1
     assert second.lineno == looks.__code__.co_firstlineno + 3
+
+
+def test_whose_code_it_is():
+    """Packages beside PyTorch are not PyTorch, though their names begin with its."""
+    inside = torch.nn.functional.__file__
+    beside = inside.replace(os.path.join("torch", "nn"), os.path.join("torchtune", "nn"))
+    assert in_torch(inside)
+    assert not in_torch(beside)
+    assert not in_compiler(inside)
+    assert in_compiler(torch._dynamo.__file__)
 
 
 def test_no_warning_for_what_is_cheap():
