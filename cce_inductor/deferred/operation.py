@@ -121,18 +121,18 @@ class Operation:
         """Its result, without gradient; what it reads is asked of those that still live,
         so that it is computed once."""
 
-        def living(each: Operation) -> Any:
-            memory = None if each is self else each.memory()
-            return None if memory is None or memory.root.is_settled else memory
-
-        before = [memory for each in self.history() if (memory := living(each)) is not None]
-        for memory in before[_DEPTH::_DEPTH]:
+        living = {
+            id(each): memory
+            for each in self.history()
+            if each is not self and (memory := each.memory()) and not memory.root.is_settled
+        }
+        for memory in list(living.values())[_DEPTH::_DEPTH]:
             memory.numbers()  # which asks those before it in turn
-        history = self.history(lambda each: living(each) is not None)
+        history = self.history(lambda each: id(each) in living)
         last_reader = {id(a): each for each in history for a in each.arguments}
         results: dict[int, Any] = {}
         for each in history:
-            memory = living(each)
+            memory = living.get(id(each))
             results[id(each)] = each._run(results) if memory is None else memory.numbers()
             for argument in each.arguments:
                 if last_reader[id(argument)] is each:
