@@ -9,6 +9,8 @@ logits that a graph does not return can be deferred. `uninstall` puts all of it 
   a cache answers is reported like any other; its key is then that of the rewritten graph;
 - ``torch.compiler.config.cache_key_tag``: with the fingerprint of this package appended, because
   cache keys do not see the sources of operators.
+
+Deferred logits may outlive it: what `deferred.boundary` told Dynamo of them stays.
 """
 
 from __future__ import annotations

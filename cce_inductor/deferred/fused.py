@@ -78,7 +78,7 @@ class Writing:
         if isinstance(value, (list, tuple)):
             return tuple(map(self.argument, value))
         if isinstance(value, Guarded):
-            value = _usable(self._read(value))
+            value = self._read(value)
         if isinstance(value, Tensor):
             if id(value) not in self._refs:
                 self._refs[id(value)] = Ref("tensor", len(self.tensors))
@@ -105,12 +105,6 @@ class Writing:
         named = tuple((name, self.argument(value)) for name, value in kwargs.items())
         self.calls.append(Call(function, self.argument(args), named))
         return Ref("call", len(self.calls) - 1)
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """Itself, or, if autograd cannot use it because it comes from inference mode, a copy."""
-    is_late = tensor.is_inference() and not torch.is_inference_mode_enabled()
-    return tensor.clone() if is_late else tensor
 
 
 def replay(calls: tuple[Call, ...], tensors: list[Tensor]) -> Any:
@@ -142,17 +136,15 @@ def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     others = [each for each in leaves if isinstance(each, Tensor)]
     if not all(each.is_floating_point() or each.dtype in _INDICES for each in others):
         return NotImplemented
-    trained = any(each.trained for each in operations) or any(each.requires_grad for each in others)
     writing = Writing()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-        try:
-            writing.call(target, args, kwargs)
-            fused = _reduction(tuple(writing.calls), _Situation.now(writing))
-        except TypeError:  # an argument that cannot be hashed is no number or dtype
-            return NotImplemented
-        if fused is None:
-            return NotImplemented
-        result = fused(*writing.tensors)
+    try:
+        writing.call(target, args, kwargs)
+        fused = _reduction(tuple(writing.calls), _Situation.now(writing))
+    except TypeError:  # an argument that cannot be hashed is no number or dtype
+        return NotImplemented
+    if fused is None:
+        return NotImplemented
+    result = fused(*writing.tensors)
     skip(operations, result)
     return result
 
@@ -188,7 +180,7 @@ def of_rows(operation: Operation, product: Callable[..., Tensor]) -> Tensor | No
 
 
 class Description(NamedTuple):
-    """All of a tensor but its numbers, and whether its gradient can be wanted now."""
+    """All of a tensor but its numbers."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

@@ -49,7 +49,7 @@ class DeferredLogits(Tensor):
 
     _operation: Operation
     _memory: Memory
-    _of_rows: dict[bool, Tensor | None]  # `as_argument`, by whether gradients were enabled
+    _of_rows: dict[bool, Tensor | None]  # `as_argument`, by whether it is trained
 
     @staticmethod
     def __new__(
@@ -148,13 +148,11 @@ class DeferredLogits(Tensor):
         operation = self.known()
         if operation is None or not any(map(lazy.depends_on_sizes, operation.history())):
             return operation
-        with torch.set_grad_enabled(operation.trained and torch.is_grad_enabled()):
-            key = torch.is_grad_enabled()
-            if key not in self._of_rows:
-                self._of_rows[key] = fused.of_rows(
-                    operation, lambda input, *others: defer(input.contiguous(), *others)
-                )
-            made = self._of_rows[key]
+        if operation.trained not in self._of_rows:
+            self._of_rows[operation.trained] = fused.of_rows(
+                operation, lambda input, *others: defer(input.contiguous(), *others)
+            )
+        made = self._of_rows[operation.trained]
         return made._operation if isinstance(made, DeferredLogits) else None
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[fused.Call, ...] | None]:
