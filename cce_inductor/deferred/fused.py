@@ -85,6 +85,8 @@ class Writing:
                 self.tensors.append(value)
             return self._refs[id(value)]
         if isinstance(value, Operation):
+            if id(value) in self._refs:
+                return self._refs[id(value)]
             met = self._refs.keys() | {id(operation) for operation in value.history()}
 
             def is_detached(operation: Operation) -> bool:

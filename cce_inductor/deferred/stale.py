@@ -106,11 +106,8 @@ def _sample(tensor: Tensor) -> Tensor | None:
         return None
     flat = tensor.as_strided((tensor.numel(),), (1,))
     is_whole = tensor.is_inference() or tensor.dim() < 2
-    return (
-        flat[:: 1 if is_whole else max(tensor.shape[-1] - 1, 1)]
-        .clone()
-        .view(_BITS[tensor.element_size()])
-    )
+    step = 1 if is_whole else max(tensor.shape[-1] - 1, 1)
+    return flat[::step].clone().view(_BITS[tensor.element_size()])
 
 
 def _is_capturing(tensor: Tensor) -> bool:
