@@ -7,6 +7,7 @@ See `install`, `explain`, `reports` and `linear_cross_entropy`.
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from .report import LossReport, clear_reports, reports
 
 __version__ = "0.1.0"
+
+# In a clone the folders of `cce_inductor.kernels` and `cce_inductor.patterns` lie beside this one.
+_folder = Path(__file__).parent
+if not (_folder / "kernels").is_dir():
+    __path__.append(str(_folder.parent))
 
 # Imported on first use: the compiler's modules take a second that `import torch` does not.
 _HOME = {

@@ -1,20 +1,26 @@
-"""Compiles the kernels in Inductor's output code for a device that is not there."""
+"""Compiles the kernels in Inductor's output code for a device that is not there.
+
+The kernels go through Inductor's own `CachingAutotuner`, so that Triton gets exactly the options
+that it gets on a machine with the device: a kernel compiled with others is another kernel.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import re
 import subprocess
 import tempfile
-import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from fake_cuda import fake_cuda
+from sass import Instructions
+from torch._inductor.runtime import triton_helpers
 
 _KERNEL = re.compile(
     r"^(\w+) = async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.S | re.M
@@ -30,14 +36,19 @@ class Compiled:
         spilled: bytes of a thread that did not fit them.
         shared: bytes of shared memory.
         tensor_cores: the instruction that multiplies.
-        tma: whether it copies through tensor descriptors.
+        tma_loads, tma_stores: whether it copies through tensor descriptors.
+        diagnostics: what the assembler remarks on, such as serialized products (``C7510``).
+        instructions: the machine code.
     """
 
     registers: int
     spilled: int
     shared: int
     tensor_cores: str
-    tma: bool
+    tma_loads: bool
+    tma_stores: bool
+    diagnostics: tuple[str, ...]
+    instructions: Instructions
 
 
 def templates_in(code: str) -> dict[str, str]:
@@ -50,41 +61,39 @@ def compile_templates(code: str, capability: int) -> dict[str, Compiled]:
     return {name: _compile(name, source, capability) for name, source in templates_in(code).items()}
 
 
-class _Heuristics:
-    """Stands for Inductor's: keeps the function and what is said of it."""
+class _CompiledError(Exception):
+    """Ends Inductor's compilation before it asks the device to load the kernel."""
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **options: (
-            lambda function: types.SimpleNamespace(function=function, options=options)
-        )
+    def __init__(self, kernel: Any):
+        super().__init__()
+        self.kernel = kernel
 
 
 def _compile(name: str, source: str, capability: int) -> Compiled:
-    kernel = getattr(_module_of(source), name)
-    options = kernel.options
-    meta = options["triton_meta"]
-    signature = dict(meta["signature"])
-    names = list(signature)
-    constants = {}
-    for argument, value in meta["constants"].items():
-        constants[(names.index(argument),)] = value
-        signature[argument] = "constexpr"
-    compiled = triton.compile(
-        ASTSource(
-            kernel.function,
-            signature=signature,
-            constexprs=constants,
-            attrs=meta["configs"][0],
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": options["num_warps"], "num_stages": options["num_stages"]},
-    )
-    return _read(compiled, capability)
+    def compile_and_stop(*arguments: Any, **options: Any) -> Any:
+        raise _CompiledError(original(*arguments, **options))
+
+    original = triton.compile
+    said = io.StringIO()
+    with (
+        fake_cuda(capability),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+        mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True),
+        mock.patch.object(triton.knobs.compilation, "always_compile", True),
+        contextlib.redirect_stdout(said),
+    ):
+        tuner = getattr(_module_of(source), name)
+        (config,) = tuner.configs
+        with mock.patch.object(triton, "compile", compile_and_stop):
+            try:
+                with mock.patch("torch._inductor.runtime.triton_heuristics.log"):
+                    tuner._precompile_config(config)
+            except _CompiledError as done:
+                kernel = done.kernel
+    return _read(kernel, said.getvalue())
 
 
 def _module_of(source: str) -> Any:
-    source = source.replace("triton_helpers, triton_heuristics", "triton_helpers")
-    source = source.replace("triton_helpers.set_driver_to_gpu()", "")
     with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
         file.write(source)
     path = Path(file.name)
@@ -93,48 +102,30 @@ def _module_of(source: str) -> Any:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        module.__dict__["triton_heuristics"] = _Heuristics()
         spec.loader.exec_module(module)
         # Triton reads the text of the function when it compiles it.
         for value in vars(module).values():
-            if isinstance(value, types.SimpleNamespace):
-                _ = value.function.src
+            _ = getattr(getattr(value, "fn", None), "src", None)
         return module
     finally:
         path.unlink()
 
 
-def _read(compiled: Any, capability: int) -> Compiled:
-    ptx = compiled.asm["ptx"]
-    found = re.search(r"^\.target\s+(\w+)", ptx, re.M)
-    assert found is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        said = subprocess.run(
-            [
-                get_ptxas(capability).path,
-                "-v",
-                f"--gpu-name={found.group(1)}",
-                str(path),
-                "-o",
-                str(path.with_suffix(".cubin")),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-
+def _read(kernel: Any, said: str) -> Compiled:
     def number(pattern: str) -> int:
         match = re.search(pattern, said)
         assert match is not None, said
         return int(match.group(1))
 
+    ptx = kernel.asm["ptx"]
     instructions = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
     return Compiled(
         registers=number(r"Used (\d+) registers"),
         spilled=number(r"(\d+) bytes spill stores"),
-        shared=int(compiled.metadata.shared),
+        shared=int(kernel.metadata.shared),
         tensor_cores=next((each for each in instructions if each in ptx), "none"),
-        tma="cp.async.bulk.tensor" in ptx,
+        tma_loads="cp.async.bulk.tensor.2d.shared" in ptx,
+        tma_stores="cp.async.bulk.tensor.2d.global" in ptx,
+        diagnostics=tuple(sorted(set(re.findall(r"\(C7\d+\)[^\n]*", said)))),
+        instructions=Instructions.read(kernel.asm["cubin"]),
     )

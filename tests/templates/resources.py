@@ -117,7 +117,7 @@ def rows() -> Iterator[list[Any]]:
                             found.spilled,
                             f"{found.shared / 1024:.0f}",
                             found.tensor_cores,
-                            "yes" if found.tma else "no",
+                            "yes" if found.tma_loads else "no",
                         ]
 
 

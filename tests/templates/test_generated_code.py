@@ -60,7 +60,7 @@ def test_default_configuration(capability, dtype, program, kind):
     assert found.spilled == 0
     assert found.shared <= SHARED_MEMORY[capability]
     half = dtype != F32
-    assert found.tma == (half and capability >= 90)
+    assert found.tma_loads == (half and capability >= 90)
     product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
     if half:
         assert found.tensor_cores == product[capability]
