@@ -23,7 +23,6 @@ from .kernels import tiled
 from .kernels.blockwise import Head, Wanted
 from .kernels.gradient import UntiledError
 from .kernels.program import Program
-from .kernels.tile_ops import TILE
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def _reduce_rows(input: Tensor, *arguments: Any) -> Any:
     head = _head(*arguments)
     if not _is_tiled(input, head):
         return NotImplemented
-    return tiled.reduce(input, head, TILE, sources())
+    return tiled.reduce(input, head, sources())
 
 
 def _reduce_rows_backward(

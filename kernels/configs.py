@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch._inductor.utils import can_use_tma
+from torch._inductor.utils import TMA_ALIGNMENT, can_use_tma
+from torch._inductor.virtualized import V
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +31,32 @@ class Config:
     programs: int
 
 
-def reads_by_descriptor(matrices: list[Any], compute_dtype: torch.dtype, device: Any) -> bool:
-    """Whether TMA descriptors read both matrices: on sm_90 and later, if they need no cast. Not
-    float32, whose products without tensor cores have no registers to spare."""
+def reads_by_descriptor(matrices: list[Any], device: Any) -> bool:
+    """Whether TMA descriptors read both matrices: on sm_90 and later, where they may. Not float32,
+    whose products without tensor cores have no registers to spare."""
     if (
-        compute_dtype == torch.float32
+        any(matrix.get_dtype() == torch.float32 for matrix in matrices)
         or device.type != "cuda"
         or torch.cuda.get_device_capability(device)[0] < 9
     ):
         return False
-    if any(matrix.get_dtype() != compute_dtype for matrix in matrices):
+    if not all(matrix.get_stride()[1] == 1 and _begins_aligned(matrix) for matrix in matrices):
         return False
-    hidden_last = all(matrix.get_stride()[1] == 1 for matrix in matrices)
-    return hidden_last and bool(can_use_tma(*matrices))
+    return bool(can_use_tma(*matrices))
 
+
+def _begins_aligned(matrix: Any) -> bool:
+    """Whether a view begins at an address that a descriptor can have, which `can_use_tma` does not
+    ask (it knows whether the tensor that is viewed does)."""
+    offset = matrix.get_layout().offset * matrix.get_dtype().itemsize
+    return bool(V.graph.sizevars.statically_known_multiple_of(offset, TMA_ALIGNMENT))
+
+
+SHARED_MEMORY_OF_SYSTEM = 1024
+"""Bytes that CUDA takes for each block."""
+
+REGISTERS_BESIDE_SUMS = 56
+"""Of a thread, at least: what the leanest kernels need (docs/kernels.md)."""
 
 _WIDE = [  # float32
     (64, 128, 32, 4, 3),
@@ -60,13 +73,12 @@ _BY_POINTER = [
 _BY_DESCRIPTOR = [
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
-    (128, 128, 64, 4, 3),
     (64, 128, 64, 4, 4),
 ]
-_FEW_STEPS = {"statistics": 0, "gradient": 8}  # those of a cross-entropy
-_ON_HOPPER = {  # wider tiles, which leave the fewest registers
-    "statistics": [(256, 128, 64, 8, 3)],
-    "gradient": [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)],
+_FEW_STEPS = 4  # those of a cross-entropy's gradient; its statistics have none
+_ON_HOPPER = {  # wider tiles, which leave the fewest registers; then those of which an SM holds two
+    "statistics": ([(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)], [(128, 128, 64, 4, 3)]),
+    "gradient": ([(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)], [(128, 128, 64, 8, 2)]),
 }
 
 
@@ -76,22 +88,46 @@ def configs(
     """What is tried, the default first.
 
     Args:
-        kind: "statistics", whose tiles have `tile_ops.TILE` columns, or "gradient".
+        kind: "statistics" or "gradient".
         dtype: of the products' operands.
         device: that it runs on.
         by_descriptor: whether TMA reads the operands.
         steps: how many are applied to each logit; they need registers, too.
     """
-    programs = 0
     sizes = _WIDE if dtype == torch.float32 else _BY_POINTER
     if by_descriptor:
-        programs = _programs(device)
         sizes = _BY_DESCRIPTOR
         if torch.cuda.get_device_capability(device)[0] == 9:
-            wide = _ON_HOPPER[kind]
-            sizes = [*wide, *sizes] if steps <= _FEW_STEPS[kind] else [*sizes, *wide]
-    return [Config(*size, group, programs) for size in sizes for group in (8, 16)]
+            wide, narrow = _ON_HOPPER[kind]
+            few = steps <= _FEW_STEPS
+            sizes = [*wide, *sizes, *narrow] if few else [*sizes, *narrow, *wide]
+    return [
+        Config(*size, group, _programs(kind, *size, device) if by_descriptor else 0)
+        for size in sizes
+        for group in (8, 16)
+    ]
 
 
-def _programs(device: Any) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _programs(
+    kind: str,
+    block_m: int,
+    block_v: int,
+    block_h: int,
+    num_warps: int,
+    num_stages: int,
+    device: Any,
+) -> int:
+    """How many programs of a kernel that reads 16-bit numbers by descriptors the device may hold:
+    by its shared memory, and by its registers, of which the sums of the product are a part that is
+    known. More than it does hold would only wait, fewer would leave it idle."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = num_stages * (block_m + block_v) * block_h * 2
+    if kind == "gradient":  # the block on its way out
+        shared += block_m * block_v * 2
+    threads = num_warps * 32
+    registers = block_m * block_v // threads + REGISTERS_BESIDE_SUMS
+    held = min(
+        properties.shared_memory_per_multiprocessor // (shared + SHARED_MEMORY_OF_SYSTEM),
+        properties.regs_per_multiprocessor // (registers * threads),
+    )
+    return int(properties.multi_processor_count) * max(1, held)

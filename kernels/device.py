@@ -6,6 +6,10 @@ Blocks are [rows, columns] in float32, rows of tokens and columns of the vocabul
 import triton
 import triton.language as tl
 
+from .base2 import LOG2_E as _LOG2_E
+
+LOG2_E = tl.constexpr(_LOG2_E)
+
 
 @triton.jit
 def grouped(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
@@ -26,19 +30,17 @@ def logits(
     row_count,
     column_count,
     hidden,
-    depth,
     stride_ir,
     stride_ih,
     stride_wv,
     stride_wh,
-    COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EVEN_H: tl.constexpr,
 ):
-    """``input[rows] @ weight[columns].T``; `depth` is `hidden`, or 0 for a tile of zeros.
+    """``input[rows] @ weight[columns].T``.
 
     Rows and columns beyond their count are computed from the first one's data.
     """
@@ -48,7 +50,7 @@ def logits(
     inputs = input + rows[:, None] * stride_ir + place[None, :] * stride_ih
     weights = weight + columns[None, :] * stride_wv + place[:, None] * stride_wh
     total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    for start in range(0, depth, BLOCK_H):
+    for start in range(0, hidden, BLOCK_H):
         if EVEN_H:
             a = tl.load(inputs)
             b = tl.load(weights)
@@ -56,7 +58,7 @@ def logits(
             inside = place < hidden - start
             a = tl.load(inputs, mask=inside[None, :], other=0.0)
             b = tl.load(weights, mask=inside[:, None], other=0.0)
-        total = tl.dot(a.to(COMPUTE), b.to(COMPUTE), total, input_precision=PRECISION)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
         inputs += BLOCK_H * stride_ih
         weights += BLOCK_H * stride_wh
     return total
@@ -68,7 +70,7 @@ def logits_by_descriptor(
     weights,
     first_row,
     first_column,
-    depth,
+    hidden,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -76,7 +78,7 @@ def logits_by_descriptor(
 ):
     """The same of tensor descriptors; whatever lies beyond a tensor reads as 0."""
     total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    for start in range(0, depth, BLOCK_H):
+    for start in range(0, hidden, BLOCK_H):
         a = inputs.load([first_row, start])
         b = weights.load([first_column, start])
         total = tl.dot(a, b.T, total, input_precision=PRECISION)
@@ -84,39 +86,80 @@ def logits_by_descriptor(
 
 
 @triton.jit
-def only(x, inside, fill: tl.constexpr):
-    """`x` in float32, `fill` in columns beyond the vocabulary."""
-    return tl.where(inside[None, :], x.to(tl.float32), fill)
+def only(x, inside, fill: tl.constexpr, EVEN: tl.constexpr):
+    """`x` in float32, `fill` in columns beyond the vocabulary; if `EVEN` there are none."""
+    x = x.to(tl.float32)
+    if not EVEN:
+        x = tl.where(inside[None, :], x, fill)
+    return x
 
 
 @triton.jit
-def shift_of(top):
-    """What is subtracted before exp: the greatest of a row, 0 if that is -inf."""
-    return tl.where(top == float("-inf"), 0.0, top)
+def finite(shift):
+    """What is subtracted before exp2: a row's shift, 0 as long as that is -inf."""
+    return tl.where(shift == float("-inf"), 0.0, shift)
 
 
 @triton.jit
-def mass(x, top):
-    """``exp(x - shift_of(top))``."""
-    return tl.exp(x - shift_of(top)[:, None])
+def raised(shift, x):
+    """The shift of the rows once they have seen `x`, in base 2: the greatest x * log2(e)."""
+    return tl.maximum(shift, tl.max(x, 1) * LOG2_E)
 
 
 @triton.jit
-def first_greatest(x, columns):
-    """The greatest of each row, nan if any is, and its first column."""
+def distance(x, shift):
+    """``x * log2(e) - shift`` of a block, rounded once."""
+    return tl.fma(x, tl.full(x.shape, LOG2_E, tl.float32), -finite(shift)[:, None])
+
+
+@triton.jit
+def rescaled(total, old_shift, shift):
+    """A sum of masses above `old_shift`, as one of masses above `shift`."""
+    return total * tl.exp2(old_shift - finite(shift))
+
+
+@triton.jit
+def shifted(weighted, total, old_shift, shift):
+    """A sum of masses times distances, both above `old_shift`, as one above `shift`."""
+    moved = tl.where(total == 0.0, 0.0, (old_shift - finite(shift)) * total)
+    return rescaled(weighted + moved, old_shift, shift)
+
+
+@triton.jit
+def weighted_sum(mass, y):
+    """Of `y` in each row; what has no mass counts for nothing, whatever it is."""
+    return tl.sum(tl.where(mass == 0.0, 0.0, mass * y), 1)
+
+
+@triton.jit
+def greater(top, where_top, x, first_column):
+    """The greatest of each row and its column, once the rows have seen `x`; nan wins."""
     is_nan = x != x
-    top, where = tl.max(
+    here, where = tl.max(
         tl.where(is_nan, float("inf"), x),
         1,
         return_indices=True,
         return_indices_tie_break_left=True,
     )
-    has_nan = tl.max(is_nan.to(tl.int32), 1) > 0
-    first = tl.min(columns, 0)
-    return tl.where(has_nan, float("nan"), top), first + where
+    here = tl.where(tl.max(is_nan.to(tl.int32), 1) > 0, float("nan"), here)
+    better = (here > top) | ((here != here) & (top == top))
+    return tl.where(better, here, top), tl.where(better, first_column + where, where_top)
+
+
+@triton.jit
+def any_in(index, first_column, WIDTH: tl.constexpr):
+    """Whether an index of any row is among the `WIDTH` columns from the first one."""
+    here = (index >= first_column) & (index < first_column + WIDTH)
+    return tl.max(here.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def at(x, columns, index):
     """The value in column `index` of each row, 0 if that is not in the tile."""
     return tl.sum(tl.where(columns[None, :] == index[:, None], x, 0.0), 1)
+
+
+@triton.jit
+def added_at(x, base, columns, index, addend):
+    """`x`, but in column `index` of each row ``base + addend``."""
+    return tl.where(columns[None, :] == index[:, None], base + addend[:, None], x)

@@ -7,12 +7,16 @@ their gradient without storing anything else.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .base2 import LOG2_E, exponent_of
 from .program import Backward, Name, Program, Reduction, Step
 from .reductions import Cotangent
 
@@ -24,10 +28,11 @@ class UntiledError(Exception):
 
 
 class _Writer:
-    """A program as it grows, and its operands."""
+    """A program as it grows, its operands, and the rows that have a gradient (None for all)."""
 
-    def __init__(self, operands: Sequence[Tensor], first: int):
+    def __init__(self, operands: Sequence[Tensor], first: int, kept: Tensor | None):
         self.operands = list(operands)
+        self.kept = kept
         self.steps: list[Step] = []
         self._next = first
         self._rows: dict[int, Name] = {}
@@ -41,6 +46,10 @@ class _Writer:
             self._given.append(values)
             self.operands.append(narrow)
         return self._rows[id(values)]
+
+    def gradient(self, values: Tensor) -> Name:
+        """An operand that rows without a gradient have no part in."""
+        return self.row(values if self.kept is None else torch.where(self.kept, values, 0.0))
 
     def call(self, target: str, *args: Any) -> Name:
         name = Name(f"t{self._next}")
@@ -67,29 +76,34 @@ def gradient_program(
 
     Returns:
         A program that ends in ``block`` of the logit's gradient, then of each that is wanted, in
-        every entry; and its operands.
+        every entry; and its operands. What is added in single columns of the logits' gradient are
+        further arguments of its ``block``, which costs nothing in tiles that have no such column.
 
     Raises:
         UntiledError: a value that is reduced is a constant.
     """
     if program.is_plain:
-        writer = _Writer(operands, 0)
-        found = {_Z: _cotangent(writer, by_value[_Z], {_Z: _Z})}
+        writer = _Writer(operands, 0, kept)
+        cotangent = by_value[_Z]
+        found = {_Z: _cotangent(writer, cotangent, {_Z: _Z})}
+        at_indices = _at_indices(writer, cotangent)
     else:
-        found = _through_program(writer := _backward_writer(program, operands), program, by_value)
-    blocks = []
-    for name in (_Z, *wanted):
-        value = found.get(name) or writer.call("full_like", _Z, 0.0)
-        if kept is not None:
-            value = writer.call("where.self", writer.row(kept), value, 0.0)
-        blocks.append(Reduction("block", (value,)))
+        writer = _backward_writer(program, operands, kept)
+        found = _through_program(writer, program, by_value)
+        at_indices = []
+    blocks = [Reduction("block", (_found(writer, found, _Z), *itertools.chain(*at_indices)))]
+    blocks += [Reduction("block", (_found(writer, found, name),)) for name in wanted]
     return Program(tuple(writer.steps), tuple(blocks)), writer.operands
 
 
-def _backward_writer(program: Program, operands: Sequence[Tensor]) -> _Writer:
+def _found(writer: _Writer, found: Mapping[Name, Name], name: Name) -> Name:
+    return found.get(name) or writer.call("full_like", _Z, 0.0)
+
+
+def _backward_writer(program: Program, operands: Sequence[Tensor], kept: Tensor | None) -> _Writer:
     backward = program.backward(operands)
     steps = (*backward.forward.steps, *backward.backward.steps)
-    return _Writer(operands, 1 + max((int(step.name[1:]) for step in steps), default=-1))
+    return _Writer(operands, 1 + max((int(step.name[1:]) for step in steps), default=-1), kept)
 
 
 def _through_program(
@@ -104,11 +118,11 @@ def _through_program(
         made[root] = name
     cotangents = {}
     for number, root in enumerate(program.roots):
-        of_root = (
-            _cotangent(writer, by_value[root], made)
-            if root in by_value
-            else writer.call("full_like", _Z, 0.0)
-        )
+        if root in by_value:
+            cotangent = _cotangent(writer, by_value[root], made)
+            of_root = _with_indices(writer, by_value[root], cotangent)
+        else:
+            of_root = writer.call("full_like", _Z, 0.0)
         cotangents[Name(f"g{number}")] = of_root
 
     def renamed(argument: Any) -> Any:
@@ -121,35 +135,56 @@ def _through_program(
 
 
 def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> Name:
-    """What `Cotangent.of_block` computes, in steps; `made` says what the values are called."""
-    call, row = writer.call, writer.row
+    """What `Cotangent.of_block` computes, in steps, but for what is added at indices; `made` says
+    what the values are called."""
+    call, row, gradient = writer.call, writer.row, writer.gradient
     value = made[of.name]
-    probability: Name | None = None
+    terms: list[Name] = []
     if of.lse is not None:
-        shift = of.lse.to(torch.float32)
-        near = call("sub.Tensor", value, row(shift))
-        log_probability = call("add.Tensor", near, row(shift - of.lse))
-        probability = call("exp", log_probability)
-        cotangent = call("mul.Tensor", probability, row(of.grad_lse))
-    else:
-        cotangent = call("full_like", _Z, 0.0)
-    if of.grad_at:
-        elsewhere = cotangent
-        for index, grad in zip(of.index.unbind(1), of.grad_index.unbind(1), strict=True):
-            here = call("eq.Tensor", Name("j"), row(index))
-            at_index = call("add.Tensor", elsewhere, row(grad))
-            cotangent = call("where.self", here, at_index, cotangent)
+        probability, factor = _probability(writer, value, of.lse)
+        terms.append(call("mul.Tensor", probability, gradient(of.grad_lse * factor)))
     if of.grad_sum is not None:
-        cotangent = call("add.Tensor", cotangent, row(of.grad_sum))
+        terms.append(gradient(of.grad_sum))
     for grad_mean, mean, y in of.means:
-        assert probability is not None, "a mean is under a softmax"
+        assert of.lse is not None, "a mean is under a softmax"
         if y == of.name:
+            shift = of.lse.to(torch.float32)  # near the values that have a probability
+            near = call("sub.Tensor", value, row(shift))
             distance = call("sub.Tensor", near, row(mean - shift))
         else:
             distance = call("add.Tensor", row(-mean), made[y])
-        term = call("mul.Tensor", call("mul.Tensor", distance, probability), row(grad_mean))
-        cotangent = call("add.Tensor", cotangent, term)
+        weighted = call("mul.Tensor", distance, probability)
+        terms.append(call("mul.Tensor", weighted, gradient(grad_mean * factor)))
     for grad_mean, lse, x in of.weights:
-        mass = call("exp", call("sub.Tensor", made[x], row(lse)))
-        cotangent = call("add.Tensor", cotangent, call("mul.Tensor", mass, row(grad_mean)))
+        mass, factor = _probability(writer, made[x], lse)
+        terms.append(call("mul.Tensor", mass, gradient(grad_mean * factor)))
+    if not terms or terms[0][0] == "r":
+        terms.insert(0, call("full_like", _Z, 0.0))
+    return functools.reduce(lambda total, term: call("add.Tensor", total, term), terms)
+
+
+def _probability(writer: _Writer, value: Name, lse: Tensor) -> tuple[Name, Tensor]:
+    """``exp(value - lse)`` of each entry, but for a factor of the rows, near 1, which belongs to
+    what it is multiplied by."""
+    offset, factor = exponent_of(lse)
+    if writer.kept is not None:
+        offset = torch.where(writer.kept, offset, -math.inf)
+    exponent = writer.call("addcmul", writer.row(offset), value, LOG2_E)
+    return writer.call("exp2", exponent), factor
+
+
+def _at_indices(writer: _Writer, of: Cotangent) -> list[tuple[Name, Name]]:
+    """Indices, and what is added to the cotangent there."""
+    if not of.grad_at:
+        return []
+    pairs = zip(of.index.unbind(1), of.grad_index.unbind(1), strict=True)
+    return [(writer.row(index), writer.gradient(grad)) for index, grad in pairs]
+
+
+def _with_indices(writer: _Writer, of: Cotangent, cotangent: Name) -> Name:
+    elsewhere = cotangent
+    for index, grad in _at_indices(writer, of):
+        here = writer.call("eq.Tensor", Name("j"), index)
+        at_index = writer.call("add.Tensor", elsewhere, grad)
+        cotangent = writer.call("where.self", here, at_index, cotangent)
     return cotangent

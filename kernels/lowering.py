@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,20 +18,25 @@ from torch._inductor.kernel.flex.common import (
     freeze_irnodes,
     maybe_realize,
 )
-from torch._inductor.lowering import empty_strided, fallback_handler, full, register_lowering
+from torch._inductor.lowering import (
+    empty_strided,
+    fallback_handler,
+    make_pointwise,
+    register_lowering,
+)
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     autotune_select_algorithm,
     realize_inputs,
 )
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V, ops
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .. import compat
 from . import tile_ops
 from .configs import Config, configs, reads_by_descriptor
-from .program import Name, Program, overload, tensor_arguments
+from .program import Name, Program, overload, position, tensor_arguments
 from .templates import (
     Template,
     first_result,
@@ -43,16 +49,12 @@ from .tiled import DEVICES
 
 _log = logging.getLogger(__name__)
 _OPS = torch.ops.cce_inductor
-_DTYPES = {
-    torch.float32: "tl.float32",
-    torch.float16: "tl.float16",
-    torch.bfloat16: "tl.bfloat16",
-}
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How a product of `dtype` is computed, as PyTorch's own is set to."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    """How a product of `dtype` is computed, as PyTorch's own is set to. The older setting,
+    ``allow_tf32``, raises an error once the newer one has been used."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "'tf32'" if tf32 else "'ieee'"
 
 
@@ -66,10 +68,9 @@ class _Kernel:
 
     Args:
         kind: "statistics" or "gradient", for the choice of configurations.
-        input, linear_weight, linear_bias: as IR, realized here.
+        input, linear_weight, linear_bias: as IR, realized here; the first two have one dtype.
         operands: what the program's steps name.
         program: what is computed.
-        compute_dtype: of the product's operands.
         width: columns in all.
     """
 
@@ -81,13 +82,12 @@ class _Kernel:
         linear_bias: Any,
         operands: Sequence[Any],
         program: Program,
-        compute_dtype: torch.dtype,
         width: Any,
     ):
-        self.kind, self.program, self.compute_dtype = kind, program, compute_dtype
+        self.kind, self.program, self.dtype = kind, program, input.get_dtype()
         self.device = input.get_device()
         self.inputs = list(realize_inputs(input, linear_weight))
-        self.by_descriptor = reads_by_descriptor(self.inputs, compute_dtype, self.device)
+        self.by_descriptor = reads_by_descriptor(self.inputs, self.device)
         if linear_bias is not None:
             self.inputs.append(realize_inputs(linear_bias))
         self.has_bias = linear_bias is not None
@@ -119,15 +119,23 @@ class _Kernel:
         self,
         template: Template,
         more_inputs: Sequence[Any],
-        outputs: Sequence[tuple[Sequence[Any], torch.dtype]],
-        **constants: Any,
+        outputs: Sequence[ir.FixedLayout],
+        constants: Callable[[Config], dict[str, Any]],
+        **options: Any,
     ) -> list[Any]:
-        """The template's results, the first of which it stores through Inductor."""
-        (shape, dtype), *others = outputs
-        layout = ir.FixedLayout(self.device, dtype, list(shape), _contiguous(shape))
+        """The template's results, the first of which it stores through Inductor.
+
+        Args:
+            template: what is called.
+            more_inputs: after input, weight and bias.
+            outputs: in the order in which the template has them.
+            constants: those of the template that depend on the configuration.
+            **options: Inductor's.
+        """
+        layout, *others = outputs
         written = [
-            empty_strided(list(size), None, dtype=dtype, device=self.device)
-            for size, dtype in others
+            empty_strided(other.size, other.stride, dtype=other.dtype, device=self.device)
+            for other in others
         ]
         more_inputs = [realize_inputs(each) for each in more_inputs]
         inputs = [*self.inputs, *more_inputs, *written]
@@ -149,9 +157,9 @@ class _Kernel:
                 GROUP=config.group,
                 PROGRAMS=config.programs,
                 EVEN_H=V.graph.sizevars.statically_known_multiple_of(self.hidden, config.block_h),
-                COMPUTE=_DTYPES[self.compute_dtype],
-                PRECISION=_precision(self.compute_dtype),
-                **constants,
+                PRECISION=_precision(self.dtype),
+                **constants(config),
+                **options,
             )
             error = error or why
         if not choices and error is not None:
@@ -175,7 +183,7 @@ class _Kernel:
     def _configs(self) -> list[Config]:
         every = configs(
             self.kind,
-            self.compute_dtype,
+            self.dtype,
             self.device,
             by_descriptor=self.by_descriptor,
             steps=len(self.program.steps),
@@ -185,8 +193,9 @@ class _Kernel:
         return every if tuned and not config.deterministic else every[:1]
 
 
-def _contiguous(shape: Sequence[Any]) -> list[Any]:
-    return ir.FlexibleLayout.contiguous_strides(list(shape))
+def _contiguous(device: torch.device, shape: Sequence[Any], dtype: torch.dtype) -> ir.FixedLayout:
+    strides = ir.FlexibleLayout.contiguous_strides(list(shape))
+    return ir.FixedLayout(device, dtype, list(shape), strides)
 
 
 def _zeros(node: Any) -> torch.Tensor:
@@ -214,7 +223,8 @@ def _scalar_function(
                 for a, wanted in zip(step.args, tensor_arguments(step.target), strict=False)
             ]
             kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in step.kwargs}
-            result = overload(step.target)(*args, **kwargs)
+            operator = _OPS.multiply_add if step.target == "addcmul" else overload(step.target)
+            result = operator(*args, **kwargs)
             values[step.name] = result.float() if result.is_floating_point() else result
         return values[root].to(torch.float32)
 
@@ -247,30 +257,30 @@ def _tile_statistics(
     indices: Sequence[Any],
     program: str,
     skip_ignored: bool,
-    compute_dtype: torch.dtype,
     tile: int,
     sources: str,
 ) -> list[Any]:
     parsed = Program.parse(program)
-    vocabulary = linear_weight.get_size()[0]
-    kernel = _Kernel(
-        "statistics",
-        input,
-        linear_weight,
-        linear_bias,
-        operands,
-        parsed,
-        compute_dtype,
-        vocabulary,
-    )
+    vocabulary = int(linear_weight.get_size()[0])
+    kernel = _Kernel("statistics", input, linear_weight, linear_bias, operands, parsed, vocabulary)
     widths = tuple(int(index.get_size()[1]) for index in indices)
     template = statistics_template(
         parsed, widths, kernel.has_bias, skip_ignored, kernel.by_descriptor
     )
-    shapes = tile_ops.statistic_shapes(parsed, widths, kernel.rows, int(vocabulary), tile)
+    layouts = [
+        _contiguous(kernel.device, shape, dtype)
+        for shape, dtype in tile_ops.statistic_shapes(parsed, widths, kernel.rows, vocabulary, tile)
+    ]
     first = first_result(parsed)
-    ordered = [shapes[first], *shapes[:first], *shapes[first + 1 :]]
-    primary, *others = kernel(template, indices, ordered)
+    ordered = [layouts[first], *layouts[:first], *layouts[first + 1 :]]
+
+    def constants(config: Config) -> dict[str, Any]:
+        return {
+            "PARTS": tile // config.block_v,
+            "EVEN_V": vocabulary % config.block_v == 0,
+        }
+
+    primary, *others = kernel(template, indices, ordered, constants)
     return [*others[:first], primary, *others[first:]]
 
 
@@ -280,33 +290,74 @@ def _logit_gradient(
     linear_bias: Any,
     operands: Sequence[Any],
     program: str,
-    compute_dtype: torch.dtype,
-    start: int,
+    start: Any,
     width: int,
+    after: Sequence[Any],
     sources: str,
 ) -> list[Any]:
     parsed = Program.parse(program)
-    kernel = _Kernel(
-        "gradient",
-        input,
-        linear_weight,
-        linear_bias,
-        operands,
+    kernel = _Kernel("gradient", input, linear_weight, linear_bias, operands, parsed, width)
+    template = gradient_template(
         parsed,
-        compute_dtype,
-        width,
+        kernel.has_bias,
+        kernel.by_descriptor,
+        weight_is_block=linear_weight.get_size()[0] == width,
     )
-    template = gradient_template(parsed, kernel.has_bias, kernel.by_descriptor)
-    # A tensor and no constant, so that all blocks have one kernel.
-    first = full([], start, dtype=torch.int32, device=kernel.device)
-    shapes = tile_ops.block_shapes(parsed, kernel.rows, compute_dtype, width)
-    return kernel(template, [first], shapes, WIDTH=width)
+    indices, addends = (parsed.reductions[0].args[first::2] for first in (1, 2))
+    inputs = [start, *(operands[position(name)] for name in (*indices, *addends))]
+    layouts = [
+        ir.FixedLayout(
+            kernel.device, dtype, [kernel.rows, width], [tile_ops.row_stride(width, dtype), 1]
+        )
+        for dtype in tile_ops.block_dtypes(parsed, kernel.dtype)
+    ]
+    with _after(after):
+        return kernel(
+            template, inputs, layouts, lambda _: {"WIDTH": width}, tma_store=kernel.by_descriptor
+        )
+
+
+def _weight_block(weight: Any, start: int, width: int, dtype: torch.dtype, after: Any) -> Any:
+    with _after(after):
+        fallback = fallback_handler(_OPS.weight_block.default, add_to_fallback_set=False)
+        return fallback(weight, start, width, dtype, [])
+
+
+@contextlib.contextmanager
+def _after(tensors: Sequence[Any]) -> Iterator[None]:
+    """What is lowered within runs when the tensors have been computed.
+
+    Otherwise the scheduler may compute the blocks of all of the vocabulary first.
+    """
+    names = set()
+    for tensor in tensors:
+        tensor.realize()
+        writers = (
+            operation
+            for operation in reversed(V.graph.operations)
+            if tensor.get_name() in operation.get_mutation_names()
+        )
+        last = next(writers, None)
+        names.update(
+            [tensor.get_name()]
+            if last is None
+            else [output.get_name() for output in last.get_outputs()]
+        )
+    count = len(V.graph.operations)
+    yield
+    for operation in V.graph.operations[count:]:
+        V.graph.additional_buffer_deps[operation.get_operation_name()].update(names)
 
 
 def _add_product(total: Any, a: Any, b: Any) -> Any:
     """In the memory of `total`, a sum that nobody else reads."""
-    source = V.graph.current_node.args[0]
-    if total is None or len(source.users) > 1 or source.target is not _OPS.add_product.default:
+    node = V.graph.current_node
+    source = node.args[0]
+    if (
+        total is None
+        or source.target is not _OPS.add_product.default
+        or any(user > node for user in source.users)
+    ):
         return fallback_handler(_OPS.add_product.default, add_to_fallback_set=False)(total, a, b)
     ir.FallbackKernel.create(_OPS.add_product_.default, total, a, b)
     return total
@@ -338,9 +389,12 @@ def register() -> None:
     for operator, lowering in (
         (_OPS.tile_statistics.default, _tile_statistics),
         (_OPS.logit_gradient.default, _logit_gradient),
+        (_OPS.weight_block.default, _weight_block),
         (_OPS.add_product.default, _add_product),
     ):
         register_lowering(operator, type_promotion_kind=None)(_or_fallback(operator, lowering))
+    fused = make_pointwise(lambda addend, a, b: ops.fma(a, b, addend))
+    register_lowering(_OPS.multiply_add.default, type_promotion_kind=None)(fused)
     # What has a decomposition has no fallback by itself, also when it is not decomposed.
     for whole in (_OPS.reduce_rows.default, _OPS.reduce_rows_backward.default):
         fallback = fallback_handler(whole, add_to_fallback_set=False)

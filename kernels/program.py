@@ -22,7 +22,8 @@ Reductions, whose results are the operator's, one after another:
 - ``target(x, r0, ignore_index)``: the same for class indices [rows]; 0 where one is ignored
 - ``max(x)``: two results, the greatest value and its first index
 - ``topk(x, k)``: two results, [rows, k] each, greatest first
-- ``block(x)``: `x` itself; only in what `kernels.gradient` writes
+- ``block(x, r0, r1, ...)``: `x` itself, and r1 more in column r0, and so on; only in what
+  `kernels.gradient` writes
 """
 
 from __future__ import annotations

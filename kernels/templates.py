@@ -4,6 +4,18 @@ Both compute tiles of logits and apply a program's pointwise steps to them, whic
 in (`modification`, as FlexAttention's score function is). They differ in what they leave: the
 statistics of `tile_ops.tile_statistics`, or the blocks of `tile_ops.logit_gradient`. The text
 depends on the program's reductions only, and calls the functions of `device`.
+
+What is done to a tile after its product is time that the tensor cores wait, so it is as little as
+can be: exponentials are in base 2 (see `base2`), what concerns single columns is skipped in tiles
+that have none of them, and nothing may assert or call a function.
+
+Names in the templates:
+
+- M, H, V: rows, hidden size, vocabulary; WIDTH: columns of a block, START: its first column
+- BLOCK_M, BLOCK_V, BLOCK_H: a tile's rows, its columns, and how much of H is read at a time
+- PARTS: tiles of BLOCK_V columns whose statistics are stored as one; EVEN_V: whether no tile
+  reaches beyond the last column
+- GROUP: tiles of rows that share what they read of the weight; PROGRAMS: see `grid`
 """
 
 from __future__ import annotations
@@ -65,7 +77,8 @@ def statistics_template(
         skip_ignored: whether a tile of rows without any target is left out.
         by_descriptor: whether input and weight are read through tensor descriptors.
     """
-    values, shapes = _values(program)
+    columns = "tl.minimum(columns, V - 1)"
+    values, steps = _values(program, columns, 3)
     lines = _StatisticsLines(values)
     indices = [f"INDEX{number}" for number in range(len(widths))]
     indexed = iter(zip(indices, widths, strict=True))
@@ -80,18 +93,23 @@ def statistics_template(
             lines.logsumexp(number, reduction)
         else:
             lines.mean(number, reduction)
-    kept = None
+    parts = "tl.minimum(column_tiles - tile_of_statistics * PARTS, PARTS)"
     if skip_ignored and lines.targets:
         kept = " | ".join(f"({target} >= 0)" for target in lines.targets)
-    body = [*lines.loads, *_logits(has_bias, by_descriptor, kept), *shapes, *lines.stores]
-    source = _KERNEL.format(
+        parts = f"tl.max(({kept}).to(tl.int32), 0) * {parts}"
+    arguments = ["INPUT", "WEIGHT", *(["BIAS"] * has_bias), *indices, *lines.outputs]
+    body = [*_logits(by_descriptor, "columns", "V")]
+    if has_bias:
+        body.append(_bias(columns))
+    body += [*steps, *lines.updates]
+    source = _STATISTICS.format(
         package=PACKAGE,
-        arguments=_names(["INPUT", "WEIGHT", *(["BIAS"] * has_bias), *indices, *lines.outputs]),
-        width="V",
-        start="0",
-        local="local",
+        arguments=_names(arguments),
         prologue=_indented(_DESCRIPTORS if by_descriptor else _STRIDES, 4),
-        body=_indented("\n".join(body), 8),
+        before=_indented("\n".join(lines.before), 8),
+        parts=parts,
+        body=_indented("\n".join(body), 12),
+        after=_indented("\n".join(lines.after), 8),
     )
     return _template("statistics", source, lines.outputs)
 
@@ -100,150 +118,223 @@ class _StatisticsLines:
     """The lines of a tile's statistics, reduction by reduction.
 
     Attributes:
-        loads: lines before the product.
-        stores: lines after it.
+        before: lines before the first part of the tile.
+        updates: lines for each part, after its product.
+        after: lines that store what the parts have left.
         outputs: the arguments that are written, but for the first statistic.
         targets: variables that hold class indices.
     """
 
     def __init__(self, values: dict[Name, str]):
         self.values = values
-        self.loads: list[str] = []
-        self.stores: list[str] = []
+        self.before: list[str] = []
+        self.updates: list[str] = []
+        self.after: list[str] = []
         self.outputs: list[str] = []
         self.targets: list[str] = []
         self._has_first = False
         self._softmax: dict[Name, int] = {}
 
+    def _begin(self, name: str, value: str, dtype: str = "float32") -> None:
+        self.before.append(f"{name} = tl.full([BLOCK_M], {value}, tl.{dtype})")
+
+    def _inside(self, value: Name, fill: str) -> str:
+        return f"device.only({self.values[value]}, inside, {fill}, EVEN_V)"
+
     def _store(self, value: str, name: str) -> None:
         """One number of each row; the first of all goes through Inductor."""
         if self._has_first:
             self.outputs.append(name)
-            place = f"{name} + column_tile * M + rows"
-            self.stores.append(f"tl.store({place}, {value}, mask=row_inside)")
+            place = f"{name} + tile_of_statistics * M + rows"
+            self.after.append(f"tl.store({place}, {value}, mask=row_inside)")
             return
         self._has_first = True
-        self.stores.append(
-            f'{{{{store_output(("column_tile", "rows"), "{value}", "row_inside", '
+        self.after.append(
+            f'{{{{store_output(("tile_of_statistics", "rows"), "{value}", "row_inside", '
             'indent_width=8, val_shape=("BLOCK_M",))}}'
         )
 
     def at_indices(self, number: int, reduction: Reduction, argument: str, width: int) -> None:
-        """The value at each index; the first tile says what has none."""
+        """The value at each index, where a row of the tile has one."""
         x, out = self.values[reduction.value], f"OUT{number}"
         self.outputs.append(out)
         for k in range(width):
             index = f"index{number}_{k}"
-            at_k = f"rows * {_stride(argument, 0)} + {k} * {_stride(argument, 1)}"
-            message = "index out of bounds: an index is not in the vocabulary"
-            self.loads += [
-                f"{index} = tl.load({argument} + {at_k}, mask=row_inside, other=-1)",
-                f'tl.device_assert({index} < V, "{message}")',
-            ]
+            at_k = f"{_at_rows(argument)} + {k} * {_stride(argument, 1)}"
+            self.before.append(f"{index} = tl.load({at_k}, mask=row_inside, other=-1)")
             if reduction.kind == "target":
                 self.targets.append(index)
-            place = f"{out} + rows * {width} + {k}"
-            self.stores += [
-                f"found = device.at({x}, columns, {index})",
-                f"here = row_inside & ({index} // BLOCK_V == column_tile) & ({index} >= 0)",
-                f"tl.store({place}, found, mask=here & ({index} < V))",
-                f'nothing = tl.where({index} < 0, 0.0, float("nan")) + tl.zeros_like(found)',
-                f"first = row_inside & (tl.zeros_like({index}) == column_tile)",
-                f"tl.store({place}, nothing, mask=first & (({index} < 0) | ({index} >= V)))",
+            self.updates += [
+                f"if device.any_in({index}, first_column, BLOCK_V):",
+                f"    found = device.at({x}, columns, {index})",
+                f"    here = ({index} >= first_column) & ({index} < first_column + BLOCK_V)",
+                f"    here &= row_inside & ({index} < V)",
+                f"    tl.store({out} + rows * {width} + {k}, found, mask=here)",
             ]
 
     def sum(self, number: int, reduction: Reduction) -> None:
-        x = self.values[reduction.value]
-        self.stores.append(f"sum{number} = tl.sum(device.only({x}, inside, 0.0), 1)")
+        self._begin(f"sum{number}", "0.0")
+        value = self._inside(reduction.value, "0.0")
+        self.updates.append(f"sum{number} += tl.sum({value}, 1)")
         self._store(f"sum{number}", f"SUM{number}")
 
     def max(self, number: int, reduction: Reduction) -> None:
-        low = f'device.only({self.values[reduction.value]}, inside, float("-inf"))'
-        self.stores.append(f"top{number}, first{number} = device.first_greatest({low}, columns)")
-        self._store(f"top{number}", f"TOP{number}")
-        self._store(f"first{number}", f"FIRST{number}")
+        top, first = f"top{number}", f"first{number}"
+        self._begin(top, 'float("-inf")')
+        self._begin(first, "0", "int32")
+        low = self._inside(reduction.value, 'float("-inf")')
+        update = f"device.greater({top}, {first}, {low}, first_column)"
+        self.updates.append(f"{top}, {first} = {update}")
+        self._store(top, f"TOP{number}")
+        self._store(first, f"FIRST{number}")
 
     def logsumexp(self, number: int, reduction: Reduction) -> None:
         at = self._softmax_of(number, reduction.value)
-        self._store(f"top{at}", f"TOP{number}")
-        self.stores.append(f"total{number} = tl.sum(mass{at}, 1)")
-        self._store(f"total{number}", f"TOTAL{number}")
+        self._store(f"shift{at}", f"SHIFT{number}")
+        self._store(f"total{at}", f"TOTAL{number}")
 
     def mean(self, number: int, reduction: Reduction) -> None:
         x, y = reduction.values
         at = self._softmax_of(number, x)
-        other = f"device.only({self.values[y]}, inside, 0.0)"
+        mean, shifts = f"mean{number}", f"before{at}, shift{at}"
+        self._begin(mean, "0.0")
         if y == x:
-            other = f"{other} - device.shift_of(top{at})[:, None]"
-        product = f"tl.where(mass{at} == 0, 0.0, mass{at} * ({other}))"
-        self.stores.append(f"mean{number} = tl.sum({product}, 1)")
-        self._store(f"mean{number}", f"MEAN{number}")
+            moved = f"device.shifted({mean}, total{at}, {shifts})"
+            other = f"distance{at}"
+        else:
+            moved = f"device.rescaled({mean}, {shifts})"
+            other = self._inside(y, "0.0")
+        # Before the total is updated, which `shifted` wants as it was.
+        self.updates.insert(
+            self.updates.index(self._total_update(at)),
+            f"{mean} = {moved} + device.weighted_sum(mass{at}, {other})",
+        )
+        self._store(mean, f"MEAN{number}")
 
     def _softmax_of(self, number: int, x: Name) -> int:
-        """The number of the variables that hold the greatest of `x`, and its masses."""
+        """The number of the variables that hold the masses of `x` and what is above them."""
         if x not in self._softmax:
             self._softmax[x] = number
-            self.stores += [
-                f'low{number} = device.only({self.values[x]}, inside, float("-inf"))',
-                f"top{number} = tl.max(low{number}, 1)",
-                f"mass{number} = device.mass(low{number}, top{number})",
+            self._begin(f"shift{number}", 'float("-inf")')
+            self._begin(f"total{number}", "0.0")
+            low = self._inside(x, 'float("-inf")')
+            self.updates += [
+                f"low{number} = {low}",
+                f"before{number} = shift{number}",
+                f"shift{number} = device.raised(shift{number}, low{number})",
+                f"distance{number} = device.distance(low{number}, shift{number})",
+                f"mass{number} = tl.exp2(distance{number})",
+                self._total_update(number),
             ]
         return self._softmax[x]
 
+    def _total_update(self, number: int) -> str:
+        old = f"device.rescaled(total{number}, before{number}, shift{number})"
+        return f"total{number} = {old} + tl.sum(mass{number}, 1)"
+
 
 @functools.cache
-def gradient_template(program: Program, has_bias: bool, by_descriptor: bool) -> Template:
+def gradient_template(
+    program: Program, has_bias: bool, by_descriptor: bool, weight_is_block: bool
+) -> Template:
     """For `logit_gradient`; the argument START holds the first column.
 
     Args:
         program: one that ends in blocks.
-        has_bias, by_descriptor: as for `statistics_template`.
+        has_bias, by_descriptor: as for `statistics_template`. With descriptors the first block is
+            written through one, too.
+        weight_is_block: whether the weight's first row is that of START.
     """
-    values, shapes = _values(program)
+    values, steps = _values(program, "columns", 2)
     first, *others = program.reductions
     outputs = [f"BLOCK{number}" for number in range(1, len(program.reductions))]
-    mask = "row_inside[:, None] & inside[None, :]"
-    stores = [
-        f"block = {values[first.value]} + tl.zeros_like(z)",
-        f"block_inside = {mask}",
-        '{{store_output(("rows[:, None]", "local[None, :]"), "block", "block_inside", '
-        'indent_width=8, val_shape=("BLOCK_M", "BLOCK_V"))}}',
-    ]
+    indices = [f"INDEX{number}" for number in range(len(first.args) // 2)]
+    addends = [f"ADDEND{number}" for number in range(len(first.args) // 2)]
+    before = []
+    stores = [f"base = {values[first.value]} + tl.zeros_like(z)", "block = base"]
+    for number, (index, addend) in enumerate(zip(indices, addends, strict=True)):
+        before += [
+            f"index{number} = tl.load({_at_rows(index)}, row_inside, other=-1)",
+            f"addend{number} = tl.load({_at_rows(addend)}, row_inside, other=0.0)",
+        ]
+        stores += [
+            f"if device.any_in(index{number}, first_column, BLOCK_V):",
+            f"    block = device.added_at(block, base, columns, index{number}, addend{number})",
+        ]
+    if by_descriptor:
+        stores.append(
+            '{{store_output(("row_tile * BLOCK_M", "column_tile * BLOCK_V"), "block", '
+            'indent_width=8, val_shape=("BLOCK_M", "BLOCK_V"), block_indexing=True)}}'
+        )
+    else:
+        stores.append(
+            '{{store_output(("rows[:, None]", "local[None, :]"), "block", "block_inside", '
+            'indent_width=8, val_shape=("BLOCK_M", "BLOCK_V"))}}'
+        )
     for name, reduction in zip(outputs, others, strict=True):
-        place = f"{name} + rows[:, None] * WIDTH + local[None, :]"
+        place = f"{name} + rows[:, None] * {_stride(name, 0)} + local[None, :]"
         value = f"{values[reduction.value]} + tl.zeros_like(z)"
         stores.append(f"tl.store({place}, {value}, mask=block_inside)")
-    body = [*_logits(has_bias, by_descriptor, None), *shapes, *stores]
-    source = _KERNEL.format(
+    arguments = ["INPUT", "WEIGHT", *(["BIAS"] * has_bias), "START"]
+    body = _logits(by_descriptor, *(("local", "WIDTH") if weight_is_block else ("columns", "V")))
+    if has_bias:
+        body.append(_bias("columns"))
+    body += [*steps, *stores]
+    source = _GRADIENT.format(
         package=PACKAGE,
-        arguments=_names(["INPUT", "WEIGHT", *(["BIAS"] * has_bias), "START", *outputs]),
-        width="WIDTH",
-        start="tl.load(START).to(tl.int32)",
-        # Of a block of one entry Inductor drops the mask: what is beyond it must be the same.
-        local="tl.where(inside, local, 0)",
+        arguments=_names([*arguments, *indices, *addends, *outputs]),
         prologue=_indented(_DESCRIPTORS if by_descriptor else _STRIDES, 4),
+        before=_indented("\n".join(before), 8),
         body=_indented("\n".join(body), 8),
     )
     return _template("gradient", source, outputs)
 
 
-_KERNEL = """\
+_STATISTICS = """\
 import {package}.device as device
 {{{{def_kernel({arguments})}}}}
     M = {{{{size("INPUT", 0)}}}}
     H = {{{{size("INPUT", 1)}}}}
     V = {{{{size("WEIGHT", 0)}}}}
-    start_column = {start}
     row_tiles = tl.cdiv(M, BLOCK_M)
-    column_tiles = tl.cdiv({width}, BLOCK_V)
+    column_tiles = tl.cdiv(V, BLOCK_V)
+    tiles_of_statistics = tl.cdiv(column_tiles, PARTS)
+{prologue}
+    for tile in tl.range(tl.program_id(0), row_tiles * tiles_of_statistics, tl.num_programs(0)):
+        row_tile, tile_of_statistics = device.grouped(tile, row_tiles, tiles_of_statistics, GROUP)
+        rows = row_tile.to(INDEX_DTYPE) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_inside = rows < M
+{before}
+        for part in range(0, {parts}):
+            first_column = (tile_of_statistics * PARTS + part) * BLOCK_V
+            columns = first_column + tl.arange(0, BLOCK_V)
+            inside = columns < V
+{body}
+{after}
+"""
+
+_GRADIENT = """\
+import {package}.device as device
+{{{{def_kernel({arguments})}}}}
+    M = {{{{size("INPUT", 0)}}}}
+    H = {{{{size("INPUT", 1)}}}}
+    V = {{{{size("WEIGHT", 0)}}}}
+    start = tl.load(START).to(tl.int32)
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    column_tiles = tl.cdiv(WIDTH, BLOCK_V)
 {prologue}
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         row_tile, column_tile = device.grouped(tile, row_tiles, column_tiles, GROUP)
         rows = row_tile.to(INDEX_DTYPE) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_inside = rows < M
         local = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = local < {width}
-        columns = start_column + {local}
+        inside = local < WIDTH
+        block_inside = row_inside[:, None] & inside[None, :]
+        # Of a block of one entry Inductor drops the mask: what is beyond it must be the same.
+        local = tl.where(inside, local, 0)
+        first_column = start + column_tile * BLOCK_V
+        columns = start + local
+{before}
 {body}
 """
 
@@ -262,29 +353,28 @@ weights = tl.make_tensor_descriptor(
 )"""
 
 
-def _logits(has_bias: bool, by_descriptor: bool, kept: str | None) -> list[str]:
-    """Lines that make `z`, a tile of logits; of zeros where no row is `kept`."""
-    depth = "H"
-    lines = []
-    if kept is not None:
-        lines.append(f"any_kept = tl.max(({kept}).to(tl.int32), 0)")
-        depth = "any_kept * H"
+def _logits(by_descriptor: bool, at: str, height: str) -> list[str]:
+    """Lines that make `z`, a tile of products.
+
+    Args:
+        by_descriptor: as for `statistics_template`.
+        at: the variable that holds the rows of the weight.
+        height: how many rows it has.
+    """
     if by_descriptor:
-        lines.append(
-            "z = device.logits_by_descriptor(inputs, weights, (row_tile * BLOCK_M).to(tl.int32), "
-            f"(start_column + column_tile * BLOCK_V).to(tl.int32), {depth}, "
+        first = "first_column" if at == "columns" else "column_tile * BLOCK_V"
+        return [
+            f"z = device.logits_by_descriptor(inputs, weights, row_tile * BLOCK_M, {first}, H, "
             "PRECISION, BLOCK_M, BLOCK_V, BLOCK_H)"
-        )
-    else:
-        lines.append(
-            f"z = device.logits(INPUT, WEIGHT, rows, columns.to(INDEX_DTYPE), M, V, H, {depth}, "
-            "stride_ir, stride_ih, stride_wv, stride_wh, "
-            "COMPUTE, PRECISION, BLOCK_M, BLOCK_V, BLOCK_H, EVEN_H)"
-        )
-    if has_bias:
-        place = f"BIAS + tl.minimum(columns, V - 1) * {_stride('BIAS', 0)}"
-        lines.append(f"z += tl.load({place}).to(tl.float32)[None, :]")
-    return lines
+        ]
+    return [
+        f"z = device.logits(INPUT, WEIGHT, rows, {at}.to(INDEX_DTYPE), M, {height}, H, "
+        "stride_ir, stride_ih, stride_wv, stride_wh, PRECISION, BLOCK_M, BLOCK_V, BLOCK_H, EVEN_H)"
+    ]
+
+
+def _bias(columns: str) -> str:
+    return f"z += tl.load(BIAS + {columns} * {_stride('BIAS', 0)}).to(tl.float32)[None, :]"
 
 
 _BLOCK_TYPES = "".join(
@@ -298,10 +388,14 @@ _BLOCK_TYPES = "".join(
 )
 
 
-def _values(program: Program) -> tuple[dict[Name, str], list[str]]:
+def _values(program: Program, columns: str, indent: int) -> tuple[dict[Name, str], list[str]]:
     """What the values that are reduced are called, and the lines that make them of `z`.
 
-    What a subgraph reads at row and column is read everywhere, so both stay within bounds.
+    Args:
+        program: whose values they are.
+        columns: each column's place, within the vocabulary. What a subgraph reads at row and
+            column is read everywhere.
+        indent: of the lines, in steps of four.
     """
     values = {Name("z"): "z"}
     lines = []
@@ -310,16 +404,20 @@ def _values(program: Program) -> tuple[dict[Name, str], list[str]]:
         wide = ".to(tl.int64)" if any(name[0] == "b" for name in program.operands) else ""
         lines = [
             f"row = tl.minimum(rows, M - 1)[:, None]{wide}",
-            "column = tl.minimum(columns, V - 1)[None, :]",
+            f"column = {columns}[None, :]",
         ]
     for number, root in enumerate(roots_of(program)):
         values[root] = f"x{number}"
         lines.append(
             f'{{{{modification(subgraph_number={number}, output_name="x{number}", z="z", '
-            f'row="row", column="column"{_BLOCK_TYPES}) | indent_except_first(2)}}}}'
+            f'row="row", column="column"{_BLOCK_TYPES}) | indent_except_first({indent})}}}}'
         )
         lines.append(f"x{number} = x{number} + tl.zeros_like(z)")
     return values, lines
+
+
+def _at_rows(argument: str) -> str:
+    return f"{argument} + rows * {_stride(argument, 0)}"
 
 
 def _stride(argument: str, dim: int) -> str:
@@ -344,5 +442,6 @@ Grid = Callable[..., tuple[Any, Any, int]]
 
 def grid(rows: Any, width: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> Any:
     """One program a tile, or as many as the device runs at a time, which take turns."""
-    tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(width, meta["BLOCK_V"])
+    columns = meta["BLOCK_V"] * meta.get("PARTS", 1)
+    tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(width, columns)
     return (min(tiles, meta["PROGRAMS"]) if meta["PROGRAMS"] else tiles, 1, 1)

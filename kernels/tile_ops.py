@@ -4,8 +4,14 @@ Here they are ordinary tensor code that stores what it computes: the specificati
 which take their place when Inductor compiles for a GPU.
 
 - `tile_statistics`: what each tile of the vocabulary contributes to the reductions of each row
+- `block_starts`: where the blocks of the vocabulary begin
+- `weight_block`: the weight of a block, in the dtype of its products
 - `logit_gradient`: a block of logits, and what a program makes of it
 - `add_product`: a matrix product that is summed in float32
+- `multiply_add`: a step of a program that is rounded once
+
+They are as few launches, and as few different kernels, as they can be for any number of blocks:
+what differs from block to block is a tensor, an address, or a number that only an operator sees.
 """
 
 from __future__ import annotations
@@ -17,14 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .program import INDEXED, Name, Program, Reduction
+from .base2 import LOG2_E
+from .program import INDEXED, Name, Program, Reduction, position
 
 NAMESPACE = "cce_inductor"
-TILE = 128
-"""Columns of a tile of statistics: more leave no registers for what is computed of them."""
+ALIGNMENT = 16
+"""Bytes at which what is handed to a kernel begins, and the rows of what it writes."""
 
 _STATISTICS = {"logsumexp": 2, "max": 2}
 """How many statistics a reduction leaves of each tile, if not one."""
+
+COLUMN = Name("j")
 
 
 def statistics_of(program: Program) -> list[tuple[Reduction, int]]:
@@ -58,7 +67,6 @@ def tile_statistics(
     indices: Sequence[Tensor],
     program: str,
     skip_ignored: bool,
-    compute_dtype: torch.dtype,
     tile: int,
     sources: str,
 ) -> list[Tensor]:
@@ -66,24 +74,24 @@ def tile_statistics(
 
     Args:
         input: [rows, hidden].
-        linear_weight: [vocabulary, hidden].
+        linear_weight: [vocabulary, hidden], the dtype of `input`; products are summed in float32.
         linear_bias: [vocabulary] or None.
         operands: what the program's steps name, as for `blockwise.reduce`.
         indices: for each reduction at indices, in order: int32 [rows, k], `NOWHERE` for none.
         program: what is computed.
         skip_ignored: whether nothing is promised of rows that have no target.
-        compute_dtype: of the product's operands; it is summed in float32.
         tile: its width.
         sources: a digest of this package, which a compiler's caches see here and nowhere else.
 
     Returns:
-        For each reduction, [tiles, rows] float32 unless noted:
+        For each reduction, [tiles, rows] float32 unless noted, in base 2 (see `base2`):
 
-        - logsumexp(x): the greatest x, the sum of ``exp(x - greatest)`` (0 in place of -inf)
+        - logsumexp(x): the shift, which is the greatest ``x * LOG2_E`` (rounded), and the sum of
+          the masses ``2^(x * LOG2_E - shift)``; above a shift of 0 in place of -inf
         - sum(x): the sum
-        - mean(x, y): the sum of ``exp(x - greatest) * y``, for y = x of ``... * (x - greatest)``
+        - mean(x, y): the sum of the masses times y, for y = x times ``x * LOG2_E - shift``
         - max(x): the greatest, nan if any is; its first column, int32
-        - at indices: the values, [rows, k]; 0 where there is none, nan for one out of bounds
+        - at indices: the values, [rows, k]; undefined for an index that is not in the vocabulary
     """
     parsed, vocabulary = Program.parse(program), linear_weight.shape[0]
     widths = [index.shape[1] for index in indices]
@@ -93,7 +101,7 @@ def tile_statistics(
     ]
     for number, start in enumerate(range(0, vocabulary, tile)):
         columns = slice(start, min(start + tile, vocabulary))
-        values = _block(input, linear_weight, linear_bias, operands, parsed, compute_dtype, columns)
+        values = _block(input, linear_weight[columns], linear_bias, operands, parsed, columns)
         outputs, of_index = iter(found), iter(indices)
         for reduction in parsed.reductions:
             x = values[reduction.value]
@@ -103,23 +111,23 @@ def tile_statistics(
                 inside = (index >= columns.start) & (index < columns.stop)
                 here = x.gather(1, (index - start).clamp(0, x.shape[1] - 1))
                 output.copy_(torch.where(inside, here, output))
-                output.masked_fill_(index >= vocabulary, math.nan)
             elif reduction.kind == "sum":
                 output[number] = x.sum(1)
             elif reduction.kind == "max":
                 output[number], where = x.max(1)
                 next(outputs)[number] = where + start
             else:
-                top = x.amax(1)
-                shift = top.masked_fill(top == -math.inf, 0.0).unsqueeze(1)
-                mass = (x - shift).exp()
+                shift = x.amax(1) * LOG2_E
+                finite = shift.masked_fill(shift == -math.inf, 0.0).double().unsqueeze(1)
+                distance = (x.double() * LOG2_E - finite).float()
+                mass = distance.exp2()
                 if reduction.kind == "logsumexp":
-                    output[number] = top
+                    output[number] = shift
                     next(outputs)[number] = mass.sum(1)
                 else:
                     _, y = reduction.values
-                    other = x - shift if y == reduction.value else values[y]
-                    output[number] = (mass * other).sum(1)
+                    other = distance if y == reduction.value else values[y]
+                    output[number] = (mass * other).masked_fill(mass == 0.0, 0.0).sum(1)
     return found
 
 
@@ -132,7 +140,6 @@ def _(
     indices: Sequence[Tensor],
     program: str,
     skip_ignored: bool,
-    compute_dtype: torch.dtype,
     tile: int,
     sources: str,
 ) -> list[Tensor]:
@@ -142,6 +149,48 @@ def _(
     return [input.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
+def _block_starts(like: Tensor, width: int, count: int) -> list[Tensor]:
+    """The first column of each of `count` blocks: int32, one number each, where `like` is."""
+    spacing = ALIGNMENT // torch.int32.itemsize
+    starts = torch.arange(0, count * width, width, dtype=torch.int32, device=like.device)
+    return list(starts.repeat_interleave(spacing)[::spacing].unbind())
+
+
+def _fake_block_starts(like: Tensor, width: int, count: int) -> list[Tensor]:
+    return [like.new_empty((), dtype=torch.int32) for _ in range(count)]
+
+
+# Its results share one tensor, which `torch.library.custom_op` does not allow.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define("block_starts(Tensor like, int width, int count) -> Tensor[]")
+_library.impl("block_starts", _block_starts, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::block_starts", _fake_block_starts, lib=_library)
+block_starts = torch.ops.cce_inductor.block_starts
+
+# `torch.addcmul` that a compiler may not take apart.
+_library.define("multiply_add(Tensor addend, Tensor a, Tensor b) -> Tensor")
+_library.impl("multiply_add", torch.addcmul, "CompositeExplicitAutograd")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::weight_block", mutates_args=())
+def weight_block(
+    linear_weight: Tensor, start: int, width: int, dtype: torch.dtype, after: Sequence[Tensor]
+) -> Tensor:
+    """A copy of ``linear_weight[start : start + width]`` in another dtype.
+
+    It waits for the tensors `after`, which are not read: once they are computed, the block before
+    needs its memory no longer.
+    """
+    return linear_weight.narrow(0, start, width).to(dtype, copy=True).contiguous()
+
+
+@weight_block.register_fake
+def _(
+    linear_weight: Tensor, start: int, width: int, dtype: torch.dtype, after: Sequence[Tensor]
+) -> Tensor:
+    return linear_weight.new_empty((width, linear_weight.shape[1]), dtype=dtype)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::logit_gradient", mutates_args=())
 def logit_gradient(
     input: Tensor,
@@ -149,29 +198,40 @@ def logit_gradient(
     linear_bias: Tensor | None,
     operands: Sequence[Tensor],
     program: str,
-    compute_dtype: torch.dtype,
-    start: int,
+    start: Tensor,
     width: int,
+    after: Sequence[Tensor],
     sources: str,
 ) -> list[Tensor]:
     """What the program's steps make of a block of logits.
 
     Args:
-        input, linear_weight, linear_bias, operands, compute_dtype: as for `tile_statistics`.
+        input, linear_bias, operands: as for `tile_statistics`.
+        linear_weight: [vocabulary, hidden], or the block's own [width, hidden].
         program: ends in ``block(x)`` for each result.
-        start, width: the block's columns.
+        start: the block's first column, int32 [].
+        width: its columns.
+        after: as for `weight_block`.
         sources: as for `tile_statistics`.
 
     Returns:
-        [rows, width] each, the first in the compute dtype, the others in float32.
+        [rows, width] each, the first in the dtype of `input`, the others in float32. The rows
+        begin at multiples of `ALIGNMENT` bytes.
     """
-    parsed, columns = Program.parse(program), slice(start, start + width)
-    values = _block(input, linear_weight, linear_bias, operands, parsed, compute_dtype, columns)
-    shapes = block_shapes(parsed, input.shape[0], compute_dtype, width)
-    return [
-        values[reduction.value].to(dtype, copy=True).contiguous()
-        for reduction, (_, dtype) in zip(parsed.reductions, shapes, strict=True)
-    ]
+    parsed, first = Program.parse(program), int(start)
+    columns = slice(first, first + width)
+    if linear_weight.shape[0] != width:
+        linear_weight = linear_weight[columns]
+    values = _block(input, linear_weight, linear_bias, operands, parsed, columns)
+    found = []
+    for reduction, result in zip(parsed.reductions, _new_blocks(parsed, input, width), strict=True):
+        result.copy_(values[reduction.value])
+        for index, addend in zip(reduction.args[1::2], reduction.args[2::2], strict=True):
+            here = operands[position(index)].unsqueeze(1) == values[COLUMN]
+            more = values[reduction.value] + operands[position(addend)].unsqueeze(1)
+            result.copy_(torch.where(here, more, result))
+        found.append(result)
+    return found
 
 
 @logit_gradient.register_fake
@@ -181,21 +241,30 @@ def _(
     linear_bias: Tensor | None,
     operands: Sequence[Tensor],
     program: str,
-    compute_dtype: torch.dtype,
-    start: int,
+    start: Tensor,
     width: int,
+    after: Sequence[Tensor],
     sources: str,
 ) -> list[Tensor]:
-    shapes = block_shapes(Program.parse(program), input.shape[0], compute_dtype, width)
-    return [input.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+    return _new_blocks(Program.parse(program), input, width)
 
 
-def block_shapes(
-    program: Program, rows: Any, compute_dtype: torch.dtype, width: int
-) -> list[tuple[tuple[Any, int], torch.dtype]]:
-    """Shape and dtype of what `logit_gradient` returns."""
-    dtypes = [compute_dtype, *(torch.float32 for _ in program.reductions[1:])]
-    return [((rows, width), dtype) for dtype in dtypes]
+def row_stride(width: int, dtype: torch.dtype) -> int:
+    """Of a block's rows, so that each begins where the library's fast products want it."""
+    spacing = ALIGNMENT // dtype.itemsize
+    return -(-width // spacing) * spacing
+
+
+def block_dtypes(program: Program, dtype: torch.dtype) -> list[torch.dtype]:
+    """Of what `logit_gradient` returns for an input of `dtype`."""
+    return [dtype, *(torch.float32 for _ in program.reductions[1:])]
+
+
+def _new_blocks(program: Program, input: Tensor, width: int) -> list[Tensor]:
+    return [
+        input.new_empty_strided((input.shape[0], width), (row_stride(width, dtype), 1), dtype=dtype)
+        for dtype in block_dtypes(program, input.dtype)
+    ]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::add_product", mutates_args=())
@@ -232,20 +301,18 @@ def _(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 def _block(
     input: Tensor,
-    linear_weight: Tensor,
+    weight: Tensor,
     linear_bias: Tensor | None,
     operands: Sequence[Tensor],
     program: Program,
-    compute_dtype: torch.dtype,
     columns: slice,
 ) -> dict[Name, Tensor]:
-    """The program's values in some columns; those that are reduced are float32."""
-    weight = linear_weight[columns].to(compute_dtype)
-    z = input.to(compute_dtype).float() @ weight.float().t()
+    """The program's values in some columns, whose weight is given; those reduced are float32."""
+    z = input.float() @ weight.float().t()
     if linear_bias is not None:
         z += linear_bias[columns]
     place = torch.arange(columns.start, columns.stop, device=z.device)
-    values = {Name("z"): z, Name("j"): place.unsqueeze(0)}
+    values = {Name("z"): z, COLUMN: place.unsqueeze(0)}
     for name, at in program.operands.items():
         operand = operands[at]
         if operand.is_floating_point():

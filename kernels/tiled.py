@@ -17,11 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base2 import LOG2_E, logsumexp_of
 from .blockwise import TILE, Gradients, Head, Wanted
 from .gradient import gradient_program
 from .program import INDEXED, Name, Program, Reduction, position
 from .reductions import NOWHERE, cotangents, index_of, is_valid_index
-from .tile_ops import add_product, logit_gradient, statistics_of, tile_statistics
+from .tile_ops import (
+    add_product,
+    block_starts,
+    logit_gradient,
+    statistics_of,
+    tile_statistics,
+    weight_block,
+)
 
 DEVICES = {"cuda"}
 """The types of device that have templates."""
@@ -31,6 +39,16 @@ INDEX_LIMIT = 16
 
 UNSEEN_ROWS = 8192
 """What a number of rows that depends on data is taken for."""
+
+MIN_BLOCK = 8192
+"""Columns of a block of gradients at least. The float32 sum of the input's gradient is read and
+written for each block, which costs more than the products where blocks are narrow."""
+
+STATISTICS_WIDTHS = (TILE, TILE // 2, TILE // 4)
+"""Columns of a tile of statistics: the wider, the fewer statistics are stored."""
+
+TILES_ENOUGH = 1024
+"""For a device to be busy, of 128 rows each."""
 
 _KINDS = frozenset(["logsumexp", "sum", "mean", "max", *INDEXED])
 
@@ -51,26 +69,32 @@ def reason_against(head: Head) -> str | None:
     return None
 
 
-def reduce(input: Tensor, head: Head, tile: int, sources: str = "") -> list[Tensor]:
+def reduce(input: Tensor, head: Head, sources: str = "", tile: int | None = None) -> list[Tensor]:
     """`blockwise.reduce` by `tile_statistics`, for programs that `reason_against` has nothing
     against.
 
     Rows whose indices are all ignored have zeros for results if ``head.skip_ignored``. An index
-    out of bounds is an assertion on the device, or a result that is nan.
+    out of bounds is an assertion on the device.
+
+    Args:
+        input, head: as for `blockwise.reduce`.
+        sources: as for `tile_statistics`.
+        tile: columns of a tile of statistics; None for as many as suit the sizes.
     """
     program, vocabulary = head.program, head.linear_weight.shape[0]
+    tile = tile or _statistics_width(input.shape[0], vocabulary)
     indices = _indices(head)
+    _assert_in_bounds(indices, vocabulary)
     kept = _kept(head, indices)
     found = iter(
         tile_statistics(
-            input,
-            head.linear_weight,
+            input.to(head.compute_dtype),
+            head.linear_weight.to(head.compute_dtype),
             head.linear_bias,
             _here(head.operands, input),
             indices,
             str(program),
             head.skip_ignored,
-            head.compute_dtype,
             tile,
             sources,
         )
@@ -85,6 +109,7 @@ def reduce(input: Tensor, head: Head, tile: int, sources: str = "") -> list[Tens
         if reduction.kind == "logsumexp"
     }
     results: list[Tensor] = []
+    of_index = iter(indices)
     for reduction, (first, *rest) in statistics:
         if reduction.kind == "logsumexp":
             results.append(normalizers[reduction.value].lse)
@@ -98,8 +123,8 @@ def reduce(input: Tensor, head: Head, tile: int, sources: str = "") -> list[Tens
             columns = rest[0].gather(0, where.unsqueeze(0)).squeeze(0)
             results += [top.double(), columns.long()]
         else:
-            flat = reduction.kind != "gather"
-            results.append((first.squeeze(1) if flat else first).double())
+            values = first.double().masked_fill(next(of_index) == NOWHERE, 0.0)
+            results.append(values if reduction.kind == "gather" else values.squeeze(1))
     for normalizer in list(normalizers.values())[:1]:
         results.append(normalizer.of_wider_tiles(tile, vocabulary).to(head.logit_dtype))
     if kept is None:
@@ -108,29 +133,29 @@ def reduce(input: Tensor, head: Head, tile: int, sources: str = "") -> list[Tens
 
 
 class _Normalizer:
-    """The softmax of a row, from the greatest value of each tile and the sum of what is left.
+    """The softmax of a row, from the shift of each tile and the sum of its masses above that.
 
     Attributes:
-        shift: of each tile, float64 [tiles, rows].
-        total: of each tile, the sum of ``exp(x - shift)``.
+        shift: of each tile, float64 [tiles, rows], in base 2.
+        total: of each tile, the sum of ``2^(x * LOG2_E - shift)``.
         lse: of the row.
     """
 
-    def __init__(self, top: Tensor, total: Tensor):
-        self.shift = top.masked_fill(top == -math.inf, 0.0).double()
+    def __init__(self, shift: Tensor, total: Tensor):
+        self.shift = shift.masked_fill(shift == -math.inf, 0.0).double()
         self.total = total.double()
         self.lse = torch.logsumexp(self.of_tiles, 0)
 
     @property
     def of_tiles(self) -> Tensor:
-        return self.shift + self.total.log()
+        return logsumexp_of(self.shift, self.total)
 
     def mean(self, weighted: Tensor, *, of_itself: bool) -> Tensor:
         """From the statistic of a mean."""
         if of_itself:
-            weighted = weighted + self.shift * self.total
+            weighted = (weighted + self.shift * self.total) / LOG2_E
         # A tile without any mass has no weight, whatever it says.
-        share = (self.shift - self.lse).exp().masked_fill(self.total == 0, 0.0)
+        share = (self.shift - self.lse * LOG2_E).exp2().masked_fill(self.total == 0, 0.0)
         return (share * weighted).sum(0)
 
     def of_wider_tiles(self, tile: int, vocabulary: int) -> Tensor:
@@ -158,7 +183,7 @@ def reduce_backward(
         UntiledError: the gradient cannot be written as a program.
     """
     program, weight = head.program, head.linear_weight
-    rows, vocabulary = input.shape[0], weight.shape[0]
+    rows, vocabulary, input_dtype = input.shape[0], weight.shape[0], input.dtype
     indices = _indices(head)
     by_text = {
         str(reduction): index for reduction, index in zip(_indexed(program), indices, strict=True)
@@ -170,39 +195,45 @@ def reduce_backward(
         program, _here(head.operands, input), by_value, wanted_operands, _kept(head, indices)
     )
 
-    kept_input = input.to(head.compute_dtype)
+    input = input.to(head.compute_dtype)
     d_input: Tensor | None = None
     d_weights: list[Tensor] = []
     d_biases: list[Tensor] = []
     sums: dict[Name, list[Tensor]] = {name: [] for name in wanted_operands}
     width = _block_width(rows, vocabulary, head, len(gradient.reductions))
-    for start in range(0, vocabulary, width):
-        stop = min(start + width, vocabulary)
+    blocks = range(0, vocabulary, width)
+    before: list[Tensor] = []  # what has been made of the block before
+    for start, first in zip(blocks, block_starts(weight, width, len(blocks)), strict=True):
+        columns = min(width, vocabulary - start)
+        if weight.dtype == head.compute_dtype:
+            block = weight.narrow(0, start, columns)
+        else:
+            block = weight_block(weight, start, columns, head.compute_dtype, before)
         dz, *of_operands = logit_gradient(
             input,
-            weight,
+            weight if weight.dtype == head.compute_dtype else block,
             head.linear_bias,
             operands,
             str(gradient),
-            head.compute_dtype,
-            start,
-            stop - start,
+            first,
+            columns,
+            before,
             sources,
         )
+        before = []
         if wanted.input:
-            block = weight.narrow(0, start, stop - start).to(head.compute_dtype)
             d_input = add_product(d_input, dz, block)
+            before.append(d_input)
         if wanted.linear_weight:
-            if weight.dtype == head.compute_dtype:
-                d_weights.append(dz.t() @ kept_input)
-            else:
-                product = add_product(None, dz.t(), kept_input)
-                d_weights.append(product.to(weight.dtype))
+            d_weights.append(_product(dz.t(), input, weight.dtype))
+            before.append(d_weights[-1])
         if wanted.linear_bias:
             d_biases.append(dz.sum(0, dtype=torch.float32))
+            before.append(d_biases[-1])
         for name, values in zip(wanted_operands, of_operands, strict=True):
             over = {"r": [1], "c": [0], "s": [0, 1]}[name[0]]
             sums[name].append(values.sum(over, dtype=torch.float64))
+            before.append(sums[name][-1])
 
     found: list[Tensor | None] = [None] * len(head.operands)
     for name, blocks in sums.items():
@@ -211,22 +242,55 @@ def reduce_backward(
         found[position(name)] = total.to(operand.dtype)
     bias = head.linear_bias
     return Gradients(
-        d_input.to(input.dtype) if d_input is not None else None,
+        d_input.to(input_dtype) if d_input is not None else None,
         torch.cat(d_weights) if d_weights else None,
         torch.cat(d_biases).to(bias.dtype) if bias is not None and d_biases else None,
         found,
     )
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b``, rounded once."""
+    if dtype == a.dtype:
+        return a @ b
+    if a.dtype == torch.float32:
+        return (a @ b).to(dtype)
+    if a.device.type == "cuda":  # Inductor lets the library write into the whole gradient
+        return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
+    return add_product(None, a, b).to(dtype)
+
+
+def _seen(rows: Any) -> int:
+    """The number of rows; of one that is a symbol, the number that was seen, or `UNSEEN_ROWS`."""
+    if isinstance(rows, int):
+        return rows
+    return int(rows.node.hint) if rows.node.has_hint() else UNSEEN_ROWS
+
+
+def _statistics_width(rows: Any, vocabulary: int) -> int:
+    """Columns of a tile of statistics: as many as leave enough tiles for a device. For a number of
+    rows that is a symbol the least, so that the kernel does not depend on which was seen first."""
+    row_tiles = -(-rows // 128) if isinstance(rows, int) else 0
+    for width in STATISTICS_WIDTHS:
+        if row_tiles * -(-vocabulary // width) >= TILES_ENOUGH:
+            return width
+    return STATISTICS_WIDTHS[-1]
+
+
 def _block_width(rows: Any, vocabulary: int, head: Head, blocks: int) -> int:
-    """Columns of a block of gradients that the workspace holds. For a number of rows that is a
-    symbol, as many as for the number that was seen, or for `UNSEEN_ROWS`."""
-    seen = rows
-    if not isinstance(rows, int):
-        seen = rows.node.hint if rows.node.has_hint() else UNSEEN_ROWS
+    """Columns of a block of gradients that the workspace holds, `MIN_BLOCK` or more."""
     row_bytes = head.compute_dtype.itemsize + torch.float32.itemsize * (blocks - 1)
-    width = head.workspace_bytes // max(1, row_bytes * (seen or 1))
-    return min(vocabulary, max(TILE, width // TILE * TILE))
+    width = head.workspace_bytes // max(1, row_bytes * (_seen(rows) or 1))
+    return min(vocabulary, max(MIN_BLOCK, width // TILE * TILE))
+
+
+def _assert_in_bounds(indices: Sequence[Tensor], vocabulary: int) -> None:
+    """On the device, in a kernel of its own: an assertion among matrix products serializes
+    them."""
+    if indices:
+        outside = sum((index >= vocabulary).sum() for index in indices)
+        message = "index out of bounds: an index is not in the vocabulary"
+        torch.ops.aten._assert_async.msg(outside == 0, message)
 
 
 def _here(operands: Sequence[Tensor], input: Tensor) -> list[Tensor]:

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import io
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from unittest import mock
 
 import triton
 from fake_cuda import fake_cuda
-from sass import Instructions
+from sass import MachineCode
 from torch._inductor.runtime import triton_helpers
 
 _KERNEL = re.compile(
@@ -38,7 +37,7 @@ class Compiled:
         tensor_cores: the instruction that multiplies.
         tma_loads, tma_stores: whether it copies through tensor descriptors.
         diagnostics: what the assembler remarks on, such as serialized products (``C7510``).
-        instructions: the machine code.
+        code: for the machine.
     """
 
     registers: int
@@ -48,7 +47,7 @@ class Compiled:
     tma_loads: bool
     tma_stores: bool
     diagnostics: tuple[str, ...]
-    instructions: Instructions
+    code: MachineCode
 
 
 def templates_in(code: str) -> dict[str, str]:
@@ -127,5 +126,5 @@ def _read(kernel: Any, said: str) -> Compiled:
         tma_loads="cp.async.bulk.tensor.2d.shared" in ptx,
         tma_stores="cp.async.bulk.tensor.2d.global" in ptx,
         diagnostics=tuple(sorted(set(re.findall(r"\(C7\d+\)[^\n]*", said)))),
-        instructions=Instructions.read(kernel.asm["cubin"]),
+        code=MachineCode.read(kernel.asm["cubin"]),
     )

@@ -1,13 +1,14 @@
 """Triton's interpreter, made right for what the templates use.
 
 As it comes (3.6, 3.7) it keeps bfloat16 as bit patterns in uint16: products, sums and comparisons
-work on the bits, conversions from float32 cut instead of rounding, and constants fail. And the
-functions of `libdevice` return None. `install` replaces both, in this process; the environment
-must have TRITON_INTERPRET=1 before Triton is imported.
+work on the bits, conversions from float32 cut instead of rounding, and constants fail. The
+functions of `libdevice` return None, a fused multiply-add rounds twice, and assertions are left
+out, though Inductor compiles with them. `install` replaces these, in this process; the environment must have TRITON_INTERPRET=1 before Triton is imported.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -61,6 +62,22 @@ def install() -> None:
     for name, function in _TESTS.items():
         setattr(libdevice, name, _on_blocks(function, tl.int1))
     _install_bfloat16()
+    InterpreterBuilder.create_fma = _fused_multiply_add
+    InterpreterBuilder.create_assert = _assert
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, debug=True, sanitize_overflow=False
+    )
+
+
+def _assert(self: Any, condition: Any, message: str) -> None:
+    assert np.all(condition.data), message
+
+
+def _fused_multiply_add(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """Of float32: the product of two is exact in float64."""
+    with np.errstate(all="ignore"):
+        wide = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(wide.astype(np.float32), z.dtype.scalar)
 
 
 def _on_blocks(function: Any, result: Any = None) -> Any:

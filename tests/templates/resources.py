@@ -18,7 +18,7 @@ import triton
 from ahead_of_time import Compiled, compile_templates
 from cce_inductor.kernels import configs as configurations
 from cce_inductor.kernels.configs import Config
-from fake_cuda import SHARED_MEMORY, fake_cuda, output_code
+from fake_cuda import SHARED_MEMORY, output_code
 
 from cce_inductor import ops, tiling  # noqa: F401  (registers the operators)
 
@@ -85,14 +85,17 @@ def compiled(
     return found
 
 
-def every_config(kind: str, dtype: torch.dtype, capability: int, steps: int = 0) -> list[Config]:
-    """What autotuning tries; the group size changes nothing here."""
-    device = torch.device("cuda", 0)
-    with fake_cuda(capability):
-        by_descriptor = capability >= 90 and dtype != torch.float32
-        tried = configurations.configs(
-            kind, dtype, device, by_descriptor=by_descriptor, steps=steps
-        )
+def every_config(kind: str, program: str, dtype: torch.dtype, capability: int) -> list[Config]:
+    """What autotuning tries, the default first; the group size changes nothing here."""
+    tiling.register()
+    tried: list[Config] = []
+
+    def spy(*arguments: Any, **options: Any) -> list[Config]:
+        tried[:] = configurations.configs(*arguments, **options)
+        return tried
+
+    with mock.patch(f"{configurations.__package__}.lowering.configs", spy):
+        output_code(*KINDS[kind](program, dtype), capability)
     return [config for config in tried if config.group == tried[0].group]
 
 
@@ -101,8 +104,7 @@ def rows() -> Iterator[list[Any]]:
         for dtype in DTYPES:
             for kind in KINDS:
                 for name, program in PROGRAMS.items():
-                    steps = 0 if name == "cross-entropy" else 20
-                    tried = every_config(kind, dtype, capability, steps)
+                    tried = every_config(kind, program, dtype, capability)
                     for number, config in enumerate(tried):
                         found = compiled(kind, program, dtype, capability, config)
                         yield [
@@ -117,7 +119,12 @@ def rows() -> Iterator[list[Any]]:
                             found.spilled,
                             f"{found.shared / 1024:.0f}",
                             found.tensor_cores,
-                            "yes" if found.tma_loads else "no",
+                            "loads and stores"
+                            if found.tma_stores
+                            else "loads"
+                            if found.tma_loads
+                            else "no",
+                            *found.code.after_product,
                         ]
 
 
@@ -133,13 +140,18 @@ HEADERS = (
     "shared, KiB",
     "product",
     "TMA",
+    "instructions after the product",
+    "with targets",
 )
 TEXT = f"""\
 # What the kernels need
 
-Every configuration of both templates, compiled by Triton {triton.__version__} for devices that were
-not there. The first of each kernel is what is used; `max_autotune` tries all of them and keeps the
-fastest. A thread that spills registers is slower; the defaults do not. Made by
+Every configuration of both templates, compiled by Triton {triton.__version__} with the options that
+Inductor of torch {torch.__version__.split("+")[0]} passes, for devices that were not there. The
+first of each kernel is what is used; `max_autotune` tries all of them and keeps the fastest. A
+thread that spills registers is slower; the defaults do not. The last two columns count what a warp
+executes for a tile besides the product, in a tile that has no row's target and in one that has
+some: while it does, the tensor cores may wait. Made by
 `python tests/templates/resources.py --output docs/kernels.md`.
 
 Tokens {ROWS:,}, vocabulary {VOCABULARY:,}, hidden {HIDDEN:,}. A block may use

@@ -3,50 +3,83 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
-_BRANCH = re.compile(r"\bBRA\b.*?(?:`\(\.L_x_\d+\)|0x([0-9a-f]+))")
-_PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA", "FFMA")
+_BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
+_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|FFMA2?)\b")
 
 
 @dataclasses.dataclass(frozen=True)
-class Instructions:
-    """What the threads of a kernel execute.
+class Loop:
+    """From the address `first` to `last`, that of the branch back."""
 
-    Attributes:
-        lines: by address.
-        loops: first and last address of each loop.
-    """
+    first: int
+    last: int
+
+    def __contains__(self, other: Loop) -> bool:
+        return self.first < other.first and other.last < self.last
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineCode:
+    """What the threads of a kernel execute: instructions by address."""
 
     lines: dict[int, str]
-    loops: tuple[tuple[int, int], ...]
 
     @classmethod
-    def read(cls, cubin: bytes) -> Instructions:
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    def read(cls, cubin: bytes) -> MachineCode:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
-            text = subprocess.run(
-                [tool, "-sass", file.name], capture_output=True, text=True, check=True
-            ).stdout
-        lines = {}
-        for line in text.splitlines():
-            match = _LINE.match(line)
-            if match:
-                lines[int(match[1], 16)] = match[2].strip()
-        loops = []
-        for address, line in lines.items():
-            branch = _BRANCH.search(line)
-            if branch and branch[1] and int(branch[1], 16) < address:
-                loops.append((int(branch[1], 16), address))
-        return cls(lines, tuple(loops))
+            command = [tool, "-sass", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = (_LINE.match(line) for line in text.splitlines())
+        return cls({int(match[1], 16): match[2].strip() for match in found if match})
 
-    def within(self, loop: tuple[int, int]) -> list[str]:
-        return [line for at, line in self.lines.items() if loop[0] <= at <= loop[1]]
+    def _branches(self) -> Iterator[tuple[int, int]]:
+        """From where to where."""
+        for address, line in self.lines.items():
+            if match := _BRANCH.search(line):
+                yield address, int(match[1], 16)
+
+    def between(self, first: int, last: int) -> list[str]:
+        return [line for address, line in self.lines.items() if first <= address <= last]
+
+    @functools.cached_property
+    def product_loop(self) -> Loop:
+        """The innermost loop over the hidden size."""
+        loops = (Loop(to, at) for at, to in self._branches() if to < at)
+        products = (
+            loop for loop in loops if any(map(_PRODUCT.search, self.between(loop.first, loop.last)))
+        )
+        return min(products, key=lambda loop: loop.last - loop.first)
+
+    @property
+    def in_product_loop(self) -> list[str]:
+        return self.between(self.product_loop.first, self.product_loop.last)
+
+    @property
+    def after_product(self) -> tuple[int, int]:
+        """How many instructions a warp issues for a tile between one product and the next: always,
+        and at most. Some are skipped where a tile has no target."""
+        product = self.product_loop
+        loops = (Loop(to, at) for at, to in self._branches() if to < at)
+        end = min(loop.last for loop in loops if product in loop)
+        skipped = {
+            address
+            for at, to in self._branches()
+            if product.last < at < to <= end
+            for address in self.lines
+            if at < address < to
+        }
+        most = len(self.between(product.last + 1, end))
+        return most - len(skipped), most

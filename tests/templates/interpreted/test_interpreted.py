@@ -12,6 +12,7 @@ from cce_inductor.kernels import lowering, tiled
 from cce_inductor.kernels.configs import Config
 from torch._inductor.select_algorithm import TritonTemplate
 from torch._inductor.utils import run_and_get_code
+from triton.runtime.errors import InterpreterError
 
 import cce_inductor
 from cce_inductor import tiling
@@ -202,8 +203,18 @@ def test_all_rows_ignored():
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """Several blocks also of a small vocabulary."""
+    monkeypatch.setattr(tiled, "MIN_BLOCK", 1024)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_in_several_blocks(dtype):
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.usefixtures("narrow_blocks")
+def test_backward_in_several_blocks(dtype, descriptors, request):
+    if descriptors:
+        request.getfixturevalue("by_descriptor")
     input, head = case(CROSS_ENTROPY, dtype, vocabulary=2500, workspace_bytes=1)
     assert_agrees(input, head, TOLERANCE[dtype])
 
@@ -217,6 +228,7 @@ def test_number_of_rows_is_a_symbol():
             assert relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.usefixtures("narrow_blocks")
 def test_number_of_rows_depends_on_data():
     """Rows of a mask, in several blocks."""
     _, head = case(CROSS_ENTROPY, vocabulary=2500)
@@ -258,12 +270,26 @@ def test_strides():
     assert_agrees(random(HIDDEN, ROWS).float().t(), head, 1e-5)
 
 
-def test_index_out_of_bounds_is_nan():
-    """Beside the assertion on the device, which the interpreter has not."""
+@pytest.mark.parametrize("index", [VOCABULARY, -1])
+def test_index_out_of_bounds(index):
     input, head = case(CROSS_ENTROPY)
-    head.operands[0][:3] = torch.tensor([VOCABULARY, -1, 7])
-    (_, target), _ = compiled(input, head, [random(ROWS), random(ROWS)])
-    assert target.isnan()[:4].tolist() == [True, True, False, False]
+    head.operands[0][3] = index
+    with pytest.raises(InterpreterError, match="an index is not in the vocabulary"):
+        compiled(input, head, [random(ROWS), random(ROWS)])
+
+
+@pytest.mark.parametrize(
+    ("weight", "compute"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.usefixtures("narrow_blocks")
+def test_weight_of_another_dtype(weight, compute, descriptors, request):
+    """As under autocast, in several blocks."""
+    if descriptors:
+        request.getfixturevalue("by_descriptor")
+    input, head = case(CROSS_ENTROPY, weight, vocabulary=2500, workspace_bytes=1)
+    head = dataclasses.replace(head, compute_dtype=compute)
+    assert_agrees(input.float(), head, TOLERANCE[torch.bfloat16])
 
 
 def test_float64_is_left_to_the_blockwise_kernels(caplog):
@@ -317,24 +343,34 @@ def test_a_model():
 
 
 MUTATIONS = {
-    "the mask of the vocabulary is dropped": ("inside = local < V", "inside = local < V + 999"),
+    "the mask of the vocabulary is dropped": ("EVEN_V)", "True)"),
     "the target's column is off by one": (
         "device.at(z, columns, index1_0)",
         "device.at(z, columns + 1, index1_0)",
     ),
-    "the loop is one short": (" H, H,", " H, H - 32,"),
+    "the target's gradient is off by one": (
+        "device.added_at(block, base, columns,",
+        "device.added_at(block, base, columns + 1,",
+    ),
+    "a tile with targets is taken for one without": (
+        "if device.any_in(index0, first_column, BLOCK_V)",
+        "if device.any_in(index0, first_column, BLOCK_V // 2)",
+    ),
+    "the loop is one short": ("M, V, H,", "M, V, H - 32,"),
     "the last tile is left out": (
         "row_tiles * column_tiles, tl.num_programs(0)",
         "row_tiles * column_tiles - 1, tl.num_programs(0)",
     ),
+    "the last tile of statistics is left out": (
+        "row_tiles * tiles_of_statistics, tl.num_programs(0)",
+        "row_tiles * tiles_of_statistics - 1, tl.num_programs(0)",
+    ),
+    "the last part of a tile is left out": ("PARTS, PARTS)", "PARTS, PARTS - 1)"),
     "the sum is not rescaled": (
-        "mass0 = device.mass(low0, top0)",
-        "mass0 = device.mass(low0, top0 * 0)",
+        "device.rescaled(total0, before0, shift0)",
+        "device.rescaled(total0, before0 * 0, shift0 * 0)",
     ),
-    "the bias is read for another column": (
-        "BIAS + tl.minimum(columns, V - 1)",
-        "BIAS + columns * 0",
-    ),
+    "the bias is read for another column": ("BIAS + ", "BIAS + 0 * "),
     "the rows of another tile are read": (
         "row_tile.to(INDEX_DTYPE) * BLOCK_M",
         "row_tile.to(INDEX_DTYPE) * BLOCK_M * 0",
@@ -344,6 +380,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.usefixtures("narrow_blocks")
 def test_a_broken_kernel_is_caught(name, monkeypatch):
     """What the tests above assert fails for each of these."""
     old, new = MUTATIONS[name]
