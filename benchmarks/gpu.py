@@ -1,342 +1,429 @@
-"""Everything that wants a CUDA device, in under ten minutes: tests, times, memory, a training run.
+"""What a GPU says about this package, in nine minutes.
 
-1. `pytest tests/cuda`, and a small loss under compute-sanitizer where that is installed.
-2. The head's loss by every method of `head.py` that can be imported, at four shapes, on random
-   logits and on peaked ones as training makes them. Times are medians over rounds in which the
-   methods take turns; memory is the peak of forward and backward above the inputs and gradients.
-   The ceiling is the rate of the card's own matrix product of the same shape, in the same run; the
-   fused loss has 4 such products to do, the others 3.
-3. `examples/train_gpt.py` with and without this package: losses, memory, seconds a step.
+    python benchmarks/gpu.py --minutes 9 --output results
 
-    python benchmarks/gpu.py --output results
+Needs a clone and an interpreter with torch, triton, pytest, hypothesis and numpy; no network, and
+no installed package: the clone that this file stands in is measured. With --installed it is the
+package that the interpreter finds by itself, a wheel for example; the results say which file was
+imported. --wheels is a folder of wheels to compare with (Liger's, Apple's, QuACK).
 
-writes results/gpu.json and results/gpu.md. With ``--device cpu --shapes 256,2000,64 --parts head``
-it runs anywhere, to see that it does.
+The parts run in the order of what they decide, each in a process of its own:
+
+1. versions    whether the library's products with float32 results can be relied on
+2. products    what the device can do, and how wide the gradient's blocks have to be
+3. assertion   whether an assertion in the loop over tiles costs the statistics kernel time
+4. kernels     which configurations are the defaults, and how near they are to the library
+5. blocks      whether templates pay, beside a library product and one fused pass
+6. head        time and memory of the whole loss beside everything else that computes it
+7. tests       whether tests/cuda pass
+8. autocast    the same head with float32 weights
+9. peaked      a head as a trained model has it
+10. sanitizer  whether a kernel reads or writes out of bounds, or races
+
+results/gpu.json is written after every single number, results/gpu.md, the table that is printed at
+the end, after every part; results/gpu.log has what the parts print. When the minutes are over,
+whatever runs is stopped and the rest is dropped; no part takes more than its share of them, and one
+that crashes or hangs costs only its own numbers. Whatever has no number has a reason.
+
+With --device cpu everything that needs no device runs on small shapes, to see that it does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
+import queue
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from head import BASELINE, CUDA_ONLY, METHODS, OURS, Failure, Method, Problem
-from measure import environment, peak_memory, timed
-from torch import Tensor
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
 
-ROOT = Path(__file__).parents[1]
-SHAPES = ["8192,128256,4096", "8192,256000,2304", "16384,151936,2048", "8192,50304,1024"]
-KINDS = ("random", "peaked")
-PEAKED_LOSS = 2.0
-"""What peaked logits are made for, in nats: about what a trained model of code reaches."""
+LEAST_SECONDS = 5.0
+"""A part that would have less is dropped."""
 
-PARTS = ("tests", "head", "training")
-TRAINING = [
-    "--device",
-    "cuda",
-    "--dtype",
-    "bfloat16",
-    "--layers",
-    "8",
-    "--heads",
-    "12",
-    "--width",
-    "768",
-    "--block-size",
-    "1024",
-    "--batch-size",
-    "16",
-    "--steps",
-    "300",
-    "--eval-interval",
-    "300",
-]
+LEAST_SHARE_SECONDS = 20.0
+"""What a part may take however small its share is: it imports and compiles."""
+
+END_SECONDS = 1.5
+"""What is kept for stopping the last part and for the table."""
+
+LAST_LINES = 12
+"""Of what a part printed, for one that failed."""
 
 
-def make_inputs(problem: Problem, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, weight and target on the device; peaked logits favour the target."""
-    generator = torch.Generator(problem.device).manual_seed(problem.seed)
-    dtype = getattr(torch, problem.dtype)
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A program that measures something.
 
-    def normal(rows: int, scale: float) -> Tensor:
-        shape = (rows, problem.hidden)
-        return torch.randn(shape, generator=generator, device=problem.device).mul_(scale)
+    Attributes:
+        name: of its numbers.
+        command: the interpreter's arguments; --device and --until are added.
+        share: of the budget, at most.
+    """
 
-    weight = normal(problem.vocab, problem.hidden**-0.5)
-    input = normal(problem.tokens, 1.0)
-    place = {"generator": generator, "device": problem.device}
-    target = torch.randint(problem.vocab, (problem.tokens,), **place)
-    if kind == "peaked":
-        others = torch.tensor(float(problem.vocab)).log().item() + 0.5  # of logits N(0, 1)
-        input += (others - PEAKED_LOSS) * weight[target]
-    return (
-        input.to(dtype).requires_grad_(),
-        weight.to(dtype).requires_grad_(),
-        target,
-    )
+    name: str
+    command: tuple[str, ...]
+    share: float
 
 
-class Contender:
-    """A method, with what was measured of it."""
+def _of_this_package(name: str, share: float, module: str, *case: str) -> Part:
+    # -P: modules come from PYTHONPATH, not from wherever this is started.
+    return Part(name, ("-P", "-m", f"gpu_parts.{module}", *case), share)
 
-    def __init__(self, name: str, problem: Problem):
-        self.name = name
-        self.failure: Failure | None = None
-        self.method: Method | None = None
-        self.seconds: dict[str, list[float]] = {"forward": [], "both": []}
-        self.peak = 0
-        self.loss = 0.0
+
+PARTS = (
+    _of_this_package("versions", 0.1, "versions"),
+    _of_this_package("products", 0.1, "products"),
+    _of_this_package("assertion", 0.1, "kernels", "assertion"),
+    _of_this_package("kernels", 0.2, "kernels", "candidates"),
+    _of_this_package("blocks", 0.1, "blocks"),
+    _of_this_package("head", 0.35, "heads", "head"),
+    _of_this_package("tests", 0.25, "device_tests"),
+    _of_this_package("autocast", 0.2, "heads", "autocast"),
+    _of_this_package("peaked", 0.2, "heads", "peaked"),
+    _of_this_package("sanitizer", 0.1, "sanitizer"),
+)
+
+
+class Record:
+    """Everything that is known, in a file that is always complete.
+
+    Args:
+        output: the folder.
+        about: what was asked for.
+        parts: all of them.
+    """
+
+    def __init__(self, output: Path, about: dict[str, Any], parts: Sequence[Part]) -> None:
+        self.output = output
+        self.began = time.monotonic()
+        self.parts: dict[str, dict[str, Any]] = {
+            part.name: {"part": part.name, "status": "not begun", "results": []} for part in parts
+        }
+        self.about = about
+        self.save()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def take(self, name: str, line: str) -> None:
+        """A line that a part has written."""
         try:
-            if name in CUDA_ONLY and problem.device == "cpu":
-                raise ImportError("it is for CUDA only")
-            self.method = METHODS[name](problem)
-        except Exception as error:
-            self.failure = Failure.of(error)
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            return  # cut off: its writer was stopped in the middle of it
+        for planned in found.pop("plan", []):
+            self._result(name, planned)
+        if "name" in found:
+            self._result(name, found["name"]).update(found)
+        self.save()
 
-    def step(
-        self, inputs: tuple[Tensor, Tensor, Tensor], device: torch.device
-    ) -> tuple[float, ...]:
-        """Seconds of the forward and of forward and backward."""
-        assert self.method is not None
-        for tensor in inputs[:2]:
-            tensor.grad = None
-        with timed(device) as seconds:
-            loss = self.method.loss(*inputs)
-            forward = seconds()
-            loss.backward()
-            both = seconds()
-        self.loss = loss.item()
-        self.method.check_used(loss)
-        return forward, both
+    def _result(self, part: str, name: str) -> dict[str, Any]:
+        results: list[dict[str, Any]] = self.parts[part]["results"]
+        for result in results:
+            if result["name"] == name:
+                return result
+        results.append({"name": name})
+        return results[-1]
 
-    def measure(self, inputs: tuple[Tensor, Tensor, Tensor], device: torch.device) -> None:
-        """One round."""
-        if self.failure is not None:
-            return
-        try:
-            forward, both = self.step(inputs, device)
-            self.seconds["forward"].append(forward)
-            self.seconds["both"].append(both)
-        except Exception as error:
-            self.failure = Failure.of(error)
+    def end(self, name: str, status: str, **fields: Any) -> None:
+        """A part is over; what it had planned and not done has its end for a reason."""
+        part = self.parts[name]
+        part |= {"status": status, **fields}
+        ended = "ended without it" if status == "ran" else status
+        for result in part["results"]:
+            if result.keys() == {"name"}:
+                result["reason"] = f"the part {ended}"
+        self.save()
 
-    def prepare(self, inputs: tuple[Tensor, Tensor, Tensor], device: torch.device) -> None:
-        """Compiles, then measures memory."""
-        if self.failure is not None:
-            return
-        try:
-            for _ in range(2):
-                self.step(inputs, device)
-            for tensor in inputs[:2]:
-                tensor.grad = None
-            with peak_memory(device) as peak:
-                self.step(inputs, device)
-                self.peak = peak() - sum(tensor.nbytes for tensor in inputs[:2])
-        except Exception as error:
-            self.failure = Failure.of(error)
+    def save(self) -> None:
+        everything = {**self.about, "seconds": self.seconds(), "parts": list(self.parts.values())}
+        self._write("gpu.json", json.dumps(everything, indent=1) + "\n")
+
+    def save_table(self) -> str:
+        table = "\n".join([CAPTION, "", *table_lines(self.parts.values()), ""])
+        self._write("gpu.md", table)
+        return table
+
+    def _write(self, name: str, text: str) -> None:
+        new = self.output / f"{name}.new"
+        new.write_text(text)
+        new.replace(self.output / name)
 
 
-def gemm_rate(problem: Problem, rounds: int) -> float:
-    """Floating-point operations a second of one product of the loss's shape."""
-    device = torch.device(problem.device)
-    input, weight, _ = make_inputs(problem, "random")
-    out = torch.empty(problem.tokens, problem.vocab, dtype=input.dtype, device=device)
-    seconds = []
-    with torch.no_grad():
-        for _ in range(rounds + 2):
-            with timed(device) as clock:
-                torch.mm(input, weight.t(), out=out)
-                seconds.append(clock())
-    unit = 2 * problem.tokens * problem.vocab * problem.hidden
-    return unit / statistics.median(seconds[2:])
+class Driver:
+    """Runs parts, one after the other, within a budget.
 
+    Args:
+        output: the folder of the results.
+        device: "cuda" or "cpu".
+        seconds: the budget.
+        environment: of the parts.
+    """
 
-def head(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    device = torch.device(arguments.device)
-    for shape in arguments.shapes:
-        tokens, vocab, hidden = map(int, shape.split(","))
-        problem = Problem(
-            tokens=tokens,
-            vocab=vocab,
-            hidden=hidden,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            cast=True,
-            ignored=0.0,
-            logits="unit",
-            seed=0,
-            threads=torch.get_num_threads(),
-        )
-        rate = gemm_rate(problem, arguments.rounds)
-        unit = 2 * tokens * vocab * hidden
-        torch._dynamo.reset()
-        contenders = [Contender(name, problem) for name in arguments.methods]
-        for kind in KINDS:
-            inputs = make_inputs(problem, kind)
-            for contender in contenders:
-                contender.seconds = {"forward": [], "both": []}
-                contender.prepare(inputs, device)
-            for number in range(arguments.rounds):
-                for at in range(len(contenders)):
-                    contenders[(at + number) % len(contenders)].measure(inputs, device)
-            for contender in contenders:
-                row: dict[str, Any] = {
-                    "tokens": tokens,
-                    "vocabulary": vocab,
-                    "hidden": hidden,
-                    "logits": kind,
-                    "method": contender.name,
-                    "gemm_tflops": rate / 1e12,
-                }
-                if contender.failure is not None:
-                    row["failure"] = f"{contender.failure.kind}: {contender.failure.detail}"
-                else:
-                    medians = {
-                        name: statistics.median(each) for name, each in contender.seconds.items()
-                    }
-                    row |= {
-                        "loss": contender.loss,
-                        "forward_ms": medians["forward"] * 1e3,
-                        "both_ms": medians["both"] * 1e3,
-                        "peak_mib": contender.peak / 2**20,
-                        "forward_share_of_gemm_rate": unit / medians["forward"] / rate,
-                    }
-                yield row
-            del inputs
+    def __init__(
+        self, output: Path, device: str, seconds: float, environment: dict[str, str]
+    ) -> None:
+        self.output, self.device, self.budget = output, device, seconds
+        self.environment = environment
 
-
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Time and memory over those of torch.compile at the same shape and logits."""
-    key = ("tokens", "vocabulary", "hidden", "logits")
-    baselines = {
-        tuple(row[name] for name in key): row
-        for row in rows
-        if row["method"] == BASELINE and "failure" not in row
-    }
-    for row in rows:
-        baseline = baselines.get(tuple(row[name] for name in key))
-        if baseline is not None and "failure" not in row:
-            row["time_ratio"] = row["both_ms"] / baseline["both_ms"]
-            row["memory_ratio"] = row["peak_mib"] / baseline["peak_mib"]
-    return rows
-
-
-def tests() -> dict[str, Any]:
-    """What pytest and compute-sanitizer say."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/cuda"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    found: dict[str, Any] = {
-        "pytest": ran.stdout.strip().splitlines()[-25:],
-        "status": ran.returncode,
-    }
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if Path(sanitizer).exists():
-        small = [*command, "-k", "test_numbers and 129"]
-        ran = subprocess.run([sanitizer, *small], cwd=ROOT, capture_output=True, text=True)
-        found["compute-sanitizer"] = ran.stdout.strip().splitlines()[-5:]
-    return found
-
-
-def training() -> dict[str, Any]:
-    """The example with a larger model, with and without."""
-    script = ROOT / "examples" / "train_gpt.py"
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, flags in {"torch.compile": [], OURS: ["--cce"]}.items():
-            metrics = Path(folder) / f"{name}.jsonl"
-            command = [sys.executable, str(script), *TRAINING, "--metrics", str(metrics), *flags]
-            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if ran.returncode:
-                found[name] = {"failure": ran.stderr.strip().splitlines()[-5:]}
+    def run(self, parts: Sequence[Part], about: dict[str, Any]) -> Record:
+        record = Record(self.output, about, parts)
+        self.log = self.output / "gpu.log"
+        self.log.write_bytes(b"")
+        record.about["nvidia_smi"] = {"at the start": nvidia_smi()}
+        for part in parts:
+            left = self.budget - END_SECONDS - record.seconds()
+            if left < LEAST_SECONDS:
+                record.end(part.name, "was dropped: no time was left")
                 continue
-            found[name] = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return found
+            share = max(LEAST_SHARE_SECONDS, part.share * self.budget)
+            say(record, f"{part.name}: at most {min(left, share):.0f} s")
+            record.parts[part.name]["status"] = "is running"
+            record.save()
+            self._run(part, min(left, share), record)
+            say(record, f"{part.name} {record.parts[part.name]['status']}")
+            record.save_table()
+        record.about["nvidia_smi"]["at the end"] = nvidia_smi()
+        record.save()
+        return record
 
-
-def markdown(results: dict[str, Any]) -> str:
-    """Tables of the head's results, one for each shape."""
-    where = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
-    lines = ["# On a GPU", "", f"Made by `python benchmarks/gpu.py`: {where}.", ""]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in results.get("head", []):
-        key = (row["tokens"], row["vocabulary"], row["hidden"], row["logits"], row["gemm_tflops"])
-        groups.setdefault(key, []).append(row)
-    for (tokens, vocabulary, hidden, logits, rate), rows in groups.items():
-        lines += [
-            f"## {tokens:,} tokens, vocabulary {vocabulary:,}, hidden {hidden:,}; {logits} logits",
-            "",
-            f"The card's product: {rate:.3g} TFLOP/s.",
-            "",
-            "| method | forward, ms | of the product's rate | forward and backward, ms | x compile "
-            "| memory, MiB | x compile |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for row in rows:
-            if "failure" in row:
-                lines.append(f"| {row['method']} | {row['failure'][:80]} | | | | | |")
-                continue
-            lines.append(
-                f"| {row['method']} | {row['forward_ms']:.2f} "
-                f"| {row['forward_share_of_gemm_rate']:.0%} | {row['both_ms']:.2f} "
-                f"| {row.get('time_ratio', float('nan')):.2f} | {row['peak_mib']:,.0f} "
-                f"| {row.get('memory_ratio', float('nan')):.3f} |"
+    def _run(self, part: Part, seconds: float, record: Record) -> None:
+        began = time.monotonic()
+        deadline = began + seconds
+        log_start = self.log.stat().st_size
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    *part.command,
+                    "--device",
+                    self.device,
+                    "--until",
+                    str(time.time() + seconds),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self.environment,
+                process_group=0,
             )
-        lines.append("")
-    if "tests" in results:
-        lines += ["## Tests", "", "```", *results["tests"]["pytest"][-3:], "```", ""]
-    return "\n".join(lines)
+        try:
+            is_over = self._listen(process, part.name, deadline, record)
+        finally:
+            end_group(process)
+        took = round(time.monotonic() - began, 1)
+        if not is_over:
+            record.end(part.name, f"was stopped after {took:.0f} s", seconds=took)
+        elif process.returncode:
+            said = self.log.read_bytes()[log_start:].decode(errors="replace").splitlines()
+            record.end(
+                part.name,
+                f"failed: {how_it_ended(process.returncode)}",
+                seconds=took,
+                last_lines=said[-LAST_LINES:],
+            )
+        else:
+            record.end(part.name, "ran", seconds=took)
+
+    def _listen(
+        self, process: subprocess.Popen[str], name: str, deadline: float, record: Record
+    ) -> bool:
+        """Records what a part says until it ends; whether it did before the deadline."""
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                line = lines.get(timeout=min(left, 0.5))
+            except queue.Empty:
+                if process.poll() is not None:
+                    end_group(process)  # something that it started keeps the pipe open
+                continue
+            if line is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.1, deadline - time.monotonic()))
+                return process.returncode is not None
+            record.take(name, line)
+        return False
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """Ends a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def how_it_ended(status: int) -> str:
+    if status > 0:
+        return f"exit status {status}"
+    return f"ended by {signal.Signals(-status).name}"
+
+
+def say(record: Record, text: str) -> None:
+    print(f"[{record.seconds():4.0f} s] {text}", flush=True)
+
+
+def nvidia_smi() -> str:
+    """Clocks, power and temperature in a line, or why there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "there is no nvidia-smi"
+    asked = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used"
+    command = [tool, f"--query-gpu={asked}", "--format=csv,noheader"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{type(error).__name__}: {error}"
+    return (ran.stdout or ran.stderr).strip()
+
+
+CAPTION = "Ratios are to what was measured beside it: torch.compile, or a product of the library."
+HEADINGS = ("part", "what", "ms", "ratio", "MiB", "more")
+NOTED = ("tflops", "gb_per_s", "forward_ms", "loss", "registers", "spills", "won", "timed")
+"""What the last column shows beside a time, and errors."""
+
+
+def table_lines(parts: Any) -> list[str]:
+    """The results as a table in Markdown, which also reads well as it is."""
+    rows = [HEADINGS, *(row for part in parts for row in _rows(part))]
+    widths = [max(len(row[at]) for row in rows) for at in range(len(HEADINGS))]
+    lines = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"
+        for row in rows
+    ]
+    rule = f"| {' | '.join('-' * width for width in widths)} |"
+    return [lines[0], rule, *lines[1:]]
+
+
+def _rows(part: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    name = part["part"]
+    why_not: dict[str, list[str]] = {}
+    for result in part["results"]:
+        if "reason" in result:
+            why_not.setdefault(result["reason"], []).append(result["name"])
+        elif not result.get("detail"):
+            numbers = (_number(result.get(key)) for key in ("ms", "ratio", "mib"))
+            yield (name, result["name"], *numbers, _more(result))
+    for why, names in why_not.items():
+        what = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        yield (name, _short(what), "", "", "", _short(why))
+    if part["status"] != "ran":
+        yield (name, "", "", "", "", _short(f"the part {part['status']}"))
+
+
+def _short(text: str, length: int = 80) -> str:
+    text = " ".join(text.split()).replace("|", "/")
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _more(result: dict[str, Any]) -> str:
+    texts = []
+    for key, value in result.items():
+        is_shown = key in NOTED or key.startswith("error") or "ms" not in result
+        if key == "name" or value in (None, []) or not is_shown:
+            continue
+        digits = 6 if key == "loss" else 3
+        text = f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+        texts.append(f"{key.replace('_', ' ')} {text}")
+    return _short(", ".join(texts), 120)
+
+
+def unpacked(wheels: Path, folder: Path) -> list[str]:
+    """The wheels of a folder as files, which Triton has to read; what goes on PYTHONPATH."""
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        sys.exit(f"gpu.py: there are no wheels in {wheels}")
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    return [str(folder)]
+
+
+def environment(device: str, paths: Sequence[str], cache: Path) -> dict[str, str]:
+    """Of the parts: what they import, and a compiler's cache of this run alone."""
+    inherited = os.environ.get("PYTHONPATH")
+    every = [*paths, *([inherited] if inherited else [])]
+    found = os.environ | {
+        "PYTHONPATH": os.pathsep.join(every),
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+    }
+    if device == "cpu":
+        # With an empty cache Inductor tries out vector instructions for longer than this runs,
+        # and the threads of small operations wait for each other on busy cores.
+        found |= {"TORCHINDUCTOR_VEC_ISA_OK": "1", "OMP_NUM_THREADS": "1"}
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--minutes", type=float, default=9.0, help="the budget, all in all")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the results")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens,vocabulary,hidden")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--dtype", default="bfloat16", help="of input and weight")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=9, help="of which the median is taken")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--wheels", type=Path, help="folder of other packages' wheels")
+    parser.add_argument(
+        "--installed", action="store_true", help="measure the installed package, not this clone"
+    )
     return parser.parse_args()
 
 
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> None:
+    began = time.monotonic()
     arguments = parse_arguments()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu.py: there is no CUDA device; --device cpu --parts head runs without one")
-    os.makedirs(arguments.output, exist_ok=True)
-    started = time.time()
-    results: dict[str, Any] = {"environment": environment(torch.device(arguments.device))}
-
-    def save() -> None:
-        results["seconds"] = time.time() - started
-        (arguments.output / "gpu.json").write_text(json.dumps(results, indent=1))
-        (arguments.output / "gpu.md").write_text(markdown(results) + "\n")
-
-    if "head" in arguments.parts:
-        results["head"] = []
-        for row in head(arguments):
-            results["head"].append(row)
-            with_ratios(results["head"])
-            save()
-    if "tests" in arguments.parts:
-        results["tests"] = tests()
-        save()
-    if "training" in arguments.parts:
-        results["training"] = training()
-    save()
-    print((arguments.output / "gpu.md").read_text())
+    if arguments.device == "cuda" and not has_cuda():
+        sys.exit("gpu.py: there is no CUDA device; --device cpu runs what needs none")
+    # So that a part that runs is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu.py: terminated"))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    about = {
+        "device": arguments.device,
+        "minutes": arguments.minutes,
+        "measured": "the installed package" if arguments.installed else "the clone",
+    }
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        paths = [str(FOLDER)] if arguments.installed else [str(FOLDER), str(ROOT)]
+        if arguments.wheels:
+            paths += unpacked(arguments.wheels, Path(scratch, "wheels"))
+        left = arguments.minutes * 60 - (time.monotonic() - began)
+        of_parts = environment(arguments.device, paths, Path(scratch, "compiled"))
+        driver = Driver(arguments.output, arguments.device, left, of_parts)
+        record = driver.run(PARTS, about)
+        print(f"\n{record.save_table()}")
 
 
 if __name__ == "__main__":

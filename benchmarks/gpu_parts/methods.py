@@ -1,0 +1,101 @@
+"""The ways to compute a head's loss that are compared, by name.
+
+Each makes, for a problem, a function of input, weight and target. One that cannot be imported
+raises ImportError, which becomes its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+BASELINE = "torch.compile"
+MIB = 2**20
+
+
+def eager(problem: Problem) -> Loss:
+    return problem.loss
+
+
+def compiled(problem: Problem) -> Loss:
+    return torch.compile(problem.loss)
+
+
+def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
+    def method(problem: Problem) -> Loss:
+        import cce_inductor
+        from cce_inductor import backends
+
+        cce_inductor.clear_reports()
+        options = {
+            "min_logits_bytes": 0,
+            "on_error": "raise",
+            "workspace_bytes": workspace_bytes,
+        }
+        # By its name the backend is found only where the package is installed.
+        function = torch.compile(problem.loss, backend=backends.cce_inductor, options=options)
+        checked = False
+
+        def loss(*inputs: Tensor) -> Tensor:
+            nonlocal checked
+            result = function(*inputs)
+            if not checked:
+                reports = cce_inductor.reports()
+                if not any(report.rewritten for report in reports):
+                    why = "; ".join(str(report.reason) for report in reports)
+                    raise RuntimeError(f"the loss was left alone: {why or 'it was not found'}")
+                checked = True
+            return result
+
+        return loss
+
+    return method
+
+
+def liger(problem: Problem) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss()
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        with problem.autocasting():
+            return fused(weight, input, target)
+
+    return loss
+
+
+def cut_cross_entropy(problem: Problem) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        with problem.autocasting():
+            return linear_cross_entropy(input, weight, target)
+
+    return loss
+
+
+def quack(problem: Problem) -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        with problem.autocasting():
+            return chunked_linear_cross_entropy(input, weight, target)
+
+    return loss
+
+
+METHODS: dict[str, Callable[[Problem], Loss]] = {
+    "eager": eager,
+    BASELINE: compiled,
+    "cce_inductor, 64 MiB": ours(64 * MIB),
+    "cce_inductor, 256 MiB": ours(256 * MIB),
+    "liger_kernel": liger,
+    "cut_cross_entropy": cut_cross_entropy,
+    "quack": quack,
+}
+CUDA_ONLY = {"liger_kernel", "cut_cross_entropy", "quack"}
