@@ -105,6 +105,24 @@ def selected(result: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
+def allocate_scratch_memory() -> None:
+    """Lets kernels that need memory of their own, as tensor descriptors do, have it in any thread.
+
+    Triton asks an allocator that is set for the current context only. Inductor sets one before it
+    launches a kernel; from 2.13 only before the first launch, so that another thread (autograd's)
+    or context (a notebook's next cell) has the one that only raises an error. PyTorch allocates
+    instead. An allocator that somebody has set is used as before.
+    """
+    from triton.runtime._allocation import NullAllocator
+
+    NullAllocator.__call__ = _device_bytes
+
+
+def _device_bytes(unset: Any, size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory of the current device, whose allocator aligns to 512 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def register_decomposition(operator: Any, function: Callable[..., Any]) -> None:
     """Makes Inductor decompose an operator, also in a compilation that has begun."""
     from torch._inductor import decomposition

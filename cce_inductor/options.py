@@ -19,7 +19,10 @@ class Options:
     Attributes:
         min_logits_bytes: logits of fewer bytes (tokens x vocabulary x bytes of their dtype) are
             left alone: storing them costs less than computing them again. 0 rewrites everything.
-        workspace_bytes: bound on the block of logits that the blockwise kernels hold at a time.
+        workspace_bytes: bound on the block of logits that exists at a time; on CUDA, on the block
+            of their gradients. A block has at least 1,024 columns on the CPU and 8,192 on CUDA
+            (for 8,192 tokens in bfloat16 that is 128 MiB): for every block the float32 sum of the
+            input's gradient is read and written, which narrow blocks would make the larger cost.
         defer_logits: which logits that a compiled function returns are computed only when somebody
             looks at them (`DeferredLogits`): ``"with_loss"``, those of which the function also
             returns a loss that is rewritten; ``"always"``, all of `min_logits_bytes` or more;

@@ -43,6 +43,7 @@ def register() -> None:
         (operators.reduce_rows_backward.default, _reduce_rows_backward),
     ):
         compat.register_decomposition(operator, _or_as_it_is(decomposition))
+    compat.allocate_scratch_memory()
     lowering.register()
 
 

@@ -75,7 +75,7 @@ _BY_DESCRIPTOR = [
     (128, 128, 64, 8, 4),
     (64, 128, 64, 4, 4),
 ]
-_FEW_STEPS = 4  # those of a cross-entropy's gradient; its statistics have none
+_FEW_STEPS = 8  # those of a cross-entropy's gradient; after more there are no registers left
 _ON_HOPPER = {  # wider tiles, which leave the fewest registers; then those of which an SM holds two
     "statistics": ([(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)], [(128, 128, 64, 4, 3)]),
     "gradient": ([(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)], [(128, 128, 64, 8, 2)]),
@@ -99,8 +99,7 @@ def configs(
         sizes = _BY_DESCRIPTOR
         if torch.cuda.get_device_capability(device)[0] == 9:
             wide, narrow = _ON_HOPPER[kind]
-            few = steps <= _FEW_STEPS
-            sizes = [*wide, *sizes, *narrow] if few else [*sizes, *narrow, *wide]
+            sizes = [*(wide if steps <= _FEW_STEPS else []), *sizes, *narrow]
     return [
         Config(*size, group, _programs(kind, *size, device) if by_descriptor else 0)
         for size in sizes

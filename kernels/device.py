@@ -95,34 +95,34 @@ def only(x, inside, fill: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def finite(shift):
-    """What is subtracted before exp2: a row's shift, 0 as long as that is -inf."""
-    return tl.where(shift == float("-inf"), 0.0, shift)
+def finite(top):
+    """What is subtracted before exp2: the greatest of a row, 0 as long as that is -inf."""
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def raised(shift, x):
-    """The shift of the rows once they have seen `x`, in base 2: the greatest x * log2(e)."""
-    return tl.maximum(shift, tl.max(x, 1) * LOG2_E)
+def above(x, top):
+    """How far a block is above the greatest of each row: 0 or less."""
+    return x - finite(top)[:, None]
 
 
 @triton.jit
-def distance(x, shift):
-    """``x * log2(e) - shift`` of a block, rounded once."""
-    return tl.fma(x, tl.full(x.shape, LOG2_E, tl.float32), -finite(shift)[:, None])
+def mass_of(distance):
+    """exp, see `base2`."""
+    return tl.exp2(distance * LOG2_E)
 
 
 @triton.jit
-def rescaled(total, old_shift, shift):
-    """A sum of masses above `old_shift`, as one of masses above `shift`."""
-    return total * tl.exp2(old_shift - finite(shift))
+def rescaled(total, old_top, top):
+    """A sum of masses above `old_top`, as one of masses above `top`."""
+    return total * mass_of(old_top - finite(top))
 
 
 @triton.jit
-def shifted(weighted, total, old_shift, shift):
-    """A sum of masses times distances, both above `old_shift`, as one above `shift`."""
-    moved = tl.where(total == 0.0, 0.0, (old_shift - finite(shift)) * total)
-    return rescaled(weighted + moved, old_shift, shift)
+def shifted(weighted, total, old_top, top):
+    """A sum of masses times their distances, both above `old_top`, as one above `top`."""
+    moved = tl.where(total == 0.0, 0.0, (old_top - finite(top)) * total)
+    return rescaled(weighted + moved, old_top, top)
 
 
 @triton.jit
@@ -157,9 +157,3 @@ def any_in(index, first_column, WIDTH: tl.constexpr):
 def at(x, columns, index):
     """The value in column `index` of each row, 0 if that is not in the tile."""
     return tl.sum(tl.where(columns[None, :] == index[:, None], x, 0.0), 1)
-
-
-@triton.jit
-def added_at(x, base, columns, index, addend):
-    """`x`, but in column `index` of each row ``base + addend``."""
-    return tl.where(columns[None, :] == index[:, None], base + addend[:, None], x)

@@ -7,8 +7,9 @@ their gradient without storing anything else.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base2 import LOG2_E, exponent_of
+from .base2 import LOG2_E
 from .program import Backward, Name, Program, Reduction, Step
 from .reductions import Cotangent
 
@@ -51,11 +52,15 @@ class _Writer:
         """An operand that rows without a gradient have no part in."""
         return self.row(values if self.kept is None else torch.where(self.kept, values, 0.0))
 
-    def call(self, target: str, *args: Any) -> Name:
+    def call(self, target: str, *args: Any, **kwargs: Any) -> Name:
         name = Name(f"t{self._next}")
         self._next += 1
-        self.steps.append(Step(name, target, args))
+        self.steps.append(Step(name, target, args, tuple(kwargs.items())))
         return name
+
+    @functools.cached_property
+    def zero(self) -> Name:
+        return self.call("full_like", _Z, 0.0)
 
 
 def gradient_program(
@@ -76,115 +81,128 @@ def gradient_program(
 
     Returns:
         A program that ends in ``block`` of the logit's gradient, then of each that is wanted, in
-        every entry; and its operands. What is added in single columns of the logits' gradient are
-        further arguments of its ``block``, which costs nothing in tiles that have no such column.
+        every entry; and its operands. Where a row has a gradient at indices, the logit's gradient
+        is given twice: without, which costs less, and with it.
 
     Raises:
         UntiledError: a value that is reduced is a constant.
     """
-    if program.is_plain:
-        writer = _Writer(operands, 0, kept)
-        cotangent = by_value[_Z]
-        found = {_Z: _cotangent(writer, cotangent, {_Z: _Z})}
-        at_indices = _at_indices(writer, cotangent)
-    else:
-        writer = _backward_writer(program, operands, kept)
-        found = _through_program(writer, program, by_value)
-        at_indices = []
-    blocks = [Reduction("block", (_found(writer, found, _Z), *itertools.chain(*at_indices)))]
-    blocks += [Reduction("block", (_found(writer, found, name),)) for name in wanted]
+    writer, made = _forward(program, operands, kept)
+    cotangents = [
+        _cotangent(writer, by_value[root], made) if root in by_value else _Pair.of(writer.zero)
+        for root in program.roots
+    ]
+    everywhere = _backward(writer, program, [pair.everywhere for pair in cotangents])
+    blocks = [Reduction("block", (everywhere[name],)) for name in (_Z, *wanted)]
+    indices = dict.fromkeys(index for pair in cotangents for index in pair.indices)
+    if indices:
+        elsewhere = _backward(writer, program, [pair.elsewhere for pair in cotangents])
+        blocks[0] = Reduction("block", (elsewhere[_Z], everywhere[_Z], *indices))
     return Program(tuple(writer.steps), tuple(blocks)), writer.operands
 
 
-def _found(writer: _Writer, found: Mapping[Name, Name], name: Name) -> Name:
-    return found.get(name) or writer.call("full_like", _Z, 0.0)
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """A cotangent: without what it has at `indices`, and with it."""
+
+    elsewhere: Name
+    everywhere: Name
+    indices: tuple[Name, ...]
+
+    @classmethod
+    def of(cls, cotangent: Name) -> _Pair:
+        return cls(cotangent, cotangent, ())
 
 
-def _backward_writer(program: Program, operands: Sequence[Tensor], kept: Tensor | None) -> _Writer:
+def _forward(
+    program: Program, operands: Sequence[Tensor], kept: Tensor | None
+) -> tuple[_Writer, dict[Name, Name]]:
+    """The steps that make the values which are reduced, and what these are called."""
+    if program.is_plain:
+        return _Writer(operands, 0, kept), {_Z: _Z}
     backward = program.backward(operands)
     steps = (*backward.forward.steps, *backward.backward.steps)
-    return _Writer(operands, 1 + max((int(step.name[1:]) for step in steps), default=-1), kept)
-
-
-def _through_program(
-    writer: _Writer, program: Program, by_value: Mapping[Name, Cotangent]
-) -> dict[Name, Name]:
-    backward: Backward = program.backward(writer.operands)
+    writer = _Writer(operands, 1 + max((int(step.name[1:]) for step in steps), default=-1), kept)
     writer.steps += backward.forward.steps
     made: dict[Name, Name] = {_Z: _Z}
     for root, name in zip(program.roots, backward.roots, strict=True):
         if not isinstance(name, Name):
             raise UntiledError(f"{root} is a constant")
         made[root] = name
-    cotangents = {}
-    for number, root in enumerate(program.roots):
-        if root in by_value:
-            cotangent = _cotangent(writer, by_value[root], made)
-            of_root = _with_indices(writer, by_value[root], cotangent)
-        else:
-            of_root = writer.call("full_like", _Z, 0.0)
-        cotangents[Name(f"g{number}")] = of_root
+    return writer, made
+
+
+def _backward(writer: _Writer, program: Program, cotangents: Sequence[Name]) -> Mapping[Name, Name]:
+    """The gradients of the logit and of the operands, by name, from the cotangents of the values
+    that are reduced; 0 for one that has none."""
+    found: dict[Name, Name] = collections.defaultdict(lambda: writer.zero)
+    if program.is_plain:
+        (found[_Z],) = cotangents
+        return found
+    backward: Backward = program.backward(writer.operands)
+    names = {Name(f"g{number}"): name for number, name in enumerate(cotangents)}
 
     def renamed(argument: Any) -> Any:
-        return cotangents.get(argument, argument) if isinstance(argument, Name) else argument
+        return names.get(argument, argument) if isinstance(argument, Name) else argument
 
     for step in backward.backward.steps:
-        kwargs = tuple((key, renamed(value)) for key, value in step.kwargs)
-        writer.steps.append(Step(step.name, step.target, tuple(map(renamed, step.args)), kwargs))
-    return {name: renamed(value) for name, value in backward.gradients.items()}
+        kwargs = {key: renamed(value) for key, value in step.kwargs}
+        names[step.name] = writer.call(step.target, *map(renamed, step.args), **kwargs)
+    found.update({name: renamed(value) for name, value in backward.gradients.items()})
+    return found
 
 
-def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> Name:
-    """What `Cotangent.of_block` computes, in steps, but for what is added at indices; `made` says
-    what the values are called."""
+def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pair:
+    """What `Cotangent.of_block` computes, in steps; `made` says what the values are called."""
     call, row, gradient = writer.call, writer.row, writer.gradient
     value = made[of.name]
     terms: list[Name] = []
-    if of.lse is not None:
-        probability, factor = _probability(writer, value, of.lse)
-        terms.append(call("mul.Tensor", probability, gradient(of.grad_lse * factor)))
     if of.grad_sum is not None:
         terms.append(gradient(of.grad_sum))
+    if of.lse is not None:
+        near, probability = _probability(writer, value, of.lse)
+        grad_lse = gradient(of.grad_lse)
     for grad_mean, mean, y in of.means:
         assert of.lse is not None, "a mean is under a softmax"
         if y == of.name:
-            shift = of.lse.to(torch.float32)  # near the values that have a probability
-            near = call("sub.Tensor", value, row(shift))
-            distance = call("sub.Tensor", near, row(mean - shift))
+            distance = call("sub.Tensor", near, row(mean - _shift(of.lse)))
         else:
             distance = call("add.Tensor", row(-mean), made[y])
         weighted = call("mul.Tensor", distance, probability)
-        terms.append(call("mul.Tensor", weighted, gradient(grad_mean * factor)))
+        terms.append(call("mul.Tensor", weighted, gradient(grad_mean)))
     for grad_mean, lse, x in of.weights:
-        mass, factor = _probability(writer, made[x], lse)
-        terms.append(call("mul.Tensor", mass, gradient(grad_mean * factor)))
-    if not terms or terms[0][0] == "r":
-        terms.insert(0, call("full_like", _Z, 0.0))
-    return functools.reduce(lambda total, term: call("add.Tensor", total, term), terms)
+        _, probability_of_x = _probability(writer, made[x], lse)
+        terms.append(call("mul.Tensor", probability_of_x, gradient(grad_mean)))
 
+    def with_softmax(addends: list[Name]) -> Name:
+        """The sum; that of -g and g p, with p near 1, is rounded once."""
+        if of.lse is not None and not addends:
+            return call("mul.Tensor", probability, grad_lse)
+        addend = functools.reduce(lambda a, b: call("add.Tensor", a, b), addends or [writer.zero])
+        return addend if of.lse is None else call("addcmul", addend, probability, grad_lse)
 
-def _probability(writer: _Writer, value: Name, lse: Tensor) -> tuple[Name, Tensor]:
-    """``exp(value - lse)`` of each entry, but for a factor of the rows, near 1, which belongs to
-    what it is multiplied by."""
-    offset, factor = exponent_of(lse)
-    if writer.kept is not None:
-        offset = torch.where(writer.kept, offset, -math.inf)
-    exponent = writer.call("addcmul", writer.row(offset), value, LOG2_E)
-    return writer.call("exp2", exponent), factor
-
-
-def _at_indices(writer: _Writer, of: Cotangent) -> list[tuple[Name, Name]]:
-    """Indices, and what is added to the cotangent there."""
+    elsewhere = everywhere = with_softmax(terms)
     if not of.grad_at:
-        return []
-    pairs = zip(of.index.unbind(1), of.grad_index.unbind(1), strict=True)
-    return [(writer.row(index), writer.gradient(grad)) for index, grad in pairs]
+        return _Pair.of(elsewhere)
+    indices = [row(index) for index in of.index.unbind(1)]
+    for index, grad in zip(indices, of.grad_index.unbind(1), strict=True):
+        here = call("eq.Tensor", Name("j"), index)
+        at_index = with_softmax([*terms, gradient(grad)])
+        everywhere = call("where.self", here, at_index, everywhere)
+    return _Pair(elsewhere, everywhere, tuple(indices))
 
 
-def _with_indices(writer: _Writer, of: Cotangent, cotangent: Name) -> Name:
-    elsewhere = cotangent
-    for index, grad in _at_indices(writer, of):
-        here = writer.call("eq.Tensor", Name("j"), index)
-        at_index = writer.call("add.Tensor", elsewhere, grad)
-        cotangent = writer.call("where.self", here, at_index, cotangent)
-    return cotangent
+def _shift(lse: Tensor) -> Tensor:
+    """What float32 can hold of a logsumexp."""
+    return lse.to(torch.float32)
+
+
+def _probability(writer: _Writer, value: Name, lse: Tensor) -> tuple[Name, Name]:
+    """``value - shift`` and ``exp(value - lse)`` of each entry: 0 in rows that are not kept."""
+    shift = _shift(lse)
+    rest = (shift - lse) * LOG2_E
+    if writer.kept is not None:
+        rest = torch.where(writer.kept, rest, -math.inf)
+    near = writer.call("sub.Tensor", value, writer.row(shift))
+    exponent = writer.call("addcmul", writer.row(rest), near, LOG2_E)
+    return near, writer.call("exp2", exponent)

@@ -303,8 +303,8 @@ def _logit_gradient(
         kernel.by_descriptor,
         weight_is_block=linear_weight.get_size()[0] == width,
     )
-    indices, addends = (parsed.reductions[0].args[first::2] for first in (1, 2))
-    inputs = [start, *(operands[position(name)] for name in (*indices, *addends))]
+    indices = parsed.reductions[0].args[2:]
+    inputs = [start, *(operands[position(name)] for name in indices)]
     layouts = [
         ir.FixedLayout(
             kernel.device, dtype, [kernel.rows, width], [tile_ops.row_stride(width, dtype), 1]

@@ -22,8 +22,8 @@ Reductions, whose results are the operator's, one after another:
 - ``target(x, r0, ignore_index)``: the same for class indices [rows]; 0 where one is ignored
 - ``max(x)``: two results, the greatest value and its first index
 - ``topk(x, k)``: two results, [rows, k] each, greatest first
-- ``block(x, r0, r1, ...)``: `x` itself, and r1 more in column r0, and so on; only in what
-  `kernels.gradient` writes
+- ``block(x)``: `x` itself; only in what `kernels.gradient` writes
+- ``block(x, y, r0, ...)``: `y`, which is `x` but in the columns of a row's indices r0, ...
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Reduction:
 
     @property
     def values(self) -> tuple[Name, ...]:
-        return self.args[: 2 if self.kind == "mean" else 1]
+        return self.args[: 2 if self.kind in ("mean", "block") else 1]
 
     @property
     def outputs(self) -> int:

@@ -78,8 +78,8 @@ def statistics_template(
         by_descriptor: whether input and weight are read through tensor descriptors.
     """
     columns = "tl.minimum(columns, V - 1)"
-    values, steps = _values(program, columns, 3)
-    lines = _StatisticsLines(values)
+    values = {root: f"x{number}" for number, root in enumerate(roots_of(program))}
+    lines = _StatisticsLines({Name("z"): "z", **values})
     indices = [f"INDEX{number}" for number in range(len(widths))]
     indexed = iter(zip(indices, widths, strict=True))
     for number, reduction in enumerate(program.reductions):
@@ -101,7 +101,10 @@ def statistics_template(
     body = [*_logits(by_descriptor, "columns", "V")]
     if has_bias:
         body.append(_bias(columns))
-    body += [*steps, *lines.updates]
+    body += _places(program, columns)
+    for root, name in values.items():
+        body += _value(program, root, name, 3)
+    body += lines.updates
     source = _STATISTICS.format(
         package=PACKAGE,
         arguments=_names(arguments),
@@ -164,7 +167,8 @@ class _StatisticsLines:
             self.before.append(f"{index} = tl.load({at_k}, mask=row_inside, other=-1)")
             if reduction.kind == "target":
                 self.targets.append(index)
-            self.updates += [
+            # First, so that the values are not needed any more when they are exponentiated.
+            self.updates[:0] = [
                 f"if device.any_in({index}, first_column, BLOCK_V):",
                 f"    found = device.at({x}, columns, {index})",
                 f"    here = ({index} >= first_column) & ({index} < first_column + BLOCK_V)",
@@ -179,30 +183,30 @@ class _StatisticsLines:
         self._store(f"sum{number}", f"SUM{number}")
 
     def max(self, number: int, reduction: Reduction) -> None:
-        top, first = f"top{number}", f"first{number}"
+        top, first = f"greatest{number}", f"first{number}"
         self._begin(top, 'float("-inf")')
         self._begin(first, "0", "int32")
         low = self._inside(reduction.value, 'float("-inf")')
         update = f"device.greater({top}, {first}, {low}, first_column)"
         self.updates.append(f"{top}, {first} = {update}")
-        self._store(top, f"TOP{number}")
+        self._store(top, f"GREATEST{number}")
         self._store(first, f"FIRST{number}")
 
     def logsumexp(self, number: int, reduction: Reduction) -> None:
         at = self._softmax_of(number, reduction.value)
-        self._store(f"shift{at}", f"SHIFT{number}")
+        self._store(f"top{at}", f"TOP{number}")
         self._store(f"total{at}", f"TOTAL{number}")
 
     def mean(self, number: int, reduction: Reduction) -> None:
         x, y = reduction.values
         at = self._softmax_of(number, x)
-        mean, shifts = f"mean{number}", f"before{at}, shift{at}"
+        mean, tops = f"mean{number}", f"before{at}, top{at}"
         self._begin(mean, "0.0")
         if y == x:
-            moved = f"device.shifted({mean}, total{at}, {shifts})"
+            moved = f"device.shifted({mean}, total{at}, {tops})"
             other = f"distance{at}"
         else:
-            moved = f"device.rescaled({mean}, {shifts})"
+            moved = f"device.rescaled({mean}, {tops})"
             other = self._inside(y, "0.0")
         # Before the total is updated, which `shifted` wants as it was.
         self.updates.insert(
@@ -215,21 +219,21 @@ class _StatisticsLines:
         """The number of the variables that hold the masses of `x` and what is above them."""
         if x not in self._softmax:
             self._softmax[x] = number
-            self._begin(f"shift{number}", 'float("-inf")')
+            self._begin(f"top{number}", 'float("-inf")')
             self._begin(f"total{number}", "0.0")
             low = self._inside(x, 'float("-inf")')
             self.updates += [
                 f"low{number} = {low}",
-                f"before{number} = shift{number}",
-                f"shift{number} = device.raised(shift{number}, low{number})",
-                f"distance{number} = device.distance(low{number}, shift{number})",
-                f"mass{number} = tl.exp2(distance{number})",
+                f"before{number} = top{number}",
+                f"top{number} = tl.maximum(top{number}, tl.max(low{number}, 1))",
+                f"distance{number} = device.above(low{number}, top{number})",
+                f"mass{number} = device.mass_of(distance{number})",
                 self._total_update(number),
             ]
         return self._softmax[x]
 
     def _total_update(self, number: int) -> str:
-        old = f"device.rescaled(total{number}, before{number}, shift{number})"
+        old = f"device.rescaled(total{number}, before{number}, top{number})"
         return f"total{number} = {old} + tl.sum(mass{number}, 1)"
 
 
@@ -245,47 +249,52 @@ def gradient_template(
             written through one, too.
         weight_is_block: whether the weight's first row is that of START.
     """
-    values, steps = _values(program, "columns", 2)
+    lines = _logits(by_descriptor, *(("local", "WIDTH") if weight_is_block else ("columns", "V")))
+    if has_bias:
+        lines.append(_bias("columns"))
+    lines += _places(program, "columns")
     first, *others = program.reductions
-    outputs = [f"BLOCK{number}" for number in range(1, len(program.reductions))]
-    indices = [f"INDEX{number}" for number in range(len(first.args) // 2)]
-    addends = [f"ADDEND{number}" for number in range(len(first.args) // 2)]
-    before = []
-    stores = [f"base = {values[first.value]} + tl.zeros_like(z)", "block = base"]
-    for number, (index, addend) in enumerate(zip(indices, addends, strict=True)):
-        before += [
-            f"index{number} = tl.load({_at_rows(index)}, row_inside, other=-1)",
-            f"addend{number} = tl.load({_at_rows(addend)}, row_inside, other=0.0)",
+    x, *in_indexed_tiles = first.values
+    indices = [f"INDEX{number}" for number in range(len(first.args[2:]))]
+    before = [
+        f"index{number} = tl.load({_at_rows(index)}, row_inside, other=-1)"
+        for number, index in enumerate(indices)
+    ]
+    if indices:
+        any_in = (
+            f"device.any_in(index{number}, first_column, BLOCK_V)" for number in range(len(indices))
+        )
+        (y,) = in_indexed_tiles
+        lines += [
+            f"if {' | '.join(any_in)}:",
+            *_indented_lines(_value(program, y, "block", 3)),
+            "else:",
+            *_indented_lines(_value(program, x, "block", 3)),
         ]
-        stores += [
-            f"if device.any_in(index{number}, first_column, BLOCK_V):",
-            f"    block = device.added_at(block, base, columns, index{number}, addend{number})",
-        ]
+    else:
+        lines += _value(program, x, "block", 2)
     if by_descriptor:
-        stores.append(
+        lines.append(
             '{{store_output(("row_tile * BLOCK_M", "column_tile * BLOCK_V"), "block", '
             'indent_width=8, val_shape=("BLOCK_M", "BLOCK_V"), block_indexing=True)}}'
         )
     else:
-        stores.append(
+        lines.append(
             '{{store_output(("rows[:, None]", "local[None, :]"), "block", "block_inside", '
             'indent_width=8, val_shape=("BLOCK_M", "BLOCK_V"))}}'
         )
+    outputs = [f"BLOCK{number}" for number in range(1, len(program.reductions))]
     for name, reduction in zip(outputs, others, strict=True):
         place = f"{name} + rows[:, None] * {_stride(name, 0)} + local[None, :]"
-        value = f"{values[reduction.value]} + tl.zeros_like(z)"
-        stores.append(f"tl.store({place}, {value}, mask=block_inside)")
-    arguments = ["INPUT", "WEIGHT", *(["BIAS"] * has_bias), "START"]
-    body = _logits(by_descriptor, *(("local", "WIDTH") if weight_is_block else ("columns", "V")))
-    if has_bias:
-        body.append(_bias("columns"))
-    body += [*steps, *stores]
+        lines += _value(program, reduction.value, "other", 2)
+        lines.append(f"tl.store({place}, other, mask=block_inside)")
+    arguments = ["INPUT", "WEIGHT", *(["BIAS"] * has_bias), "START", *indices, *outputs]
     source = _GRADIENT.format(
         package=PACKAGE,
-        arguments=_names([*arguments, *indices, *addends, *outputs]),
+        arguments=_names(arguments),
         prologue=_indented(_DESCRIPTORS if by_descriptor else _STRIDES, 4),
         before=_indented("\n".join(before), 8),
-        body=_indented("\n".join(body), 8),
+        body=_indented("\n".join(lines), 8),
     )
     return _template("gradient", source, outputs)
 
@@ -388,32 +397,26 @@ _BLOCK_TYPES = "".join(
 )
 
 
-def _values(program: Program, columns: str, indent: int) -> tuple[dict[Name, str], list[str]]:
-    """What the values that are reduced are called, and the lines that make them of `z`.
+def _places(program: Program, columns: str) -> list[str]:
+    """Lines for the row and the column of each logit, within bounds: what a subgraph reads there
+    is read everywhere."""
+    if not roots_of(program):
+        return []
+    # An operand of one value a logit may have more than 2^31 of them.
+    wide = ".to(tl.int64)" if any(name[0] == "b" for name in program.operands) else ""
+    return [f"row = tl.minimum(rows, M - 1)[:, None]{wide}", f"column = {columns}[None, :]"]
 
-    Args:
-        program: whose values they are.
-        columns: each column's place, within the vocabulary. What a subgraph reads at row and
-            column is read everywhere.
-        indent: of the lines, in steps of four.
-    """
-    values = {Name("z"): "z"}
-    lines = []
-    if roots_of(program):
-        # An operand of one value a logit may have more than 2^31 of them.
-        wide = ".to(tl.int64)" if any(name[0] == "b" for name in program.operands) else ""
-        lines = [
-            f"row = tl.minimum(rows, M - 1)[:, None]{wide}",
-            f"column = {columns}[None, :]",
-        ]
-    for number, root in enumerate(roots_of(program)):
-        values[root] = f"x{number}"
-        lines.append(
-            f'{{{{modification(subgraph_number={number}, output_name="x{number}", z="z", '
-            f'row="row", column="column"{_BLOCK_TYPES}) | indent_except_first({indent})}}}}'
-        )
-        lines.append(f"x{number} = x{number} + tl.zeros_like(z)")
-    return values, lines
+
+def _value(program: Program, root: Name, name: str, indent: int) -> list[str]:
+    """Lines that make a value of `z`, called `name`; `indent` is theirs, in steps of four."""
+    if root == "z":
+        return [f"{name} = z"]
+    number = roots_of(program).index(root)
+    return [
+        f'{{{{modification(subgraph_number={number}, output_name="{name}", z="z", '
+        f'row="row", column="column"{_BLOCK_TYPES}) | indent_except_first({indent})}}}}',
+        f"{name} = {name} + tl.zeros_like(z)",
+    ]
 
 
 def _at_rows(argument: str) -> str:
@@ -426,6 +429,10 @@ def _stride(argument: str, dim: int) -> str:
 
 def _names(arguments: list[str]) -> str:
     return ", ".join(f'"{argument}"' for argument in arguments)
+
+
+def _indented_lines(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
 
 
 def _indented(text: str, spaces: int) -> str:

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base2 import LOG2_E
-from .program import INDEXED, Name, Program, Reduction, position
+from .program import INDEXED, Name, Program, Reduction
 
 NAMESPACE = "cce_inductor"
 ALIGNMENT = 16
@@ -84,12 +83,12 @@ def tile_statistics(
         sources: a digest of this package, which a compiler's caches see here and nowhere else.
 
     Returns:
-        For each reduction, [tiles, rows] float32 unless noted, in base 2 (see `base2`):
+        For each reduction, [tiles, rows] float32 unless noted:
 
-        - logsumexp(x): the shift, which is the greatest ``x * LOG2_E`` (rounded), and the sum of
-          the masses ``2^(x * LOG2_E - shift)``; above a shift of 0 in place of -inf
+        - logsumexp(x): the greatest x, and the sum of the masses ``exp(x - greatest)`` (0 in place
+          of a greatest of -inf)
         - sum(x): the sum
-        - mean(x, y): the sum of the masses times y, for y = x times ``x * LOG2_E - shift``
+        - mean(x, y): the sum of the masses times y, for y = x times ``x - greatest``
         - max(x): the greatest, nan if any is; its first column, int32
         - at indices: the values, [rows, k]; undefined for an index that is not in the vocabulary
     """
@@ -117,12 +116,11 @@ def tile_statistics(
                 output[number], where = x.max(1)
                 next(outputs)[number] = where + start
             else:
-                shift = x.amax(1) * LOG2_E
-                finite = shift.masked_fill(shift == -math.inf, 0.0).double().unsqueeze(1)
-                distance = (x.double() * LOG2_E - finite).float()
-                mass = distance.exp2()
+                top = x.amax(1)
+                distance = x - top.masked_fill(top == -math.inf, 0.0).unsqueeze(1)
+                mass = distance.exp()
                 if reduction.kind == "logsumexp":
-                    output[number] = shift
+                    output[number] = top
                     next(outputs)[number] = mass.sum(1)
                 else:
                     _, y = reduction.values
@@ -208,7 +206,7 @@ def logit_gradient(
     Args:
         input, linear_bias, operands: as for `tile_statistics`.
         linear_weight: [vocabulary, hidden], or the block's own [width, hidden].
-        program: ends in ``block(x)`` for each result.
+        program: ends in ``block`` for each result.
         start: the block's first column, int32 [].
         width: its columns.
         after: as for `weight_block`.
@@ -223,15 +221,10 @@ def logit_gradient(
     if linear_weight.shape[0] != width:
         linear_weight = linear_weight[columns]
     values = _block(input, linear_weight, linear_bias, operands, parsed, columns)
-    found = []
-    for reduction, result in zip(parsed.reductions, _new_blocks(parsed, input, width), strict=True):
-        result.copy_(values[reduction.value])
-        for index, addend in zip(reduction.args[1::2], reduction.args[2::2], strict=True):
-            here = operands[position(index)].unsqueeze(1) == values[COLUMN]
-            more = values[reduction.value] + operands[position(addend)].unsqueeze(1)
-            result.copy_(torch.where(here, more, result))
-        found.append(result)
-    return found
+    blocks = _new_blocks(parsed, input, width)
+    for reduction, block in zip(parsed.reductions, blocks, strict=True):
+        block.copy_(values[reduction.values[-1]])
+    return blocks
 
 
 @logit_gradient.register_fake

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base2 import LOG2_E, logsumexp_of
 from .blockwise import TILE, Gradients, Head, Wanted
 from .gradient import gradient_program
 from .program import INDEXED, Name, Program, Reduction, position
@@ -133,29 +132,29 @@ def reduce(input: Tensor, head: Head, sources: str = "", tile: int | None = None
 
 
 class _Normalizer:
-    """The softmax of a row, from the shift of each tile and the sum of its masses above that.
+    """The softmax of a row, from the greatest of each tile and the sum of its masses below that.
 
     Attributes:
-        shift: of each tile, float64 [tiles, rows], in base 2.
-        total: of each tile, the sum of ``2^(x * LOG2_E - shift)``.
+        shift: of each tile, float64 [tiles, rows].
+        total: of each tile, the sum of ``exp(x - shift)``.
         lse: of the row.
     """
 
-    def __init__(self, shift: Tensor, total: Tensor):
-        self.shift = shift.masked_fill(shift == -math.inf, 0.0).double()
+    def __init__(self, top: Tensor, total: Tensor):
+        self.shift = top.masked_fill(top == -math.inf, 0.0).double()
         self.total = total.double()
         self.lse = torch.logsumexp(self.of_tiles, 0)
 
     @property
     def of_tiles(self) -> Tensor:
-        return logsumexp_of(self.shift, self.total)
+        return self.shift + self.total.log()
 
     def mean(self, weighted: Tensor, *, of_itself: bool) -> Tensor:
         """From the statistic of a mean."""
         if of_itself:
-            weighted = (weighted + self.shift * self.total) / LOG2_E
+            weighted = weighted + self.shift * self.total
         # A tile without any mass has no weight, whatever it says.
-        share = (self.shift - self.lse * LOG2_E).exp2().masked_fill(self.total == 0, 0.0)
+        share = (self.shift - self.lse).exp().masked_fill(self.total == 0, 0.0)
         return (share * weighted).sum(0)
 
     def of_wider_tiles(self, tile: int, vocabulary: int) -> Tensor:

@@ -1,5 +1,6 @@
 """`kernels.tiled` with its operators as ordinary tensor code, against `kernels.reference`."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from cases import CROSS_ENTROPY, PROGRAMS, assert_agrees, case, gradients_of, head_of, random
 from cce_inductor.kernels import blockwise, tiled
 from cce_inductor.kernels.program import Program
-from cce_inductor.kernels.tile_ops import TILE
 
+TILE = 128
 TILED = {
     name: text
     for name, text in PROGRAMS.items()
@@ -27,7 +28,8 @@ def computed(input, head, upstream=None, wanted=None):
 
 @pytest.mark.parametrize("vocabulary", [5, TILE, 2 * blockwise.TILE + 300])
 @pytest.mark.parametrize("name", TILED)
-def test_any_program(name, vocabulary):
+def test_any_program(name, vocabulary, monkeypatch):
+    monkeypatch.setattr(tiled, "MIN_BLOCK", blockwise.TILE)
     input, head = case(TILED[name], vocabulary, dtype=torch.float32, workspace_bytes=1)
     assert tiled.reason_against(head) is None
     assert_agrees(computed, input, head, rtol=2e-4, atol=1e-3)
@@ -53,25 +55,25 @@ def test_no_template_for_many_indices():
 def test_rows_without_a_target_are_zero_and_have_no_gradient():
     input, head = case(CROSS_ENTROPY, dtype=torch.float32, skip_ignored=True)
     ignored = head.operands[0] == -100
-    input[ignored] = torch.nan
-    results = tiled.reduce(input, head, TILE)
+    input[ignored] *= 1e3
+    results = tiled.reduce(input, head, tile=TILE)
     assert all((result[ignored] == 0).all() for result in results)
     _, (d_input, *_) = computed(input, head)
     assert (d_input[ignored] == 0).all()
 
 
-def test_index_out_of_bounds_is_nan():
+@pytest.mark.parametrize("index", [300, -1])
+def test_index_out_of_bounds(index):
     input, head = case(CROSS_ENTROPY, vocabulary=300, dtype=torch.float32)
-    head.operands[0][:3] = torch.tensor([300, -1, 7])
-    lse, target, _ = tiled.reduce(input, head, TILE)
-    assert target[:3].isnan().tolist() == [True, True, False]
-    assert lse.isfinite().all()
+    head.operands[0][3] = index
+    with pytest.raises(RuntimeError, match="an index is not in the vocabulary"):
+        tiled.reduce(input, head)
 
 
 def test_all_logits_minus_infinity():
     input, head = case("t0 = add.Tensor(z, c4); logsumexp(t0); mean(t0, c4)", dtype=torch.float32)
     head.operands[4] = torch.full_like(head.operands[4], -torch.inf)
-    lse, _, _ = tiled.reduce(input, head, TILE)
+    lse, _, _ = tiled.reduce(input, head, tile=TILE)
     assert (lse == -torch.inf).all()
     assert blockwise.reduce(input, head)[0].equal(lse)
 
@@ -89,16 +91,40 @@ def test_gradient_of_a_float32_weight_under_bfloat16_is_not_rounded_to_it():
     assert not d_weight.bfloat16().float().equal(d_weight)
 
 
-def test_blocks_fit_the_workspace():
-    _, head = case(CROSS_ENTROPY, vocabulary=9000, dtype=torch.float32, workspace_bytes=2**20)
-    assert tiled._block_width(100, 9000, head, 1) == 2048
-    assert tiled._block_width(2, 9000, head, 1) == 9000
-    assert tiled._block_width(10**6, 9000, head, 1) == blockwise.TILE
+def test_blocks_fit_the_workspace_but_are_not_narrow():
+    _, head = case(CROSS_ENTROPY, vocabulary=90000, dtype=torch.float32, workspace_bytes=2**24)
+    assert tiled._block_width(100, 90000, head, 1) == 40960
+    assert tiled._block_width(100, 90000, head, 3) == 13312
+    assert tiled._block_width(2, 90000, head, 1) == 90000
+    assert tiled._block_width(10**6, 90000, head, 1) == tiled.MIN_BLOCK
+
+
+def test_statistics_are_wide_where_there_are_many():
+    assert tiled._statistics_width(8192, 128256) == 1024
+    assert tiled._statistics_width(2048, 32768) == 512
+    assert tiled._statistics_width(100, 128256) == 256
+
+
+def test_a_weight_is_cast_block_by_block(monkeypatch):
+    """And only after everything has been made of the block before."""
+    monkeypatch.setattr(tiled, "MIN_BLOCK", blockwise.TILE)
+    input, head = case(CROSS_ENTROPY, vocabulary=2500, dtype=torch.float32, workspace_bytes=1)
+    head = dataclasses.replace(head, compute_dtype=torch.bfloat16)
+    calls = []
+    original = tiled.weight_block
+
+    def spy(weight, start, width, dtype, after):
+        calls.append((start, width, len(after)))
+        return original(weight, start, width, dtype, after)
+
+    monkeypatch.setattr(tiled, "weight_block", spy)
+    computed(input, head)
+    assert calls == [(0, 1024, 0), (1024, 1024, 3), (2048, 452, 3)]
 
 
 def test_gradient_is_one_program():
     input, head = case(CROSS_ENTROPY, vocabulary=300, dtype=torch.float32)
-    results = tiled.reduce(input, head, TILE)
+    results = tiled.reduce(input, head, tile=TILE)
     seen = []
     original = tiled.logit_gradient
 
@@ -113,8 +139,8 @@ def test_gradient_is_one_program():
         tiled.reduce_backward(grads, results, input, head, wanted)
     (text,) = seen
     assert text == (
-        "t0 = sub.Tensor(z, r12); t1 = add.Tensor(t0, r13); t2 = exp(t1); "
-        "t3 = mul.Tensor(t2, r14); t4 = eq.Tensor(j, r15); t5 = add.Tensor(t3, r16); "
-        "t6 = where.self(t4, t5, t3); block(t6)"
+        "t0 = sub.Tensor(z, r12); t1 = addcmul(r13, t0, 1.4426950216293335); t2 = exp2(t1); "
+        "t3 = mul.Tensor(t2, r14); t4 = eq.Tensor(j, r15); t5 = addcmul(r16, t2, r14); "
+        "t6 = where.self(t4, t5, t3); block(t3, t6, r15)"
     )
     assert Program.parse(text)

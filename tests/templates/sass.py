@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import subprocess
 import tempfile
@@ -69,17 +70,19 @@ class MachineCode:
 
     @property
     def after_product(self) -> tuple[int, int]:
-        """How many instructions a warp issues for a tile between one product and the next: always,
-        and at most. Some are skipped where a tile has no target."""
+        """How many instructions a warp issues for a tile between one product and the next: at
+        least and at most. Some are for tiles that have a row's target only."""
         product = self.product_loop
         loops = (Loop(to, at) for at, to in self._branches() if to < at)
         end = min(loop.last for loop in loops if product in loop)
-        skipped = {
-            address
-            for at, to in self._branches()
-            if product.last < at < to <= end
-            for address in self.lines
-            if at < address < to
-        }
-        most = len(self.between(product.last + 1, end))
-        return most - len(skipped), most
+        to = dict(self._branches())
+        least, most = {end: 1}, {end: 1}
+        addresses = [address for address in self.lines if product.last < address <= end]
+        for address, following in reversed(list(itertools.pairwise(addresses))):
+            ways = [following]
+            if address < to.get(address, 0) <= end:
+                is_conditional = self.lines[address].startswith("@")
+                ways = [*(ways if is_conditional else []), to[address]]
+            least[address] = 1 + min(least[way] for way in ways)
+            most[address] = 1 + max(most[way] for way in ways)
+        return least[addresses[0]], most[addresses[0]]

@@ -348,10 +348,6 @@ MUTATIONS = {
         "device.at(z, columns, index1_0)",
         "device.at(z, columns + 1, index1_0)",
     ),
-    "the target's gradient is off by one": (
-        "device.added_at(block, base, columns,",
-        "device.added_at(block, base, columns + 1,",
-    ),
     "a tile with targets is taken for one without": (
         "if device.any_in(index0, first_column, BLOCK_V)",
         "if device.any_in(index0, first_column, BLOCK_V // 2)",
@@ -367,8 +363,8 @@ MUTATIONS = {
     ),
     "the last part of a tile is left out": ("PARTS, PARTS)", "PARTS, PARTS - 1)"),
     "the sum is not rescaled": (
-        "device.rescaled(total0, before0, shift0)",
-        "device.rescaled(total0, before0 * 0, shift0 * 0)",
+        "device.rescaled(total0, before0, top0)",
+        "device.rescaled(total0, before0 * 0, top0 * 0)",
     ),
     "the bias is read for another column": ("BIAS + ", "BIAS + 0 * "),
     "the rows of another tile are read": (
