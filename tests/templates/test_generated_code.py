@@ -129,20 +129,21 @@ buffer1 = buffer0[0]
 buffer2 = buffer0[1]
 buffer3 = empty_strided_cuda((8192, ), torch.float32)
 buffer4 = empty_strided_cuda((8192, ), torch.float32)
-buffer5 = empty_strided_cuda((8192, 1), torch.int32)
-buffer6 = empty_strided_cuda((8192, ), torch.float32)
-triton_poi_fused_0.run(arg6_1, arg0_1, arg2_1, arg1_1, buffer3, buffer4, buffer5, buffer6, 8192, stream=stream0)
-buffer7 = empty_strided_cuda((8192, 16384), torch.bfloat16)
-triton_tem_fused_1.run(arg4_1, arg5_1, buffer1, buffer5, buffer6, buffer4, buffer3, buffer7, 132, 1, 1, stream=stream0)
-buffer8 = torch.ops.cce_inductor.add_product.default(None, buffer7, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 0))
-buffer9 = empty_strided_cuda((32768, 4096), torch.bfloat16)
-extern_kernels.mm(reinterpret_tensor(buffer7, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer10)
-buffer11 = buffer7; del buffer7  # reuse
-triton_tem_fused_1.run(arg4_1, arg5_1, buffer2, buffer5, buffer6, buffer4, buffer3, buffer11, 132, 1, 1, stream=stream0)
-torch.ops.cce_inductor.add_product_.default(buffer8, buffer11, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 67108864))
-buffer12 = empty_strided_cuda((8192, 4096), torch.bfloat16)
-triton_poi_fused_2.run(buffer8, buffer12, 33554432, stream=stream0)
-extern_kernels.mm(reinterpret_tensor(buffer11, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer13)
+buffer5 = empty_strided_cuda((8192, ), torch.float32)
+buffer6 = empty_strided_cuda((8192, 1), torch.int32)
+buffer7 = empty_strided_cuda((8192, ), torch.float32)
+triton_poi_fused_0.run(arg2_1, arg6_1, arg0_1, arg1_1, buffer3, buffer4, buffer5, buffer6, buffer7, 8192, stream=stream0)
+buffer8 = empty_strided_cuda((8192, 16384), torch.bfloat16)
+triton_tem_fused_1.run(arg4_1, arg5_1, buffer1, buffer6, buffer7, buffer4, buffer3, buffer5, buffer8, 132, 1, 1, stream=stream0)
+buffer9 = torch.ops.cce_inductor.add_product.default(None, buffer8, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 0))
+buffer10 = empty_strided_cuda((32768, 4096), torch.bfloat16)
+extern_kernels.mm(reinterpret_tensor(buffer8, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer11)
+buffer12 = buffer8; del buffer8  # reuse
+triton_tem_fused_1.run(arg4_1, arg5_1, buffer2, buffer6, buffer7, buffer4, buffer3, buffer5, buffer12, 132, 1, 1, stream=stream0)
+torch.ops.cce_inductor.add_product_.default(buffer9, buffer12, reinterpret_tensor(arg5_1, (16384, 4096), (4096, 1), 67108864))
+buffer13 = empty_strided_cuda((8192, 4096), torch.bfloat16)
+triton_poi_fused_2.run(buffer9, buffer13, 33554432, stream=stream0)
+extern_kernels.mm(reinterpret_tensor(buffer12, (16384, 8192), (1, 16384), 0), arg4_1, out=buffer14)
 """,
     )
 
@@ -225,33 +226,34 @@ def test_weight_of_another_dtype_in_the_backward():
     assert_expected_inline(
         calls(code),
         """\
-buffer0 = empty_strided_cuda((8192, ), torch.float32)
-buffer1 = empty_strided_cuda((8192, ), torch.float32)
-buffer2 = empty_strided_cuda((8192, 1), torch.int32)
-buffer3 = empty_strided_cuda((8192, ), torch.float32)
-triton_poi_fused_0.run(arg6_1, arg0_1, arg2_1, arg1_1, buffer0, buffer1, buffer2, buffer3, 8192, stream=stream0)
-buffer4 = torch.ops.cce_inductor.block_starts.default(arg5_1, 8192, 3)
-buffer5 = buffer4[0]
-buffer6 = buffer4[1]
-buffer7 = buffer4[2]
-buffer8 = torch.ops.cce_inductor.weight_block.default(arg5_1, 0, 8192, torch.bfloat16, [])
-buffer9 = empty_strided_cuda((8192, 4096), torch.bfloat16)
-triton_poi_fused_1.run(arg4_1, buffer9, 33554432, stream=stream0)
-buffer10 = empty_strided_cuda((8192, 8192), torch.bfloat16)
-triton_tem_fused_2.run(buffer9, buffer8, buffer5, buffer2, buffer3, buffer1, buffer0, buffer10, 132, 1, 1, stream=stream0)
-buffer11 = torch.ops.cce_inductor.add_product.default(None, buffer10, buffer8)
-buffer12 = empty_strided_cuda((20000, 4096), torch.float32)
-extern_kernels.mm_dtype(reinterpret_tensor(buffer10, (8192, 8192), (1, 8192), 0), buffer9, out_dtype=torch.float32, out=buffer13)
-buffer14 = torch.ops.cce_inductor.weight_block.default(arg5_1, 8192, 8192, torch.bfloat16, [])
-buffer15 = buffer10; del buffer10  # reuse
-triton_tem_fused_2.run(buffer9, buffer14, buffer6, buffer2, buffer3, buffer1, buffer0, buffer15, 132, 1, 1, stream=stream0)
-torch.ops.cce_inductor.add_product_.default(buffer11, buffer15, buffer14)
-extern_kernels.mm_dtype(reinterpret_tensor(buffer15, (8192, 8192), (1, 8192), 0), buffer9, out_dtype=torch.float32, out=buffer16)
-buffer17 = torch.ops.cce_inductor.weight_block.default(arg5_1, 16384, 3616, torch.bfloat16, [])
-buffer18 = empty_strided_cuda((8192, 3616), torch.bfloat16)
-triton_tem_fused_3.run(buffer9, buffer17, buffer7, buffer2, buffer3, buffer1, buffer0, buffer18, 132, 1, 1, stream=stream0)
-torch.ops.cce_inductor.add_product_.default(buffer11, buffer18, buffer17)
-extern_kernels.mm_dtype(reinterpret_tensor(buffer18, (3616, 8192), (1, 3616), 0), buffer9, out_dtype=torch.float32, out=buffer19)
+buffer0 = torch.ops.cce_inductor.block_starts.default(arg5_1, 8192, 3)
+buffer1 = buffer0[0]
+buffer2 = buffer0[1]
+buffer3 = buffer0[2]
+buffer4 = torch.ops.cce_inductor.weight_block.default(arg5_1, 0, 8192, torch.bfloat16, [])
+buffer5 = empty_strided_cuda((8192, 4096), torch.bfloat16)
+triton_poi_fused_0.run(arg4_1, buffer5, 33554432, stream=stream0)
+buffer6 = empty_strided_cuda((8192, ), torch.float32)
+buffer7 = empty_strided_cuda((8192, ), torch.float32)
+buffer8 = empty_strided_cuda((8192, ), torch.float32)
+buffer9 = empty_strided_cuda((8192, 1), torch.int32)
+buffer10 = empty_strided_cuda((8192, ), torch.float32)
+triton_poi_fused_1.run(arg2_1, arg6_1, arg0_1, arg1_1, buffer6, buffer7, buffer8, buffer9, buffer10, 8192, stream=stream0)
+buffer11 = empty_strided_cuda((8192, 8192), torch.bfloat16)
+triton_tem_fused_2.run(buffer5, buffer4, buffer1, buffer9, buffer10, buffer7, buffer6, buffer8, buffer11, 132, 1, 1, stream=stream0)
+buffer12 = torch.ops.cce_inductor.add_product.default(None, buffer11, buffer4)
+buffer13 = empty_strided_cuda((20000, 4096), torch.float32)
+extern_kernels.mm_dtype(reinterpret_tensor(buffer11, (8192, 8192), (1, 8192), 0), buffer5, out_dtype=torch.float32, out=buffer14)
+buffer15 = torch.ops.cce_inductor.weight_block.default(arg5_1, 8192, 8192, torch.bfloat16, [])
+buffer16 = buffer11; del buffer11  # reuse
+triton_tem_fused_2.run(buffer5, buffer15, buffer2, buffer9, buffer10, buffer7, buffer6, buffer8, buffer16, 132, 1, 1, stream=stream0)
+torch.ops.cce_inductor.add_product_.default(buffer12, buffer16, buffer15)
+extern_kernels.mm_dtype(reinterpret_tensor(buffer16, (8192, 8192), (1, 8192), 0), buffer5, out_dtype=torch.float32, out=buffer17)
+buffer18 = torch.ops.cce_inductor.weight_block.default(arg5_1, 16384, 3616, torch.bfloat16, [])
+buffer19 = empty_strided_cuda((8192, 3616), torch.bfloat16)
+triton_tem_fused_3.run(buffer5, buffer18, buffer3, buffer9, buffer10, buffer7, buffer6, buffer8, buffer19, 132, 1, 1, stream=stream0)
+torch.ops.cce_inductor.add_product_.default(buffer12, buffer19, buffer18)
+extern_kernels.mm_dtype(reinterpret_tensor(buffer19, (3616, 8192), (1, 3616), 0), buffer5, out_dtype=torch.float32, out=buffer20)
 """,
     )
     for source in templates_in(code).values():
