@@ -85,16 +85,16 @@ def _of_this_package(name: str, share: float, module: str, *case: str) -> Part:
 
 
 PARTS = (
-    _of_this_package("versions", 0.1, "versions"),
-    _of_this_package("products", 0.1, "products"),
-    _of_this_package("assertion", 0.1, "kernels", "assertion"),
-    _of_this_package("kernels", 0.2, "kernels", "candidates"),
-    _of_this_package("blocks", 0.1, "blocks"),
-    _of_this_package("head", 0.35, "heads", "head"),
-    _of_this_package("tests", 0.25, "device_tests"),
-    _of_this_package("autocast", 0.2, "heads", "autocast"),
-    _of_this_package("peaked", 0.2, "heads", "peaked"),
-    _of_this_package("sanitizer", 0.1, "sanitizer"),
+    _of_this_package("versions", 0.05, "versions"),
+    _of_this_package("products", 0.06, "products"),
+    _of_this_package("assertion", 0.08, "kernels", "assertion"),
+    _of_this_package("kernels", 0.16, "kernels", "candidates"),
+    _of_this_package("blocks", 0.08, "blocks"),
+    _of_this_package("head", 0.25, "heads", "head"),
+    _of_this_package("tests", 0.2, "device_tests"),
+    _of_this_package("autocast", 0.12, "heads", "autocast"),
+    _of_this_package("peaked", 0.12, "heads", "peaked"),
+    _of_this_package("sanitizer", 0.08, "sanitizer"),
 )
 
 

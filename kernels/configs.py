@@ -32,10 +32,13 @@ class Config:
 
 
 def reads_by_descriptor(matrices: list[Any], device: Any) -> bool:
-    """Whether TMA descriptors read both matrices: on sm_90 and later, where they may. Not float32,
-    whose products without tensor cores have no registers to spare."""
+    """Whether TMA descriptors read both matrices, input and weight: on sm_90 and later, where they
+    may. Not float32, whose products without tensor cores have no registers to spare. Not a single
+    row: descriptors read zeros beyond it, and Inductor leaves out the mask of a store to one entry.
+    """
     if (
-        any(matrix.get_dtype() == torch.float32 for matrix in matrices)
+        V.graph.sizevars.statically_known_equals(matrices[0].get_size()[0], 1)
+        or any(matrix.get_dtype() == torch.float32 for matrix in matrices)
         or device.type != "cuda"
         or torch.cuda.get_device_capability(device)[0] < 9
     ):
@@ -67,6 +70,7 @@ _WIDE = [  # float32
 _BY_POINTER = [
     (128, 128, 32, 8, 3),
     (64, 128, 32, 4, 3),
+    (64, 128, 32, 8, 3),
     (128, 128, 64, 8, 2),
     (64, 128, 64, 4, 2),
 ]
@@ -75,15 +79,24 @@ _BY_DESCRIPTOR = [
     (128, 128, 64, 8, 4),
     (64, 128, 64, 4, 4),
 ]
-_FEW_STEPS = 8  # those of a cross-entropy's gradient; after more there are no registers left
-_ON_HOPPER = {  # wider tiles, which leave the fewest registers; then those of which an SM holds two
-    "statistics": ([(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)], [(128, 128, 64, 4, 3)]),
-    "gradient": ([(128, 256, 64, 8, 3), (256, 128, 64, 8, 3)], [(128, 128, 64, 8, 2)]),
-}
+_SEVERAL_BLOCKS = {False: (64, 128, 32, 8, 3), True: (64, 128, 64, 8, 4)}
+"""For a gradient that writes more than that of the logit, by pointer and by descriptor: what leaves
+the most registers."""
+
+_ON_HOPPER = [
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 4, 3),
+]
+"""Tiles that read the least, and leave the fewest registers."""
+
+_STEPS_ON_HOPPER = {"statistics": 0, "gradient": 8}
+"""Steps of a program that those leave registers for: a cross-entropy's, of the logits as they are.
+Of more, a value a column alone may take all of them."""
 
 
 def configs(
-    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int
+    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
 ) -> list[Config]:
     """What is tried, the default first.
 
@@ -93,22 +106,29 @@ def configs(
         device: that it runs on.
         by_descriptor: whether TMA reads the operands.
         steps: how many are applied to each logit; they need registers, too.
+        results: how many values of each logit are reduced or written.
     """
-    sizes = _WIDE if dtype == torch.float32 else _BY_POINTER
-    if by_descriptor:
-        sizes = _BY_DESCRIPTOR
-        if torch.cuda.get_device_capability(device)[0] == 9:
-            wide, narrow = _ON_HOPPER[kind]
-            sizes = [*(wide if steps <= _FEW_STEPS else []), *sizes, *narrow]
+    if dtype == torch.float32:
+        sizes = _WIDE
+    else:
+        sizes = _BY_DESCRIPTOR if by_descriptor else _BY_POINTER
+        if kind == "gradient" and results > 1:
+            first = _SEVERAL_BLOCKS[by_descriptor]
+            sizes = [first, *(size for size in sizes if size != first)]
+        elif by_descriptor and _is_hopper(device) and steps <= _STEPS_ON_HOPPER[kind]:
+            sizes = [*_ON_HOPPER, *sizes]
     return [
-        Config(*size, group, _programs(kind, *size, device) if by_descriptor else 0)
+        Config(*size, group, _programs(*size, device) if by_descriptor else 0)
         for size in sizes
         for group in (8, 16)
     ]
 
 
+def _is_hopper(device: Any) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _programs(
-    kind: str,
     block_m: int,
     block_v: int,
     block_h: int,
@@ -121,8 +141,6 @@ def _programs(
     known. More than it does hold would only wait, fewer would leave it idle."""
     properties = torch.cuda.get_device_properties(device)
     shared = num_stages * (block_m + block_v) * block_h * 2
-    if kind == "gradient":  # the block on its way out
-        shared += block_m * block_v * 2
     threads = num_warps * 32
     registers = block_m * block_v // threads + REGISTERS_BESIDE_SUMS
     held = min(

@@ -170,7 +170,7 @@ class _Kernel:
             choices,
             [*inputs, *self.captured],
             layout,
-            # Random indices would be out of bounds.
+            # A random first column of a block would be out of bounds.
             input_gen_fns={first + at: _zeros for at in range(len(more_inputs))},
         )
         result = compat.selected(chosen)
@@ -187,6 +187,7 @@ class _Kernel:
             self.device,
             by_descriptor=self.by_descriptor,
             steps=len(self.program.steps),
+            results=len(self.program.reductions),
         )
         config = torch._inductor.config
         tuned = config.max_autotune or config.max_autotune_gemm
@@ -297,10 +298,13 @@ def _logit_gradient(
 ) -> list[Any]:
     parsed = Program.parse(program)
     kernel = _Kernel("gradient", input, linear_weight, linear_bias, operands, parsed, width)
+    # Inductor stores two-dimensional tiles through a descriptor, not those of a single column.
+    stores_by_descriptor = kernel.by_descriptor and width > 1
     template = gradient_template(
         parsed,
         kernel.has_bias,
         kernel.by_descriptor,
+        stores_by_descriptor,
         weight_is_block=linear_weight.get_size()[0] == width,
     )
     indices = parsed.reductions[0].args[2:]
@@ -313,7 +317,7 @@ def _logit_gradient(
     ]
     with _after(after):
         return kernel(
-            template, inputs, layouts, lambda _: {"WIDTH": width}, tma_store=kernel.by_descriptor
+            template, inputs, layouts, lambda _: {"WIDTH": width}, tma_store=stores_by_descriptor
         )
 
 

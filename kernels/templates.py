@@ -16,6 +16,9 @@ Names in the templates:
 - PARTS: tiles of BLOCK_V columns whose statistics are stored as one; EVEN_V: whether no tile
   reaches beyond the last column
 - GROUP: tiles of rows that share what they read of the weight; PROGRAMS: see `grid`
+
+The loops over tiles have one stage: only the loop over H is pipelined. Triton would pipeline a loop
+over tiles where H is one step, and fails to (3.6, with a store through a descriptor).
 """
 
 from __future__ import annotations
@@ -239,14 +242,18 @@ class _StatisticsLines:
 
 @functools.cache
 def gradient_template(
-    program: Program, has_bias: bool, by_descriptor: bool, weight_is_block: bool
+    program: Program,
+    has_bias: bool,
+    by_descriptor: bool,
+    stores_by_descriptor: bool,
+    weight_is_block: bool,
 ) -> Template:
     """For `logit_gradient`; the argument START holds the first column.
 
     Args:
         program: one that ends in blocks.
-        has_bias, by_descriptor: as for `statistics_template`. With descriptors the first block is
-            written through one, too.
+        has_bias, by_descriptor: as for `statistics_template`.
+        stores_by_descriptor: whether the first block is written through one.
         weight_is_block: whether the weight's first row is that of START.
     """
     lines = _logits(by_descriptor, *(("local", "WIDTH") if weight_is_block else ("columns", "V")))
@@ -273,7 +280,7 @@ def gradient_template(
         ]
     else:
         lines += _value(program, x, "block", 2)
-    if by_descriptor:
+    if stores_by_descriptor:
         lines.append(
             '{{store_output(("row_tile * BLOCK_M", "column_tile * BLOCK_V"), "block", '
             'indent_width=8, val_shape=("BLOCK_M", "BLOCK_V"), block_indexing=True)}}'
@@ -309,12 +316,14 @@ import {package}.device as device
     column_tiles = tl.cdiv(V, BLOCK_V)
     tiles_of_statistics = tl.cdiv(column_tiles, PARTS)
 {prologue}
-    for tile in tl.range(tl.program_id(0), row_tiles * tiles_of_statistics, tl.num_programs(0)):
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * tiles_of_statistics, tl.num_programs(0), num_stages=1
+    ):
         row_tile, tile_of_statistics = device.grouped(tile, row_tiles, tiles_of_statistics, GROUP)
         rows = row_tile.to(INDEX_DTYPE) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_inside = rows < M
 {before}
-        for part in range(0, {parts}):
+        for part in tl.range(0, {parts}, num_stages=1):
             first_column = (tile_of_statistics * PARTS + part) * BLOCK_V
             columns = first_column + tl.arange(0, BLOCK_V)
             inside = columns < V
@@ -332,14 +341,17 @@ import {package}.device as device
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(WIDTH, BLOCK_V)
 {prologue}
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), num_stages=1
+    ):
         row_tile, column_tile = device.grouped(tile, row_tiles, column_tiles, GROUP)
         rows = row_tile.to(INDEX_DTYPE) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_inside = rows < M
         local = column_tile * BLOCK_V + tl.arange(0, BLOCK_V)
         inside = local < WIDTH
         block_inside = row_inside[:, None] & inside[None, :]
-        # Of a block of one entry Inductor drops the mask: what is beyond it must be the same.
+        # Inductor leaves out the mask of a store to a block of one entry. All entries of the tile
+        # then write there, so that all of them have to compute that entry.
         local = tl.where(inside, local, 0)
         first_column = start + column_tile * BLOCK_V
         columns = start + local

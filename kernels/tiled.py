@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import TILE, Gradients, Head, Wanted
-from .gradient import gradient_program
+from .gradient import UntiledError, gradient_program
 from .program import INDEXED, Name, Program, Reduction, position
 from .reductions import NOWHERE, cotangents, index_of, is_valid_index
 from .tile_ops import (
@@ -37,7 +37,7 @@ INDEX_LIMIT = 16
 """The largest number of indices a row: each is compared with every column."""
 
 UNSEEN_ROWS = 8192
-"""What a number of rows that depends on data is taken for."""
+"""What a number of rows that is a symbol is taken for, if no larger one was seen."""
 
 MIN_BLOCK = 8192
 """Columns of a block of gradients at least. The float32 sum of the input's gradient is read and
@@ -190,6 +190,8 @@ def reduce_backward(
     by_value = cotangents(program, list(grads), list(results), by_text, head.logit_dtype)
     names = {at: name for name, at in program.operands.items()}
     wanted_operands = [names[at] for at, asked in enumerate(wanted.operands) if asked]
+    if any(name[0] == "b" for name in wanted_operands):
+        raise UntiledError("it is as large as the logits")
     gradient, operands = gradient_program(
         program, _here(head.operands, input), by_value, wanted_operands, _kept(head, indices)
     )
@@ -259,11 +261,11 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return add_product(None, a, b).to(dtype)
 
 
-def _seen(rows: Any) -> int:
-    """The number of rows; of one that is a symbol, the number that was seen, or `UNSEEN_ROWS`."""
+def _expected(rows: Any) -> int:
+    """How many rows a block of gradients has to be narrow enough for."""
     if isinstance(rows, int):
         return rows
-    return int(rows.node.hint) if rows.node.has_hint() else UNSEEN_ROWS
+    return max(UNSEEN_ROWS, int(rows.node.hint) if rows.node.has_hint() else 0)
 
 
 def _statistics_width(rows: Any, vocabulary: int) -> int:
@@ -279,7 +281,7 @@ def _statistics_width(rows: Any, vocabulary: int) -> int:
 def _block_width(rows: Any, vocabulary: int, head: Head, blocks: int) -> int:
     """Columns of a block of gradients that the workspace holds, `MIN_BLOCK` or more."""
     row_bytes = head.compute_dtype.itemsize + torch.float32.itemsize * (blocks - 1)
-    width = head.workspace_bytes // max(1, row_bytes * (_seen(rows) or 1))
+    width = head.workspace_bytes // max(1, row_bytes * (_expected(rows) or 1))
     return min(vocabulary, max(MIN_BLOCK, width // TILE * TILE))
 
 

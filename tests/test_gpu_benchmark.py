@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +86,17 @@ def test_what_has_no_time_is_dropped(tmp_path):
     statuses = [part["status"] for part in results["parts"]]
     assert statuses[-1] == "was dropped: no time was left"
     assert statuses[-1] in printed
+
+
+def test_an_installed_package_is_measured_if_asked_for(tmp_path):
+    """With its folders as a wheel has them."""
+    package = tmp_path / "cce_inductor"
+    for folder in ("kernels", "patterns"):
+        shutil.copytree(BENCHMARKS.parent / folder, package / folder)
+    shutil.copytree(BENCHMARKS.parent / "cce_inductor", package, dirs_exist_ok=True)
+    results, *_ = run(tmp_path, "--minutes", "0.3", "--output", "results", "--installed")
+    imported = by_name(results, "versions")["environment"]["cce_inductor"]
+    assert Path(imported).parent == package
 
 
 def says(line, then="pass"):

@@ -25,7 +25,10 @@ def run(results: Results) -> None:
     reading, writing = os.pipe()
     processes = []
     for number in range(PROCESSES):
-        environment = os.environ | {"DEALT": f"{number}/{PROCESSES}/{writing}"}
+        environment = os.environ | {
+            "DEALT": f"{number}/{PROCESSES}/{writing}",
+            "TORCHINDUCTOR_COMPILE_THREADS": "2",  # a process
+        }
         processes.append(
             subprocess.Popen(command(), cwd=ROOT, env=environment, pass_fds=[writing], stdout=2)
         )

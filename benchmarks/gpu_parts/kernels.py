@@ -1,6 +1,6 @@
 """Times of this package's kernels, alone, in two cases.
 
-- ``assertion``: the statistics kernel with and without an assertion in its loop over tiles. With
+- ``assertion``: the statistics kernel as it is and with an assertion in its loop over tiles. With
   one the compiler may serialize the products of a Hopper device; this says what it costs.
 - ``candidates``: both kernels in every configuration that autotuning would try, the defaults
   first, beside the library's product and Triton's own persistent one.
@@ -27,7 +27,6 @@ BLOCK_WIDTH = 8192
 TRITON_PRODUCT = "Triton's persistent product"
 ASSERTION_VARIANTS = {
     "statistics, as it is": None,
-    "statistics, without assertions": templates.without_assertions,
     "statistics, with an assertion": templates.with_an_assertion,
 }
 CONFIGURATIONS = "statistics and gradient in their configurations"

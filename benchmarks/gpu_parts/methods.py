@@ -6,6 +6,7 @@ raises ImportError, which becomes its reason.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -26,12 +27,29 @@ def compiled(problem: Problem) -> Loss:
     return torch.compile(problem.loss)
 
 
+class FellBackError(Exception):
+    """The loss was computed, but not by what is measured here."""
+
+
+class Warnings(logging.Handler):
+    """What the package warns of while it compiles: that a kernel is replaced by slower code."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
     def method(problem: Problem) -> Loss:
         import cce_inductor
         from cce_inductor import backends
 
         cce_inductor.clear_reports()
+        warnings = Warnings()
+        logging.getLogger("cce_inductor").addHandler(warnings)
         options = {
             "min_logits_bytes": 0,
             "on_error": "raise",
@@ -39,17 +57,15 @@ def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
         }
         # By its name the backend is found only where the package is installed.
         function = torch.compile(problem.loss, backend=backends.cce_inductor, options=options)
-        checked = False
 
         def loss(*inputs: Tensor) -> Tensor:
-            nonlocal checked
             result = function(*inputs)
-            if not checked:
-                reports = cce_inductor.reports()
-                if not any(report.rewritten for report in reports):
-                    why = "; ".join(str(report.reason) for report in reports)
-                    raise RuntimeError(f"the loss was left alone: {why or 'it was not found'}")
-                checked = True
+            reports = cce_inductor.reports()
+            if not any(report.rewritten for report in reports):
+                why = "; ".join(str(report.reason) for report in reports)
+                raise FellBackError(f"the loss was left alone: {why or 'it was not found'}")
+            if warnings.said:  # of the forward, or of the backward of the step before
+                raise FellBackError("; ".join(warnings.said))
             return result
 
         return loss

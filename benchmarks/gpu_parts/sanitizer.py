@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from .results import NEEDS_CUDA, Fields, Results, arguments
+from .results import NEEDS_CUDA, Fields, arguments
 
 TOOLS = ("memcheck", "racecheck")
 NAME = "compute-sanitizer"
+UNWATCHED = "the loss by itself"
 FOUND_ERRORS = 99
 
 
@@ -20,13 +22,13 @@ def find() -> str | None:
     return shutil.which(NAME) or (str(usual) if usual.exists() else None)
 
 
-def watch(sanitizer: str, tool: str, seconds: float) -> Fields:
-    command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS)]
+def run(watcher: Sequence[str], seconds: float) -> Fields:
+    """The loss, watched by a command or, with an empty one, by none."""
     program = [sys.executable, "-P", "-m", "gpu_parts.one_loss"]
     # The compiler's own processes are not to be watched.
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     ran = subprocess.run(
-        [*command, *program],
+        [*watcher, *program],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,18 +46,17 @@ def watch(sanitizer: str, tool: str, seconds: float) -> Fields:
 def main() -> None:
     device, results, _ = arguments()
     sanitizer = find()
-    results.plan(*TOOLS)
+    if device.type != "cuda" or sanitizer is None:
+        for tool in TOOLS:
+            why = NEEDS_CUDA if device.type != "cuda" else f"there is no {NAME}"
+            results.reason(tool, why)
+        return
+    results.plan(UNWATCHED, *TOOLS)
+    # It compiles the kernels, which takes long where a tool watches.
+    results.attempt(UNWATCHED, lambda: run([], results.left()))
     for tool in TOOLS:
-        if device.type != "cuda":
-            results.reason(tool, NEEDS_CUDA)
-        elif sanitizer is None:
-            results.reason(tool, f"there is no {NAME}")
-        else:
-            attempt(results, sanitizer, tool)
-
-
-def attempt(results: Results, sanitizer: str, tool: str) -> None:
-    results.attempt(tool, lambda: watch(sanitizer, tool, results.left()))
+        watcher = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS)]
+        results.attempt(tool, lambda watcher=watcher: run(watcher, results.left()))
 
 
 if __name__ == "__main__":

@@ -207,14 +207,9 @@ ASSERTION = "tl.device_assert("
 ANCHOR = "row_inside = "
 
 
-def without_assertions(source: str) -> str:
-    lines = source.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.lstrip().startswith(ASSERTION))
-
-
 def with_an_assertion(source: str) -> str:
     """One in the loop over tiles, of values that are read there: any other is compiled away."""
-    lines = without_assertions(source).splitlines(keepends=True)
+    lines = source.splitlines(keepends=True)
     places = [at for at, line in enumerate(lines) if line.lstrip().startswith(ANCHOR)]
     if not places:
         raise LookupError(f"the template has no line that begins with {ANCHOR!r}")

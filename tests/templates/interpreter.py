@@ -3,7 +3,8 @@
 As it comes (3.6, 3.7) it keeps bfloat16 as bit patterns in uint16: products, sums and comparisons
 work on the bits, conversions from float32 cut instead of rounding, and constants fail. The
 functions of `libdevice` return None, a fused multiply-add rounds twice, and assertions are left
-out, though Inductor compiles with them. `install` replaces these, in this process; the environment must have TRITON_INTERPRET=1 before Triton is imported.
+out, though Inductor compiles with them. `install` replaces these, in this process; the environment
+must have TRITON_INTERPRET=1 before Triton is imported.
 """
 
 from __future__ import annotations

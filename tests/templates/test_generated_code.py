@@ -11,6 +11,7 @@ import pytest
 import torch
 from ahead_of_time import compile_templates, templates_in
 from cce_inductor.kernels import lowering, tiled
+from cce_inductor.kernels.program import Program
 from expecttest import assert_expected_inline
 from fake_cuda import PROCESSORS, SHARED_MEMORY, output_code
 from resources import DTYPES, KINDS, PROGRAMS, compiled, every_config, gradient, statistics
@@ -210,6 +211,86 @@ def operator(kind, shapes, weight=F32, compute=BF16, workspace_bytes=2**20, bias
     if kind == "statistics":
         return forward, inputs
     return backward, [*[((rows,), torch.float64)] * 4, *inputs]
+
+
+SHAPES = {
+    "one step over the hidden size": (129, 64, 257),
+    "less than a step": (70, 40, 300),
+    "few rows": (2, 8, 128),
+    "one row": (1, 256, 128),
+    "one row of a large vocabulary": (1, 64, 50257),
+    "a block of one column": (64, 256, 3 * 8192 + 1),
+    "an odd vocabulary": (8192, 4096, 50257),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name, kind, caplog):
+    rows, hidden, vocabulary = SHAPES[name]
+    workspace_bytes = 8192 * 2 * rows
+    shapes = (rows, hidden, vocabulary)
+    code = output_code(*operator(kind, shapes, BF16, workspace_bytes=workspace_bytes))
+    assert "has no kernel here" not in caplog.text
+    found = compile_templates(code, 90).values()
+    assert found
+    for kernel in found:
+        assert kernel.diagnostics == ()
+        assert kernel.spilled == 0
+        # Of a row alone Inductor drops masks, beyond which a descriptor reads zeros.
+        assert kernel.tma_loads == (rows > 1)
+    if kind == "gradient" and rows > 1:
+        is_narrow = name == "a block of one column"
+        assert [kernel.tma_stores for kernel in found] == [True] * (len(found) - is_narrow) + (
+            [False] * is_narrow
+        )
+
+
+OTHER_PROGRAMS = {
+    "label smoothing": ("logsumexp(z); target(z, r0, -100); sum(z)", False),
+    "z-loss and argmax": ("logsumexp(z); target(z, r0, -100); max(z)", False),
+    "a learned scale a column": (
+        "t0 = mul.Tensor(z, c1); logsumexp(t0); target(t0, r0, -100)",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OTHER_PROGRAMS)
+def test_other_programs_do_not_spill(name, kind):
+    text, wants_scale = OTHER_PROGRAMS[name]
+    outputs = Program.parse(text).outputs
+    constants = (text, True, BF16, 2**30)
+
+    def forward(input, weight, target, scale):
+        operands = [target, scale]
+        found = torch.ops.cce_inductor.reduce_rows(input, weight, None, operands, *constants)
+        return found[:-1]
+
+    def backward(grad, lse, input, weight, target, scale):
+        results, grads = [], []
+        for _, reduction in outputs:
+            results += [lse, target][: reduction.outputs]
+            grads += [grad, None][: reduction.outputs]
+        return torch.ops.cce_inductor.reduce_rows_backward(
+            [*grads, None],
+            [*results, lse.unsqueeze(1)],
+            input,
+            weight,
+            None,
+            [target, scale],
+            *constants,
+            [True, True, False, False, wants_scale],
+        )
+
+    inputs = [((8192, 4096), BF16), ((32768, 4096), BF16), ((8192,), torch.int64), ((32768,), BF16)]
+    function = forward
+    if kind == "gradient":
+        function, inputs = backward, [*[((8192,), torch.float64)] * 2, *inputs]
+    found = compile_templates(output_code(function, inputs), 90).values()
+    assert found
+    assert all(kernel.spilled == 0 and kernel.diagnostics == () for kernel in found)
 
 
 def test_weight_of_another_dtype_in_the_forward():

@@ -375,11 +375,29 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+BY_DESCRIPTOR = {
+    "a descriptor reads the rows of another tile": (
+        "inputs, weights, row_tile * BLOCK_M,",
+        "inputs, weights, row_tile * 0,",
+    ),
+    "a descriptor reads the first columns": (
+        "row_tile * BLOCK_M, first_column, H",
+        "row_tile * BLOCK_M, first_column * 0, H",
+    ),
+    "a descriptor stores to the first columns": (
+        '"column_tile * BLOCK_V"), "block"',
+        '"column_tile * 0"), "block"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*MUTATIONS, *BY_DESCRIPTOR])
 @pytest.mark.usefixtures("narrow_blocks")
-def test_a_broken_kernel_is_caught(name, monkeypatch):
+def test_a_broken_kernel_is_caught(name, monkeypatch, request):
     """What the tests above assert fails for each of these."""
-    old, new = MUTATIONS[name]
+    if name in BY_DESCRIPTOR:
+        request.getfixturevalue("by_descriptor")
+    old, new = (MUTATIONS | BY_DESCRIPTOR)[name]
     changed = []
 
     @functools.cache
