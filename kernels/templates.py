@@ -6,8 +6,9 @@ statistics of `tile_ops.tile_statistics`, or the blocks of `tile_ops.logit_gradi
 depends on the program's reductions only, and calls the functions of `device`.
 
 What is done to a tile after its product is time that the tensor cores wait, so it is as little as
-can be: exponentials are in base 2 (see `base2`), what concerns single columns is skipped in tiles
-that have none of them, and nothing may assert or call a function.
+can be: exponentials are in base 2 (see `base2`), and what concerns single columns is skipped in
+tiles that have none of them. Nothing may assert or call a function that is not inlined: the
+assembler would wait after every product (its remark C7510).
 
 Names in the templates:
 
