@@ -61,8 +61,8 @@ SHARED_MEMORY_OF_SYSTEM = 1024
 REGISTERS_BESIDE_SUMS = 56
 """Of a thread, at least: what the leanest kernels need (docs/kernels.md)."""
 
+_FIRST_WIDE = {"statistics": (64, 128, 32, 8, 2), "gradient": (64, 128, 32, 4, 3)}
 _WIDE = [  # float32
-    (64, 128, 32, 4, 3),
     (64, 128, 32, 8, 3),
     (128, 128, 32, 8, 2),
     (32, 128, 32, 4, 4),
@@ -79,20 +79,20 @@ _BY_DESCRIPTOR = [
     (128, 128, 64, 8, 4),
     (64, 128, 64, 4, 4),
 ]
-_SEVERAL_BLOCKS = {False: (64, 128, 32, 8, 3), True: (64, 128, 64, 8, 4)}
-"""For a gradient that writes more than that of the logit, by pointer and by descriptor: what leaves
-the most registers."""
+_LEANEST = {False: (64, 128, 32, 8, 3), True: (64, 128, 64, 8, 4)}
+"""By pointer and by descriptor, for a gradient that needs the most registers: one that writes more
+than that of the logit or, beyond Hopper, has many steps."""
+
+_FEW_STEPS = {"statistics": 0, "gradient": 8}
+"""Steps of a program that leave registers: a cross-entropy's, of the logits as they are. Of more, a
+value a column alone may take all of them."""
 
 _ON_HOPPER = [
     (128, 256, 64, 8, 3),
     (256, 128, 64, 8, 3),
     (128, 128, 64, 4, 3),
 ]
-"""Tiles that read the least, and leave the fewest registers."""
-
-_STEPS_ON_HOPPER = {"statistics": 0, "gradient": 8}
-"""Steps of a program that those leave registers for: a cross-entropy's, of the logits as they are.
-Of more, a value a column alone may take all of them."""
+"""For few steps: tiles that read the least, and leave the fewest registers."""
 
 
 def configs(
@@ -109,23 +109,21 @@ def configs(
         results: how many values of each logit are reduced or written.
     """
     if dtype == torch.float32:
-        sizes = _WIDE
+        sizes = [_FIRST_WIDE[kind], *_WIDE]
     else:
         sizes = _BY_DESCRIPTOR if by_descriptor else _BY_POINTER
-        if kind == "gradient" and results > 1:
-            first = _SEVERAL_BLOCKS[by_descriptor]
+        capability = torch.cuda.get_device_capability(device)[0] if by_descriptor else 0
+        few_steps = steps <= _FEW_STEPS[kind]
+        if kind == "gradient" and (results > 1 or (capability > 9 and not few_steps)):
+            first = _LEANEST[by_descriptor]
             sizes = [first, *(size for size in sizes if size != first)]
-        elif by_descriptor and _is_hopper(device) and steps <= _STEPS_ON_HOPPER[kind]:
+        elif by_descriptor and capability == 9 and few_steps:
             sizes = [*_ON_HOPPER, *sizes]
     return [
         Config(*size, group, _programs(*size, device) if by_descriptor else 0)
         for size in sizes
         for group in (8, 16)
     ]
-
-
-def _is_hopper(device: Any) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _programs(
