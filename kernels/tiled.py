@@ -237,9 +237,9 @@ def reduce_backward(
             before.append(sums[name][-1])
 
     found: list[Tensor | None] = [None] * len(head.operands)
-    for name, blocks in sums.items():
+    for name, of_blocks in sums.items():
         operand = head.operands[position(name)]
-        total = torch.cat(blocks) if name[0] == "c" else torch.stack(blocks).sum(0)
+        total = torch.cat(of_blocks) if name[0] == "c" else torch.stack(of_blocks).sum(0)
         found[position(name)] = total.to(operand.dtype)
     bias = head.linear_bias
     return Gradients(

@@ -1,5 +1,7 @@
 """The compiled templates on a device: numbers, determinism, and nothing that waits for the host."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ def installed():
 
 
 def loss(input, weight, target):
-    return F.cross_entropy(F.linear(input, weight).float(), target)
+    logits = F.linear(input, weight)
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target)
 
 
 def problem(rows, vocabulary, hidden, dtype=torch.bfloat16, ignored=True):
@@ -41,26 +44,63 @@ def problem(rows, vocabulary, hidden, dtype=torch.bfloat16, ignored=True):
     return input, weight, target
 
 
-def in_float64(input, weight, target):
-    wide = [t.detach().double().requires_grad_() for t in (input, weight)]
-    result = F.cross_entropy(wide[0] @ wide[1].t(), target)
-    return result, *torch.autograd.grad(result, wide)
+def assert_no_less_accurate(fn, input, weight, target):
+    """Than eager code, with slack for chance; and by the templates."""
+    result, (code, *_) = run_and_get_code(torch.compile(fn), input, weight, target)
+    gradients = torch.autograd.grad(result, (input, weight))
+    assert "triton_tem_" in code
+    wide = [tensor.detach().double().requires_grad_() for tensor in (input, weight)]
+    exact = fn(*wide, target)
+    eager = fn(input, weight, target)
+    for ours, their, reference in zip(
+        (result, *gradients),
+        (eager, *torch.autograd.grad(eager, (input, weight))),
+        (exact, *torch.autograd.grad(exact, wide)),
+        strict=True,
+    ):
+        allowed = 1.25 * relative_error(their, reference) + torch.finfo(ours.dtype).eps
+        assert relative_error(ours, reference) <= allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_numbers(shape, dtype):
-    input, weight, target = problem(*shape, dtype)
+    assert_no_less_accurate(loss, *problem(*shape, dtype))
+
+
+def test_float32_weights_under_autocast():
+    def in_bfloat16(input, weight, target):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=input.dtype == torch.float32):
+            return loss(input, weight, target)
+
+    assert_no_less_accurate(in_bfloat16, *problem(512, 20003, 256, torch.float32))
+
+
+@pytest.mark.parametrize("offset", [4, 8])
+def test_views_that_begin_anywhere(offset):
+    """At 8 and at 16 bytes."""
+
+    def of_views(input, weight, target):
+        return loss(input[:, offset:-offset], weight[:, offset:-offset], target)
+
+    assert_no_less_accurate(of_views, *problem(512, 5003, 256 + 2 * offset))
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_a_last_block_that_is_narrow(width):
+    assert_no_less_accurate(loss, *problem(512, 16384 + width, 64))
+
+
+def test_a_step_in_another_thread():
+    """Whose first launches were in this one."""
+    inputs = problem(512, 5003, 256)
     compiled = torch.compile(loss)
-    result, (code, *_) = run_and_get_code(compiled, input, weight, target)
-    gradients = torch.autograd.grad(result, (input, weight))
-    assert "triton_tem_" in code
-    exact = in_float64(input, weight, target)
-    eager = loss(input, weight, target)
-    theirs = (eager, *torch.autograd.grad(eager, (input, weight)))
-    for ours, their, reference in zip((result, *gradients), theirs, exact, strict=True):
-        allowed = 1.25 * relative_error(their, reference) + torch.finfo(ours.dtype).eps
-        assert relative_error(ours, reference) <= allowed
+    compiled(*inputs).backward()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(compiled(*inputs)))
+    thread.start()
+    thread.join()
+    found[0].backward()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -64,7 +64,7 @@ def test_configurations(capability, dtype, program, kind):
         found = compiled(kind, program, dtype, capability, config)
         assert found.diagnostics == ()
         assert found.shared <= SHARED_MEMORY[capability]
-        # Triton 3.6 spills some in float32 for a device that has no such units to speak of.
+        # Triton 3.6 spills 88 bytes in one float32 kernel for sm_100.
         allowed = 100 if (capability, dtype) == (100, F32) else 0
         assert found.spilled <= allowed or number > 0
         assert found.tma_loads == (half and capability >= 90)
