@@ -54,7 +54,7 @@ ROOT = FOLDER.parent
 LEAST_SECONDS = 5.0
 """A part that would have less is dropped."""
 
-LEAST_SHARE_SECONDS = 20.0
+LEAST_SHARE_SECONDS = 30.0
 """What a part may take however small its share is: it imports and compiles."""
 
 END_SECONDS = 1.5
