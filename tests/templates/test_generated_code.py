@@ -343,6 +343,17 @@ extern_kernels.mm_dtype(reinterpret_tensor(buffer19, (3616, 8192), (1, 3616), 0)
         assert source.count("tl.make_tensor_descriptor(") == 3
 
 
+def test_blocks_are_computed_one_after_the_other():
+    """Left alone, the scheduler casts all blocks of the weight first."""
+    code = output_code(*operator("gradient", (8192, 4096, 50257)))
+    kinds = re.findall(r"\b(weight_block|triton_tem|add_product_?\.|mm_dtype)", calls(code))
+    blocks = [kinds[at : at + 4] for at in range(0, len(kinds), 4)]
+    assert len(blocks) == 7
+    for cast, gradient, *products in blocks:
+        assert (cast, gradient) == ("weight_block", "triton_tem")
+        assert sorted(product.rstrip("_.") for product in products) == ["add_product", "mm_dtype"]
+
+
 @pytest.mark.parametrize(("offset", "aligned"), [(4, False), (8, True)])
 @pytest.mark.parametrize("of", ["input", "weight"])
 def test_a_view_has_a_descriptor_only_where_it_is_aligned(of, offset, aligned):
