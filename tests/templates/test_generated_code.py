@@ -343,15 +343,20 @@ extern_kernels.mm_dtype(reinterpret_tensor(buffer19, (3616, 8192), (1, 3616), 0)
         assert source.count("tl.make_tensor_descriptor(") == 3
 
 
-def test_blocks_are_computed_one_after_the_other():
-    """Left alone, the scheduler casts all blocks of the weight first."""
-    code = output_code(*operator("gradient", (8192, 4096, 50257)))
-    kinds = re.findall(r"\b(weight_block|triton_tem|add_product_?\.|mm_dtype)", calls(code))
-    blocks = [kinds[at : at + 4] for at in range(0, len(kinds), 4)]
-    assert len(blocks) == 7
-    for cast, gradient, *products in blocks:
-        assert (cast, gradient) == ("weight_block", "triton_tem")
-        assert sorted(product.rstrip("_.") for product in products) == ["add_product", "mm_dtype"]
+@pytest.mark.parametrize(("rows", "vocabulary"), [(512, 20000), (8192, 50257)])
+@pytest.mark.parametrize("weight", [BF16, F32])
+def test_blocks_are_computed_one_after_the_other(weight, rows, vocabulary):
+    """Left alone, the scheduler computes several at a time, with all of their memory."""
+    code = output_code(*operator("gradient", (rows, 4096, vocabulary), weight, bias=True))
+    steps = r"weight_block|triton_tem|add_product|mm_dtype|kernels\.mm\("
+    kinds = re.findall(steps, calls(code))
+    first = ["weight_block", "triton_tem"] if weight == F32 else ["triton_tem"]
+    count = len(first) + 2
+    blocks = [kinds[at : at + count] for at in range(0, len(kinds), count)]
+    assert len(blocks) == -(-vocabulary // 8192)
+    for block in blocks:
+        assert block[: len(first)] == first
+        assert "add_product" in block
 
 
 @pytest.mark.parametrize(("offset", "aligned"), [(4, False), (8, True)])
