@@ -7,6 +7,9 @@ See `install`, `explain`, `reports` and `linear_cross_entropy`.
 """
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +24,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# In a clone the folders of `cce_inductor.kernels` and `cce_inductor.patterns` lie beside this one.
-_folder = Path(__file__).parent
-if not (_folder / "kernels").is_dir():
-    __path__.append(str(_folder.parent))
+
+class _BesideThisFolder:
+    """Finds `cce_inductor.kernels` and `cce_inductor.patterns` in a clone, where their folders lie
+    beside this one. (To add the clone to ``__path__`` would make this package its own child.)"""
+
+    root = Path(__file__).parents[1]
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, folder = name.rpartition(".")
+        if package != __name__ or folder not in ("kernels", "patterns"):
+            return None
+        return spec_from_file_location(name, cls.root / folder / "__init__.py")
+
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    sys.meta_path.append(_BesideThisFolder)
 
 # Imported on first use: the compiler's modules take a second that `import torch` does not.
 _HOME = {

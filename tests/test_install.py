@@ -251,7 +251,8 @@ def test_an_error_while_building_takes_the_new_nodes_out(monkeypatch):
 def test_import_from_a_clone_that_is_not_installed(tmp_path):
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
-        "import cce_inductor.kernels.tiled, cce_inductor.patterns as patterns\n"
+        "import cce_inductor.kernels.tiled, cce_inductor.patterns as patterns, pkgutil\n"
+        "assert 'cce_inductor' not in [m.name for m in pkgutil.iter_modules(cce_inductor.__path__)]\n"
         "print(patterns.__file__)"
     )
     root = Path(__file__).parents[1]
