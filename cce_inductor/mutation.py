@@ -1,41 +1,26 @@
-"""Which tensors a graph node changes in place.
+"""Which tensors a graph node changes in place, found by running it on fake tensors.
 
-The graph before autograd is not functional: `add_`, `+=`, `x[i] = v` and ``out=`` change tensors
-that other nodes hold. Moving a read past such a node would change what it reads.
+The graph before autograd is not functional: `add_`, `+=`, `x[i] = v`, ``out=`` and the running
+statistics of a batch norm change tensors that other nodes hold. Moving a read past such a node
+would change what it reads. No list of names says which nodes do that. A node's call runs once more
+on fake tensors, and the schemas of the ATen operators that really run say what they write.
 """
 
 from __future__ import annotations
 
-import inspect
-import operator
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .patterns import example
-
-IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in [
-        "iadd",
-        "iand",
-        "iconcat",
-        "ifloordiv",
-        "ilshift",
-        "imatmul",
-        "imod",
-        "imul",
-        "ior",
-        "ipow",
-        "irshift",
-        "isub",
-        "itruediv",
-        "ixor",
-        "setitem",
-    ]
-)
 
 UNKNOWN = object()
 """Stands for a storage that may be any."""
@@ -46,9 +31,14 @@ def storage_of(node: Node) -> object:
     return storage_key(example(node))
 
 
+def storages_of(node: Node) -> set[object]:
+    """The storages of all tensors in what the node returns."""
+    return {storage_key(leaf) for leaf in _tensors(example(node))}
+
+
 def storage_key(value: object) -> object:
-    """The same for an example value."""
-    if not isinstance(value, torch.Tensor):
+    """The same as `storage_of` for an example value."""
+    if not isinstance(value, Tensor):
         return UNKNOWN
     try:
         return value.untyped_storage()._cdata
@@ -56,76 +46,162 @@ def storage_key(value: object) -> object:
         return UNKNOWN
 
 
-def mutated_storages(node: Node) -> Iterator[object]:
-    """The storages that the node changes in place; none for almost every node."""
-    for argument in _mutated_arguments(node):
-        yield storage_of(argument)
+def mutated_storages(node: Node) -> frozenset[object]:
+    """The storages that the node changes in place; none for almost every node.
+
+    A node whose call cannot be run is taken to change every tensor that it is given.
+    """
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return frozenset()
+    arguments = torch.fx.map_arg((node.args, dict(node.kwargs)), example)
+    tensors = _tensors(arguments)
+    if not tensors:
+        return frozenset()
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        return _mutated_by_subgraphs(node, tensors)
+    kind = _kind(node, arguments)
+    if kind not in _observed:
+        if len(_observed) >= _MOST_KINDS:
+            _observed.clear()
+        _observed[kind] = _mutated_positions(_function(node), arguments)
+    positions = _observed[kind]
+    return frozenset(storage_key(tensors[at]) for at in positions)
 
 
-def _mutated_arguments(node: Node) -> Iterator[Node]:
-    if node.op == "call_method" and _named_in_place(str(node.target)):
-        yield from _nodes(node.args[:1])
-    elif node.op == "call_function":
-        target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
-            if _subgraph_mutates(node) or "mutation" in target.name():
-                yield from node.all_input_nodes
-        elif isinstance(target, torch._ops.OpOverload):
-            if target._schema.is_mutable:
-                yield from node.all_input_nodes
-        elif (
-            target in IN_PLACE_OPERATORS
-            or _is_inplace(node)
-            or _named_in_place(getattr(target, "__name__", ""))
-        ):
-            yield from _nodes(node.args[:1])
-        if "out" in node.kwargs:
-            yield from _nodes((node.kwargs["out"],))
+_observed: dict[object, frozenset[int]] = {}
+"""For each kind of call the positions of the tensors that it changes, among all its tensors."""
+
+_MOST_KINDS = 4096
 
 
-def _named_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _is_inplace(node: Node) -> bool:
-    """Whether ``inplace=True`` is among the arguments, by name or by position."""
-    if node.kwargs.get("inplace") is True:
-        return True
-    if len(node.args) < 2 or not any(argument is True for argument in node.args[1:]):
+def _kind(node: Node, arguments: Any) -> object:
+    """What decides which tensors a call writes: the function, the constants among its arguments,
+    and of a tensor everything but its sizes and numbers."""
+
+    def kind_of(leaf: Any) -> str:
+        if isinstance(leaf, Tensor):
+            return f"{type(leaf).__name__} {leaf.dtype} {leaf.device.type} {leaf.dim()}"
+        return type(leaf).__name__ if isinstance(leaf, _SYMBOLS) else repr(leaf)
+
+    leaves, structure = torch.utils._pytree.tree_flatten(arguments)
+    return (node.op, node.target, structure, tuple(map(kind_of, leaves)))
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _function(node: Node) -> Callable[..., Any]:
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+    assert callable(node.target)
+    return node.target
+
+
+def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozenset[int]:
+    """Which of the tensors among the arguments, counted from 0, a function changes."""
+    tensors = _tensors(arguments)
+    fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
+    mode = FakeTensorMode() if fake is None else fake.fake_mode
+    writes = _Writes()
+    with contextlib.ExitStack() as stack:
+        if mode.shape_env is not None:  # what depends on data makes new symbols, of no use here
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(mode)
+        try:
+            # What the call does to a tensor's shape must not reach the graph's own examples.
+            aliases: dict[int, Tensor] = {id(tensor): _alias(tensor) for tensor in tensors}
+            args, kwargs = tree_map_only(Tensor, lambda t: aliases[id(t)], arguments)
+            with writes:
+                function(*args, **kwargs)
+        except Exception:  # of any kind: the call cannot be asked what it writes
+            return frozenset(range(len(tensors)))
+    return frozenset(at for at, tensor in enumerate(tensors) if writes.reach(aliases[id(tensor)]))
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another fake tensor with the same storage; one of its own for a tensor that is not fake."""
+    if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor):
+        return tensor.detach()
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+
+
+class _Writes(TorchDispatchMode):
+    """Records the tensors that operators change while it is in force."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed: list[Tensor] = []
+
+    def reach(self, tensor: Tensor) -> bool:
+        """Whether the tensor, or anything that may share its memory, was changed."""
+        storage = _plain_storage(tensor)
+        for changed in self._changed:
+            changed_storage = _plain_storage(changed)
+            if changed is tensor or UNKNOWN in (storage, changed_storage):
+                return True
+            if changed_storage == storage:
+                return True
         return False
-    try:
-        signature = inspect.signature(node.target)
-        return signature.bind(*node.args, **node.kwargs).arguments.get("inplace") is True
-    except (TypeError, ValueError):  # a builtin without signature
-        return False
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._changed += _written_arguments(func, args, kwargs)
+        return func(*args, **kwargs)
 
 
-def _subgraph_mutates(node: Node) -> bool:
+def _plain_storage(tensor: Tensor) -> object:
+    """Its storage; `UNKNOWN` for a wrapper, whose memory is that of the tensors inside."""
+    return UNKNOWN if is_traceable_wrapper_subclass(tensor) else storage_key(tensor)
+
+
+def _written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
+    """The arguments that an operator writes, as its schema says."""
+    schema = func._schema
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
+    named.update(kwargs)
+    written = [
+        named.get(argument.name)
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if not schema.is_mutable and named.get("training", named.get("train", False)):
+        # The older batch norms write these in training, and their schemas do not say so.
+        written += [named.get("running_mean"), named.get("running_var")]
+    return _tensors(written)
+
+
+def _mutated_by_subgraphs(node: Node, tensors: list[Tensor]) -> frozenset[object]:
+    """What a call of other graphs changes of its own arguments: what they write of what they are
+    given. A call whose graphs are not to be seen may change all of them."""
+    given = frozenset(map(storage_key, tensors))
     module = node.graph.owning_module
-    for argument in node.all_input_nodes:
-        if argument.op != "get_attr" or module is None:
-            continue
-        subgraph = getattr(module, str(argument.target), None)
-        if isinstance(subgraph, GraphModule) and any(
-            True for inner in subgraph.graph.nodes for _ in _mutated_arguments(inner)
-        ):
-            return True
-    return False
-
-
-def _nodes(arguments: object) -> list[Node]:
-    found: list[Node] = []
-    torch.fx.map_arg(arguments, found.append)
-    return found
-
-
-_FUNCTIONAL = {
-    getattr(operator, f"i{name}"): getattr(operator, f"{name}_" if name in ("and", "or") else name)
-    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"]
-}
-
-
-def functional(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What an in-place operator of Python computes, which a number cannot be asked to change;
-    any other function is itself."""
-    return _FUNCTIONAL.get(function, function)
+    names = [node] if node.op == "call_module" else node.all_input_nodes
+    attributes = [n for n in names if n.op in ("get_attr", "call_module")]
+    found = [getattr(module, str(n.target), None) for n in attributes]
+    graphs = [graph for graph in found if isinstance(graph, GraphModule)]
+    if not graphs:
+        return given
+    changed: set[object] = set()
+    for graph in graphs:
+        placeholders = {storage_of(n) for n in graph.graph.find_nodes(op="placeholder")}
+        for inner in graph.graph.nodes:
+            for storage in mutated_storages(inner):
+                if storage in given:
+                    changed.add(storage)
+                elif storage in placeholders or storage is UNKNOWN:
+                    return given  # it is not known which argument that placeholder stands for
+    return frozenset(changed)

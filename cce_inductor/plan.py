@@ -136,7 +136,7 @@ def plan(chosen: list[FoundLoss], found: Walk) -> list[Group]:
     for each in chosen:
         for part in parts(each.result):
             if isinstance(part, Statistic):
-                planner.place(part, each.node)
+                planner.place(part, each)
     return planner.groups
 
 
@@ -146,7 +146,7 @@ class _Planner:
         self.groups: list[Group] = []
         self.of_statistic: dict[int, Group] = {}
 
-    def place(self, statistic: Statistic, consumer: Node) -> None:
+    def place(self, statistic: Statistic, consumer: FoundLoss) -> None:
         if id(statistic) in self.of_statistic:
             return
         logits, level = _base(statistic.logits), self._level(statistic)
@@ -166,27 +166,29 @@ class _Planner:
         inner = [part for part in parts(statistic)[:-1] if isinstance(part, Statistic)]
         return max((self.of_statistic[id(part)].level + 1 for part in inner), default=0)
 
-    def _anchor(self, statistic: Statistic, consumer: Node) -> Node:
-        """The consumer, or where gradients were switched off before it: what comes before that
+    def _anchor(self, statistic: Statistic, consumer: FoundLoss) -> Node:
+        """The consumer's place, or where gradients were switched off before it: what comes before that
         may be shared with consumers that need them."""
-        node = consumer
+        node = consumer.place
         if not self._is_off(statistic.logits.projection.node):
             while self._is_off(node):
                 node = node.prev
-        return node if self._hoisted(statistic, node, consumer) == [] else consumer
+        return node if self._hoisted(statistic, node, consumer) == [] else consumer.place
 
     def _is_off(self, node: Node) -> bool:
         return self.found.gradient_mode[node] is False
 
-    def _hoisted(self, statistic: Statistic, anchor: Node, consumer: Node) -> list[Node] | None:
+    def _hoisted(
+        self, statistic: Statistic, anchor: Node, consumer: FoundLoss
+    ) -> list[Node] | None:
         """The nodes to move before `anchor`, so that all that a statistic reads is there as its
         consumer sees it; None if that cannot be, or gradients are off there."""
         position = self.found.position
-        value = torch.utils._pytree.tree_leaves(example(consumer))[0]
+        value = torch.utils._pytree.tree_leaves(example(consumer.node))[0]
         if self._is_off(anchor) and isinstance(value, torch.Tensor) and value.requires_grad:
             return None
         operands = [leaf for v in statistic.values for leaf in leaves(v)]
-        if anchor is not consumer and any(
+        if anchor is not consumer.place and any(
             isinstance(leaf, Operand) and not isinstance(leaf.source, Node) for leaf in operands
         ):
             return None
@@ -194,7 +196,7 @@ class _Planner:
         pending = [node for node, _ in statistic.reads]
         while pending:
             node = pending.pop()
-            if self.found.mutation_between(node, position[anchor], position[consumer]):
+            if self.found.mutation_between(node, position[anchor], position[consumer.place]):
                 return None
             if position[node] >= position[anchor]:
                 if not _may_move(node):

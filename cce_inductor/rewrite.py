@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import operator
 from typing import Any
 
@@ -303,7 +304,7 @@ def _replace(
     """Changes the graph; returns where its results are now."""
     builder = _Builder(graph, decision.groups, found, options)
     try:
-        new = [(each.node, builder.result(each)) for each in decision.chosen]
+        new = [(each, builder.result(each)) for each in decision.chosen]
         heads = {each.node: builder.head(each) for each in decision.deferred}
         for group in decision.groups:
             for node in group.hoisted:
@@ -313,21 +314,36 @@ def _replace(
     except Exception:
         builder.undo()
         raise
+    place = _places(graph, found)
     replaced: dict[Node, Node] = {}
-    for old, nodes in new:
+    for each, nodes in sorted(new, key=lambda pair: -found.position[pair[0].place]):
+        # Users before the place see an earlier value of a view, whose turn is next.
+        old, first = each.node, found.position[each.place]
         if isinstance(nodes, tuple):
             replaced |= {user: nodes[user.args[1]] for user in old.users}
-        else:
-            replaced[old] = nodes
+            continue
+        replaced.setdefault(old, nodes)
+        old.replace_all_uses_with(nodes, lambda user, first=first: place[user] > first)
     for old, node in replaced.items():
         old.replace_all_uses_with(node)
         graph.erase_node(old)
-    for old, _ in new:
-        if old not in replaced:
-            graph.erase_node(old)
+    for each, _ in new:
+        if each.node not in replaced:
+            graph.erase_node(each.node)
     outputs = _return_instead(graph, heads, replaced) if heads else []
     _erase_unused(graph, decision, found)
     return outputs
+
+
+def _places(graph: Graph, found: Walk) -> dict[Node, float]:
+    """Where each node is in the graph as the user wrote it; a new one right before the node of
+    the user's that follows it."""
+    places: dict[Node, float] = {}
+    following = math.inf
+    for node in reversed(graph.nodes):
+        following = found.position.get(node, following)
+        places[node] = following if node in found.position else following - 0.5
+    return places
 
 
 def _return_instead(
@@ -454,10 +470,10 @@ class _Builder:
         return node
 
     def result(self, found: FoundLoss) -> Node | tuple[Node, ...]:
-        """What takes the place of a loss, right before it."""
+        """What takes the place of a loss, right before it, or before what has changed it."""
         first = len(self.built)
-        self._gradients_off = self.found.gradient_mode[found.node] is False
-        with self.graph.inserting_before(found.node):
+        self._gradients_off = self.found.gradient_mode[found.place] is False
+        with self.graph.inserting_before(found.place):
             expected = example(found.node)
             if isinstance(found.result, tuple):
                 for user in found.node.users:

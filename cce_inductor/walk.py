@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .location import at, describe, operation
-from .mutation import UNKNOWN, functional, mutated_storages, storage_key, storage_of
+from .mutation import UNKNOWN, mutated_storages, storage_key, storage_of, storages_of
 from .patterns import (
     AtRows,
     Logits,
@@ -24,10 +25,12 @@ from .patterns import (
     Statistic,
     UnsupportedError,
     all_logits,
+    changed_through_view,
     detach_row,
     detached,
     each_logits,
     example,
+    in_vocabulary,
     leaves,
     loss,
     nodes_of,
@@ -49,6 +52,8 @@ class FoundLoss:
         logits: what its input was followed back to, None if that is no projection in this graph.
         result: what may stand in its place, None if nothing may.
         reason: why it is left alone, None while there is no reason to.
+        after: for a view of logits that were changed in place since, the last node that did so:
+            the users of `node` after that see `result`. None for the first value of `node`.
     """
 
     node: Node
@@ -56,6 +61,12 @@ class FoundLoss:
     logits: Logits | None = None
     result: Row | tuple[Row, ...] | None = None
     reason: str | None = None
+    after: Node | None = None
+
+    @property
+    def place(self) -> Node:
+        """The node in the user's graph before which the result is computed."""
+        return self.node if self.after is None else self.after
 
     @property
     def reduces(self) -> bool:
@@ -172,6 +183,12 @@ class _Walker:
         self.lost: dict[Node, tuple[str, object, Node]] = {}
         # Node computed from a reduction -> the projections of what was reduced.
         self.reduced: dict[Node, set[Node]] = {}
+        # Every node that holds a tensor of a storage, in order.
+        self.sharing: dict[object, list[Node]] = {}
+        # Every name of a view of logits that is a value of rows -> the reduction that made it.
+        self.views: dict[Node, Node] = {}
+        # The storages that the node which is being visited changes.
+        self.written: frozenset[object] = frozenset()
         # torch.func transforms that are open, or derivatives taken anywhere in the graph
         self.transforms = int(any(node.target is torch.autograd.grad for node in graph.nodes))
 
@@ -183,19 +200,24 @@ class _Walker:
             if node.target is torch._C._set_grad_enabled:
                 gradient_mode = node.args[0]
             self.transforms += _opens_transform(node)
+            self.written = mutated_storages(node)
             used = [a for a in node.all_input_nodes if a in self.found.values]
+            changed_views = [a for a in node.all_input_nodes if self._changes_view(a)]
             if loss.get(node) is not None:
                 self._visit_loss(node, used)
             elif used:
                 self._visit_use(node, used)
+            elif changed_views:
+                self._visit_change_of_view(node, changed_views)
             else:
                 self._visit_other(node)
-            self.found.mutations += [
-                (position, storage, node) for storage in mutated_storages(node)
-            ]
+            self.found.mutations += [(position, storage, node) for storage in self.written]
+            for storage in storages_of(node):
+                self.sharing.setdefault(storage, []).append(node)
             made_of = {p for a in node.all_input_nodes for p in self.reduced.get(a, ())}
             if made_of and node not in self.found.values:
                 self.reduced[node] = self.reduced.get(node, set()) | made_of
+        self._drop_unread_views()
         for found in self.found.losses:
             if found.reason is None:
                 self._check_unchanged(found)
@@ -260,8 +282,12 @@ class _Walker:
                 self.found.values[node] = _with_path(result, node)
                 return
             if result is not None:
+                if self.written:
+                    raise UnsupportedError("it also changes them in place")
                 found = FoundLoss(node, False, self._first(used), self._row(node, used, result))
                 self._record(found)
+                if storages_of(node) & {storage_of(argument) for argument in used}:
+                    self.views[node] = node
                 return
             rule = transform.get(node)
             stacked = next((a for a in used if site.stack(a) is not None), None)
@@ -270,11 +296,13 @@ class _Walker:
             else:
                 value = site.apply(rule) if rule is not None else self._pointwise(site)
             value = self._detached_if_cut(node, used, value)
-            mutated = [a for a in used if storage_of(a) in list(mutated_storages(node))]
+            mutated = [a for a in used if storage_of(a) in self.written]
+            if len(mutated) > 1:
+                raise UnsupportedError("it changes several logits")
             if mutated:
-                self._assign(node, mutated, value)
+                self._assign(node, mutated[0], value)
         except UnsupportedError as why:
-            if _is_unused(node):
+            if not self.written and _is_unused(node):
                 self.found.unused.append(node)
                 return
             self._escape(node, used, str(why))
@@ -294,18 +322,12 @@ class _Walker:
             )
 
     def _check_others_unchanged(self, node: Node, used: list[Node]) -> None:
-        own = {storage_of(argument) for argument in used}
-        if any(storage not in own for storage in mutated_storages(node)):
+        if not self.written <= {storage_of(argument) for argument in used}:
             raise UnsupportedError("it changes another tensor in place")
 
     def _pointwise(self, site: Site) -> Logits:
         node = site.node
-        if node.op not in ("call_function", "call_method"):
-            raise UnsupportedError("")
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise UnsupportedError("what it calls is not followed")
-        function = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
-        value = site.pointwise(functional(function), *node.args, **node.kwargs)
+        value = site.pointwise(site.function, *node.args, **node.kwargs)
         for argument in node.all_input_nodes:
             before = self.found.values.get(argument)
             same = isinstance(before, Logits) and value.expression is before.expression
@@ -329,46 +351,106 @@ class _Walker:
             return value
         return each_logits(value, lambda v: v.replace(expression=detached(v.expression)))
 
-    def _assign(self, node: Node, mutated: list[Node], value: Logits) -> None:
-        """Gives every name of the changed tensor its new value."""
-        if len(mutated) > 1 or not isinstance(value, Logits):
+    def _assign(self, node: Node, changed: Node, value: Any) -> None:
+        """Gives every name of the changed memory its new value.
+
+        Args:
+            node: what changes it.
+            changed: the logits as the node knows them.
+            value: what `changed` holds afterwards.
+        """
+        if not isinstance(value, Logits):
             raise UnsupportedError("it changes several logits")
-        if self.found.gradient_mode[node] is False and _requires_grad(mutated[0]):
+        if self.found.gradient_mode[node] is False and _requires_grad(changed):
             raise UnsupportedError("it changes them in place, hidden from their gradient")
-        (changed,) = mutated
         before = self.found.values[changed]
-        storage = storage_of(changed)
-        aliases = [n for n in self.found.values if storage_of(n) == storage]
-        if example(changed).numel() != example(aliases[0]).numel() and any(
-            self._is_after(user, node) for a in aliases if a is not changed for user in a.users
-        ):
-            raise UnsupportedError("it changes a part of the logits in place")
-        new_operands = [
-            leaf
-            for leaf in leaves(value.expression)
-            if isinstance(leaf, Operand) and leaf.reader is node and leaf.kind in "rb"
-        ]
-        updated = {}
-        for alias in aliases:
-            old = self.found.values[alias]
-            if alias is changed:
-                updated[alias] = value.replace(path=(*old.path, describe(node)))
-                continue
-            if not any(self._is_after(user, node) for user in alias.users):
-                continue
-            same_entries = (
-                isinstance(old, Logits)
-                and old.expression is before.expression
-                and old.vocabulary == before.vocabulary
-                and (old.row_operations == before.row_operations or not new_operands)
-                and value.projection == before.projection
-            )
-            if not same_entries:
-                raise UnsupportedError("it changes logits in place that are also read as a view")
-            updated[alias] = old.replace(
-                expression=value.expression, compute_dtype=value.compute_dtype
-            )
+        names = self.sharing[storage_of(changed)]
+        read = [name for name in names if self._is_read_after(name, node)]
+        views = [name for name in read if name in self.views]
+        read += [self.views[name].args[0] for name in views]
+        updated = {changed: value.replace(path=(*before.path, describe(node)))}
+        is_whole = _has_rows_of(changed, names[0], self.found.values)
+        for name in dict.fromkeys(read):
+            if name not in updated and name not in views:
+                old = self.found.values.get(name)
+                updated[name] = _seen_as(old, before, value, node, is_whole)
         self.found.values.update(updated)
+        for name in views:
+            self._read_again(name, after=node)
+
+    def _is_read_after(self, name: Node, node: Node) -> bool:
+        return any(self._is_after(user, node) for user in name.users)
+
+    def _changes_view(self, name: Node) -> bool:
+        return name in self.views and storage_of(name) in self.written
+
+    def _visit_change_of_view(self, node: Node, changed: list[Node]) -> None:
+        """A change in place of what is a value of rows, and whose memory is that of logits."""
+        made = self.views[changed[0]]
+        argument = self._matrix_of(made)
+        logits = self.found.values[argument]
+        try:
+            self._check_transforms()
+            if len(changed) > 1 or self.written != {storage_of(made)}:
+                raise UnsupportedError("it changes another tensor in place")
+            site = self._site(node)
+            row = self._row_of(made)
+            value = changed_through_view(site, changed[0], row, logits)
+            self._assign(node, argument, value)
+        except UnsupportedError as why:
+            reason = f"the logits are used by {operation(node)}{at(node)}: {why}"
+            self._keep([argument], reason)
+        else:
+            self.found.assignments[node] = value
+            if node.users:
+                self.views[node] = made
+                self._read_again(node)
+
+    def _matrix_of(self, view: Node) -> Node:
+        """The logits whose diagonal a view is: the first name of their memory, or the one that
+        the view was made of, which may be the transpose of that or a part of it."""
+        argument = view.args[0]
+        first = self.sharing[storage_of(argument)][0]
+        values = self.found.values
+        if not _has_rows_of(argument, first, values) or example(first).dim() != 2:
+            return argument
+        same_entries = values[first].expression is values[argument].expression
+        return first if same_entries else argument
+
+    def _row_of(self, view: Node) -> Row:
+        """What a view that is a value of rows holds now."""
+        rule = reduction.get(view)
+        assert rule is not None, "only reductions make values of rows"
+        row = self._site(view).apply(rule)
+        return self._row(view, [view.args[0]], row)
+
+    def _read_again(self, name: Node, after: Node | None = None) -> None:
+        """Gives a name of such a view the value that it has now."""
+        made = self.views[name]
+        logits = self.found.values[made.args[0]]
+        self._record(FoundLoss(name, False, logits, self._row_of(made), after=after))
+
+    def _drop_unread_views(self) -> None:
+        """Forgets views of which nothing is read: they were only made to be changed."""
+        position = self.found.position
+        for number, found in reversed(list(enumerate(self.found.losses))):
+            if found.node not in self.views:
+                continue
+            later = [
+                position[each.place]
+                for each in self.found.losses
+                if each.node is found.node and position[each.place] > position[found.place]
+            ]
+            last = min(later, default=math.inf)
+            read = [
+                user
+                for user in found.node.users
+                if position[found.place] < position[user] <= last
+                and user not in self.found.assignments
+            ]
+            if not read:
+                del self.found.losses[number]
+                self.found.assignments.setdefault(found.node, found.logits)
 
     def _is_after(self, user: Node, node: Node) -> bool:
         return user is not node and user not in self.found.position
@@ -469,7 +551,7 @@ class _Walker:
     def _check_unchanged(self, found: FoundLoss) -> None:
         """What will be read where the loss is, and kept for its backward, must be what was read
         where the user's graph reads it."""
-        here = self.found.position[found.node]
+        here = self.found.position[found.place]
         assert found.logits is not None
         # One backward may serve several losses.
         trained = any(map(_requires_grad, found.logits.projection.nodes))
@@ -507,6 +589,41 @@ class _Walker:
             or not nodes.isdisjoint(found.logits.projection.origins)
             or found.logits.projection.vocabulary in vocabularies
         ]
+
+
+def _has_rows_of(part: Node, whole: Node, values: dict[Node, Any]) -> bool:
+    """Whether a view of logits has all of their rows."""
+    if not all(isinstance(values.get(node), Logits) for node in (part, whole)):
+        return False
+    rows = [example(node).numel() // values[node].vocabulary for node in (part, whole)]
+    return statically_known_true(rows[0] == rows[1])
+
+
+def _seen_as(old: Any, before: Logits, value: Logits, node: Node, is_whole: bool) -> Logits:
+    """What another name of changed logits holds.
+
+    Args:
+        old: what it held.
+        before, value: what the name held by which they were changed, and what it holds now.
+        node: what changed them.
+        is_whole: whether that name has all of the rows.
+    """
+    if not isinstance(old, Logits) or old.expression is not before.expression:
+        raise UnsupportedError("it changes logits in place that are also read as a view")
+    if value.projection != before.projection:
+        raise UnsupportedError("it changes logits in place that are also read as a view")
+    new = [
+        leaf
+        for leaf in leaves(value.expression)
+        if isinstance(leaf, Operand) and leaf.reader is node and leaf.kind in "rb"
+    ]
+    is_derived = old.row_operations[: len(before.row_operations)] == before.row_operations
+    if not is_derived and (new or not is_whole):
+        raise UnsupportedError("it changes a part of the logits in place")
+    expression = in_vocabulary(old, before, value.expression)
+    if expression is None:
+        raise UnsupportedError("it changes a part of the logits in place")
+    return old.replace(expression=expression, compute_dtype=value.compute_dtype)
 
 
 def _is_written_by_hand(found: FoundLoss) -> bool:
@@ -561,7 +678,7 @@ def _is_unused(node: Node) -> bool:
     """Whether nobody reads what a node makes, which does nothing else: only such operations are
     meant as have a rule, for one without users may well have an effect."""
     known = transform.get(node) is not None or reduction.get(node) is not None
-    if not known or any(True for _ in mutated_storages(node)):
+    if not known or mutated_storages(node):
         return False
     return all(_is_unused(user) for user in node.users)
 

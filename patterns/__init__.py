@@ -42,6 +42,8 @@ for _folder in (projections, transforms, reductions, losses):
     for _file in pkgutil.iter_modules(_folder.__path__, _folder.__name__ + "."):
         importlib.import_module(_file.name)
 
+from .through_view import changed_through_view  # noqa: E402
+from .transforms.select import in_vocabulary  # noqa: E402
 from .transforms.stack import through_stack  # noqa: E402
 
 __all__ = [
@@ -62,10 +64,12 @@ __all__ = [
     "UnsupportedError",
     "Value",
     "all_logits",
+    "changed_through_view",
     "detach_row",
     "detached",
     "each_logits",
     "example",
+    "in_vocabulary",
     "leaves",
     "loss",
     "nodes_of",

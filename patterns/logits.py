@@ -224,8 +224,8 @@ class Statistic:
         origins = self.logits.projection.origins
         found = [(node, origin) for node in self.logits.nodes for origin in origins]
         for operand in _operands(self.values):
-            if isinstance(operand.source, Node):
-                found.append((operand.source, operand.reader))
+            read = [part for part in parts(operand.source) if isinstance(part, Node)]
+            found += [(node, operand.reader) for node in read]
         return [*found, *((part, None) for part in parts(self.index) if isinstance(part, Node))]
 
 

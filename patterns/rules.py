@@ -233,20 +233,36 @@ class Site:
             dtypes.append(self._compute_dtype(node))
             return self.read(node, logits, shape), tensor_example(node).dtype
 
-        args, kwargs = _without_symbols((args, kwargs))
-        try:
-            expression = capture(function, args, kwargs, meaning)
-        except NotPointwiseError as why:
-            operator = f" ({why})" if str(why) else ""
-            raise UnsupportedError(f"it is not a pointwise function{operator}") from None
+        expression = self.captured(function, args, kwargs, meaning)
         if isinstance(expression, (int, float)):  # `zeros_like`, say
-            if tensor_example(self.node).requires_grad:
-                self.unsupported("it overwrites them")
-            expression = Apply("full_like", (LOGIT, float(expression)))
+            number = expression
+            expression = Apply("full_like", (LOGIT, float(number)))
+            if tensor_example(self.node).requires_grad:  # which is 0, but there is one
+                always = Apply("ne.Scalar", (Apply("full_like", (LOGIT, 1.0)), 0))
+                expression = Apply("where.ScalarSelf", (always, number, logits.expression))
         result = example(self.node)  # none for an assignment
         if getattr(result, "dtype", None) == torch.float64 or torch.float64 in dtypes:
             logits = logits.replace(compute_dtype=torch.float64)
         return logits.replace(expression=expression)
+
+    def captured(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        meaning: Callable[[Node], tuple[Any, torch.dtype]],
+    ) -> Any:
+        """The expression of a pointwise function, or a number; see `capture`.
+
+        Raises:
+            UnsupportedError: it is not pointwise.
+        """
+        args, kwargs = _without_symbols((args, kwargs))
+        try:
+            return capture(function, args, kwargs, meaning)
+        except NotPointwiseError as why:
+            operator = f" ({why})" if str(why) else ""
+            raise UnsupportedError(f"it is not a pointwise function{operator}") from None
 
     def read(
         self, argument: Node, logits: Logits, shape: tuple[Any, ...] | None = None
@@ -271,6 +287,23 @@ class Site:
 
     def _compute_dtype(self, node: Node) -> torch.dtype | None:
         return self.logits(node).compute_dtype if self.is_logits(node) else None
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What the node calls with its arguments.
+
+        Raises:
+            UnsupportedError: it calls something else than a function or a method of tensors.
+        """
+        target = self.node.target
+        if self.node.op == "call_method":
+            method: Callable[..., Any] = getattr(torch.Tensor, str(target))
+            return method
+        if self.node.op != "call_function" or not callable(target):
+            self.unsupported("it has no rule")
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self.unsupported("what it calls is not followed")
+        return target
 
     @property
     def example(self) -> torch.Tensor:

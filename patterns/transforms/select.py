@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..expression import COLUMN, Operand, leaves
-from ..logits import HERE, Logits, TensorOperation
+from ..expression import COLUMN, Apply, Expression, Operand, leaves
+from ..logits import HERE, Logits, Projection, TensorOperation
 from ..rules import (
     Site,
     UnsupportedError,
@@ -67,9 +67,16 @@ def vocabulary_range(site: Site, logits: Logits, entries: slice) -> Logits:
     for leaf in leaves(logits.expression):
         if isinstance(leaf, Operand) and not isinstance(leaf.source, Node):
             site.unsupported("it selects some entries of a softmax over the vocabulary")
-        if leaf is COLUMN or (isinstance(leaf, Operand) and leaf.kind in ("c", "b")):
-            site.unsupported("it selects some entries of the vocabulary after a mask or bias")
+    if _depends_on_column(logits.expression):
+        site.unsupported("it selects some entries of the vocabulary after a mask or bias")
     return _narrowed(logits, start, stop)
+
+
+def _depends_on_column(expression: Expression) -> bool:
+    return any(
+        leaf is COLUMN or (isinstance(leaf, Operand) and leaf.kind in ("c", "b"))
+        for leaf in leaves(expression)
+    )
 
 
 def _narrowed(logits: Logits, start: int, stop: int) -> Logits:
@@ -80,6 +87,48 @@ def _narrowed(logits: Logits, start: int, stop: int) -> Logits:
         bias_operations=(*projection.bias_operations, entries),
     )
     return logits.replace(projection=projection, vocabulary=stop - start)
+
+
+def in_vocabulary(logits: Logits, changed: Logits, expression: Expression) -> Expression | None:
+    """What is done to each of `logits` after a change in place of `changed`, which has the same
+    memory and may have a range of their vocabulary, or they of its.
+
+    Args:
+        expression: what is done to each of `changed` now.
+
+    Returns:
+        None if their entries of the vocabulary cannot be compared.
+    """
+    if changed.projection == logits.projection:
+        return expression
+    if _depends_on_column(expression):
+        return None
+    if _range_in(changed.projection, logits.projection) is not None:
+        return expression
+    entries = _range_in(logits.projection, changed.projection)
+    if entries is None:
+        return None
+    inside = Apply("ge.Scalar", (COLUMN, entries.start))
+    inside = Apply("logical_and", (inside, Apply("lt.Scalar", (COLUMN, entries.stop))))
+    return Apply("where.self", (inside, expression, logits.expression))
+
+
+def _range_in(whole: Projection, part: Projection) -> slice | None:
+    """The entries of the vocabulary of `whole` that `part` has, None if that is not how they
+    differ."""
+    count = len(whole.weight_operations)
+    ranges = part.weight_operations[count:]
+    start, stop = 0, whole.vocabulary
+    for operation in ranges:
+        if operation.target is not operator.getitem or not isinstance(operation.args[1], slice):
+            return None
+        entries = operation.args[1]
+        start, stop = start + entries.start, start + entries.stop
+    same = part.replace(
+        weight_operations=part.weight_operations[:count],
+        bias_operations=part.bias_operations[: len(whole.bias_operations)],
+    )
+    return slice(start, stop) if same == whole and ranges else None
 
 
 def _gathered(
