@@ -29,18 +29,20 @@ Reductions, whose results are the operator's, one after another:
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch.utils._pytree import tree_leaves
 
 OPERAND_KINDS = "rcsb"
 _CONSTANTS = {"inf": math.inf, "nan": math.nan}
@@ -208,10 +210,7 @@ def differentiated(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     """
     key = (str(program), operands)  # text, in which 0.0 and -0.0, 1 and True differ
     if key not in _differentiated:
-        # A new thread has the dispatcher's default state, whatever the caller is in the middle
-        # of: a kernel below autograd, a trace with fake tensors.
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            _differentiated[key] = thread.submit(_differentiate, program, operands).result()
+        _differentiated[key] = _differentiate(program, operands)
     return _differentiated[key]
 
 
@@ -395,37 +394,32 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Backw
     dtypes = {name: operands[at] for name, at in program.operands.items()}
     floating = [Name("z"), *(name for name in dtypes if dtypes[name].is_floating_point)]
     others = [Name("j"), *(name for name in dtypes if not dtypes[name].is_floating_point)]
+    cotangents = [Name(f"g{number}") for number in range(len(roots))]
+    arguments = dict.fromkeys((*floating, *cotangents), torch.float64)
+    arguments |= {name: dtypes.get(name, torch.int64) for name in others}
 
-    def joint(
-        inputs: list[Tensor], constants: list[Tensor], cotangents: list[Tensor]
-    ) -> list[Tensor | None]:
+    def joint(*given: Tensor) -> list[Tensor | None]:
         # 0-d tensors: a pointwise function of scalars replays on blocks of any shape.
-        leaves = [value.clone().requires_grad_() for value in inputs]
-        values = dict(zip((*floating, *others), (*leaves, *constants), strict=True))
-        with torch.enable_grad():
+        values = dict(zip(arguments, given, strict=True))
+        leaves = [values[name].clone().requires_grad_() for name in floating]
+        values.update(zip(floating, leaves, strict=True))
+        gradients: Iterable[Tensor | None] = [None] * len(leaves)
+        try:
             Schedule(program.steps, roots).run(values, in_place=False)
             made = [values[root] for root in roots]
             differentiable = [
-                (value, cotangent)
+                (value, values[cotangent])
                 for value, cotangent in zip(made, cotangents, strict=True)
                 if value.requires_grad
             ]
-            gradients: Iterable[Tensor | None] = [None] * len(leaves)
             if differentiable:
                 outputs, given = zip(*differentiable, strict=True)
                 gradients = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+        except RuntimeError as error:  # what an operator says
+            raise NotPointwiseError(f"its derivative fails: {error}") from error
         return [*(value.detach() for value in made), *gradients]
 
-    def example(*given: torch.dtype) -> list[Tensor]:
-        return [torch.full((), 0.5, dtype=torch.float64).to(dtype) for dtype in given]
-
-    wide = torch.float64
-    constants = (torch.int64, *(dtypes[name] for name in others[1:]))
-    traced = make_fx(joint)(
-        example(*[wide] * len(floating)), example(*constants), example(*[wide] * len(roots))
-    )
-    inputs = [*floating, *others, *(Name(f"g{i}") for i in range(len(roots)))]
-    steps, results = steps_of(traced, inputs)
+    steps, results = record(joint, arguments)
     made = tuple(results[: len(roots)])
     gradients = {
         name: result
@@ -469,70 +463,249 @@ def _needed(steps: list[Step], results: tuple[Name, ...]) -> list[Step]:
 
 
 class NotPointwiseError(Exception):
-    """A traced function holds an operator that is not pointwise."""
+    """A function that is recorded holds an operator that is not pointwise, or fails."""
 
 
 _MAKE_SCALARS = frozenset(["full", "scalar_tensor", "zeros", "ones", "_efficientzerotensor"])
-_MAKE_LIKE = frozenset(
-    ["full_like", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_full"]
-)
+_MAKE_LIKE = frozenset(["full_like", "zeros_like", "ones_like", "empty_like", "zero"])
+_MAKE_NEW = frozenset(["new_zeros", "new_ones", "new_full"])
 _COPIES = frozenset(["detach", "alias", "clone", "lift_fresh_copy", "lift_fresh", "_to_copy"])
 _FACTORY_OPTIONS = ("dtype", "layout", "device", "pin_memory", "memory_format")
 
 
-def steps_of(traced: GraphModule, inputs: list[Any]) -> tuple[list[Step], list[Any]]:
-    """The steps of a function of 0-d tensors that `make_fx` traced.
+def record(
+    function: Callable[..., Any],
+    inputs: Mapping[Name, torch.dtype],
+    *,
+    decompositions: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({}),
+    keeps_detach: bool = False,
+) -> tuple[list[Step], list[Any]]:
+    """The steps that a function of tensors without dimensions consists of.
+
+    The function runs in a thread of its own, which has the dispatcher's default state, whatever
+    the caller is in the middle of: a kernel below autograd, a trace with fake tensors. Other
+    threads notice nothing, whereas the tracers of FX change PyTorch for all of them.
 
     Args:
-        traced: the function.
-        inputs: what its arguments are called; any objects.
+        function: is called with a tensor for each of `inputs`.
+        inputs: the dtype of each argument, by its name in the steps.
+        decompositions: for operators that are not to be steps, functions that do the same.
+        keeps_detach: whether ``detach`` is a step, which cuts the gradient of a program.
 
     Returns:
-        The steps, and for each result of the function its name, a number, or None.
+        The steps that the results need, and for each result its name, a number, or None.
 
     Raises:
-        NotPointwiseError: an operator that mixes elements or draws random numbers.
+        NotPointwiseError: an operator mixes elements or draws random numbers.
+        Exception: what the function itself raises.
     """
-    values: dict[Node, Any] = {}
-    arguments = iter(inputs)
-    steps: list[Step] = []
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(arguments)
-        elif node.op == "get_attr":
-            values[node] = getattr(traced, str(node.target)).item()
-        elif node.op == "output":
-            results = torch.utils._pytree.tree_leaves(
-                torch.fx.map_arg(node.args[0], lambda n: _Boxed(values[n])),
-                is_leaf=lambda leaf: leaf is None,
+
+    def run() -> tuple[list[Step], list[Any]]:
+        recorder = _Recorder(decompositions, keeps_detach)
+        tensors = [torch.full((), 0.5, dtype=torch.float64).to(d) for d in inputs.values()]
+        for name, tensor in zip(inputs, tensors, strict=True):
+            recorder.set(tensor, name)
+        try:
+            with recorder.active():
+                made = function(*tensors)
+        except Exception:
+            if recorder.error is None:
+                raise
+        # The function may have caught the recorder's error and gone on.
+        if recorder.error is not None:
+            raise recorder.error
+        results = tree_leaves(made, is_leaf=lambda leaf: leaf is None)
+        return recorder.steps_to([r if r is None else recorder.value(r) for r in results])
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(run).result()
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the operators that this thread runs on tensors without dimensions.
+
+    It knows by its storage what a tensor holds. All views of a tensor without dimensions are the
+    same element, so a change in place is seen in each of them.
+
+    Args:
+        decompositions, keeps_detach: as for `record`.
+
+    Attributes:
+        error: what went wrong in the recorder, as opposed to the function that it records.
+    """
+
+    def __init__(self, decompositions: Mapping[Any, Callable[..., Any]], keeps_detach: bool):
+        super().__init__()
+        self.error: Exception | None = None
+        self._decompositions = decompositions
+        self._keeps_detach = keeps_detach
+        self._steps: list[Step] = []
+        self._values: dict[int, Any] = {}
+        self._storages: list[Any] = []  # kept, so that no other storage gets the same address
+        self._detached: set[int] = set()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """What ``with self`` does, but that tells all threads that there is a mode."""
+        _push_mode(self)
+        try:
+            yield
+        finally:
+            _pop_mode()
+
+    def set(self, tensor: Tensor, value: Any) -> None:
+        """Says that a tensor holds a value: a name or a number."""
+        self._storages.append(tensor.untyped_storage())
+        self._values[_address(tensor)] = value
+
+    def value(self, tensor: Any) -> Any:
+        """The name of what a tensor holds, or its number if that does not depend on the inputs.
+
+        Raises:
+            NotPointwiseError: it has dimensions, or is no tensor.
+        """
+        if not isinstance(tensor, Tensor) or tensor.dim() > 0:
+            raise NotPointwiseError("it takes or makes something else than one value of each")
+        address = _address(tensor)
+        return self._values[address] if address in self._values else tensor.item()
+
+    def steps_to(self, results: list[Any]) -> tuple[list[Step], list[Any]]:
+        """The steps that the results need, numbered from 0, and the results by these names."""
+        steps = _needed(self._steps, _names(results))
+        names = {step.name: Name(f"t{number}") for number, step in enumerate(steps)}
+
+        def renamed(value: Any) -> Any:
+            return names.get(value, value) if isinstance(value, Name) else value
+
+        numbered = [
+            Step(
+                names[step.name],
+                step.target,
+                tuple(map(renamed, step.args)),
+                tuple((key, renamed(value)) for key, value in step.kwargs),
             )
-            return steps, [r.value if isinstance(r, _Boxed) else r for r in results]
-        else:
-            base = str(node.target).split(".")[1] if "." in str(node.target) else ""
-            if base in _COPIES:
-                values[node] = values[node.args[0]]
-                continue
-            if base in _MAKE_SCALARS | _MAKE_LIKE:
-                values[node] = _constant_of(base, node, values)
-                continue
-            if base in ("fill", "fill_"):
-                filler = node.args[1]
-                values[node] = values[filler] if isinstance(filler, Node) else filler
-                continue
-            target = node.target
-            if base.endswith("_") and not base.startswith("_"):
-                target = overload(f"{base[:-1]}.{target._overloadname}")
-            if not _is_pointwise(target):
-                raise NotPointwiseError(str(node.target))
-            args = tuple(values[a] if isinstance(a, Node) else a for a in node.args)
-            kwargs = tuple(
-                (k, values[a] if isinstance(a, Node) else a)
-                for k, a in node.kwargs.items()
-                if k not in _FACTORY_OPTIONS
-            )
-            values[node] = name = Name(f"t{len(steps)}")
-            steps.append(Step(name, step_target(target), args, kwargs))
-    raise AssertionError("a graph has an output")
+            for step in steps
+        ]
+        return numbered, list(map(renamed, results))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._decompositions:
+            with self.active():
+                return self._decompositions[func](*args, **kwargs)
+        with self._own_errors():
+            if _base(func) == "_local_scalar_dense" and not isinstance(self.value(args[0]), Name):
+                return args[0].item()
+            function = _functional(func)
+            if function is not func and _address(args[0]) in self._detached:
+                raise NotPointwiseError(f"{func} changes a detached tensor")
+            value, dtype = self._recorded(function, args, kwargs)
+        made = function(*args, **kwargs)
+        result = made if function is func else func(*args, **kwargs)
+        with self._own_errors():
+            if not isinstance(result, Tensor) or result.dim() > 0:
+                raise NotPointwiseError(str(func))
+            if self._keeps_detach and _base(func) == "detach":
+                result = self._detach(args[0])
+            else:
+                self.set(result, _converted(value, made.dtype if dtype is None else dtype, result))
+        return result
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+    def _recorded(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, torch.dtype | None]:
+        """What an operator makes, and the dtype that this has, None for that of its result."""
+        base = _base(function)
+        if base in _COPIES:
+            return self.value(args[0]), args[0].dtype
+        if base in ("copy", "fill"):
+            filler = args[1]
+            if isinstance(filler, Tensor):
+                return self.value(filler), filler.dtype
+            return filler, None
+        if base in _MAKE_SCALARS | _MAKE_LIKE | _MAKE_NEW:
+            return _constant_of(base, args), None
+        if not _is_pointwise(function):
+            raise NotPointwiseError(str(function))
+        named = {key: value for key, value in kwargs.items() if key not in _FACTORY_OPTIONS}
+        return self._add(step_target(function), args, named), None
+
+    def _add(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Name:
+        name = Name(f"t{len(self._steps)}")
+        values = tuple(map(self._argument, args))
+        named = tuple((key, self._argument(value)) for key, value in kwargs.items())
+        self._steps.append(Step(name, target, values, named))
+        return name
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return self.value(argument)
+        if argument is None or isinstance(argument, (bool, int, float, str)):
+            return argument
+        raise NotPointwiseError(f"it is given {argument}")
+
+    def _detach(self, tensor: Tensor) -> Tensor:
+        """A tensor of its own: what holds two values, with a gradient and without, could not be
+        told apart by its storage. Neither may change then."""
+        result = tensor.clone()
+        value = self.value(tensor)
+        self.set(result, self._add("detach", (tensor,), {}) if isinstance(value, Name) else value)
+        self._detached |= {_address(tensor), _address(result)}
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def _base(operator: Any) -> str:
+    """The name of an ATen operator without its overload's."""
+    return step_target(operator).split(".")[0]
+
+
+def _functional(operator: Any) -> Any:
+    """The operator that makes what another writes into its first argument, itself if it writes
+    nothing.
+
+    Raises:
+        NotPointwiseError: there is none.
+    """
+    schema = getattr(operator, "_schema", None)
+    if schema is None or operator.namespace != "aten":
+        raise NotPointwiseError(str(operator))
+    if not schema.is_mutable:
+        return operator
+    base = _base(operator)
+    packet = getattr(torch.ops.aten, base.removesuffix("_"), None)
+    found = getattr(packet, operator._overloadname, None)
+    if found is None or found._schema.is_mutable:
+        raise NotPointwiseError(str(operator))
+    return found
+
+
+def _converted(value: Any, dtype: torch.dtype, holder: Tensor) -> Any:
+    """A value of a dtype as a tensor holds it that may have another.
+
+    Raises:
+        NotPointwiseError: it would have to be computed.
+    """
+    if isinstance(value, Name):
+        if dtype != holder.dtype and not (dtype.is_floating_point and holder.is_floating_point()):
+            raise NotPointwiseError(f"it converts {dtype} to {holder.dtype}")
+        return value
+    kind = bool if holder.dtype == torch.bool else float if holder.is_floating_point() else int
+    return value if type(value) is kind else holder.item()
 
 
 def _is_pointwise(target: Any) -> bool:
@@ -547,15 +720,9 @@ def _is_pointwise(target: Any) -> bool:
     return torch.Tag.pointwise in tags
 
 
-@dataclasses.dataclass
-class _Boxed:
-    value: Any
-
-
-def _constant_of(base: str, node: Node, values: dict[Node, Any]) -> Any:
+def _constant_of(base: str, args: tuple[Any, ...]) -> Any:
     if "zero" in base or base == "empty_like":  # which is filled next
         return 0.0
     if "ones" in base:
         return 1.0
-    number = node.args[0] if base == "scalar_tensor" else node.args[-1]
-    return values[number] if isinstance(number, Node) else number
+    return args[0] if base == "scalar_tensor" else args[-1]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 from ..kernels.program import (
@@ -25,7 +24,7 @@ from ..kernels.program import (
     Reduction,
     Step,
     differentiated,
-    steps_of,
+    record,
 )
 
 
@@ -123,7 +122,7 @@ def capture(
     question = (function, tuple(args), tuple(kwargs.items()), dtypes, constants)
     traced = _trace(*question) if _is_hashable(question) else _trace.__wrapped__(*question)
     if isinstance(traced, NotPointwiseError):
-        raise traced
+        raise NotPointwiseError(*traced.args)
     steps, result = traced
     made: dict[Any, Any] = {_name(slot): meanings[slot.number][0] for slot in slots.values()}
     for step in steps:
@@ -161,32 +160,29 @@ def _trace(
     constants: str,
 ) -> tuple[tuple[Step, ...], Any] | NotPointwiseError:
     """The steps of a function and its result, or why it is not pointwise."""
+    names = [_name(_Slot(number)) for number in range(len(dtypes))]
 
-    def on_scalars(values: list[Tensor]) -> Any:
+    def on_scalars(*values: Tensor) -> Any:
+        # 0-d tensors have no elements to mix.
         def fill(argument: Any) -> Any:
-            return values[argument.number].clone() if isinstance(argument, _Slot) else argument
+            return values[argument.number] if isinstance(argument, _Slot) else argument
 
         given, named = tree_map(fill, (args, dict(kwargs)))
-        return function(*given, **named)
+        try:
+            return function(*given, **named)
+        except Exception as error:  # it wants something else than 0-d tensors
+            raise NotPointwiseError() from error
 
-    # 0-d tensors have no elements to mix.
-    examples = [torch.full((), 0.5, dtype=torch.float64).to(dtype) for dtype in dtypes]
+    inputs = dict(zip(names, dtypes, strict=True))
     try:
-        with torch.random.fork_rng(devices=()), torch.no_grad():
-            traced = make_fx(on_scalars, decomposition_table=_UNTAGGED)(examples)
-    except Exception:
-        return NotPointwiseError()
-    try:
-        steps, results = steps_of(traced, [_name(_Slot(i)) for i in range(len(dtypes))])
+        steps, results = record(on_scalars, inputs, decompositions=_UNTAGGED, keeps_detach=True)
         if len(results) != 1:
             return NotPointwiseError("it returns several tensors")
         if steps:
             alone = Program(tuple(steps), (Reduction("sum", (results[0],)),))
             differentiated(alone, dtypes)
     except NotPointwiseError as error:
-        return error
-    except Exception as error:
-        return NotPointwiseError(f"its derivative fails: {error}")
+        return NotPointwiseError(*error.args)  # without the frames that it has come through
     return tuple(steps), results[0]
 
 

@@ -444,10 +444,13 @@ def test_any_chain(text):
 
 
 def test_steps_of_a_function_as_pytorch_writes_it():
-    """What a trace of 0-d tensors says about ordinary code."""
-    traced = program.make_fx(lambda x, y: [F.softplus(x.clone().mul_(2.0)) - y.detach()])
-    examples = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
-    steps, results = program.steps_of(traced(*examples), [Name("z"), Name("s0")])
+    """What is recorded of ordinary code."""
+
+    def function(x, y):
+        return F.softplus(x.clone().mul_(2.0)) - y.detach()
+
+    inputs = {Name("z"): torch.float64, Name("s0"): torch.float64}
+    steps, results = program.record(function, inputs)
     assert [str(step) for step in steps] == [
         "t0 = mul.Tensor(z, 2.0)",
         "t1 = softplus(t0)",
@@ -455,3 +458,139 @@ def test_steps_of_a_function_as_pytorch_writes_it():
     ]
     assert results == ["t2"]
     assert all(torch.Tag.pointwise in overload(step.target).tags for step in steps)
+
+
+def written_to_its_alias(x, y):
+    alias = torch.ops.aten.alias(x)
+    alias.add_(y)
+    return x * 2
+
+
+def written_to_what_it_is_an_alias_of(x, y):
+    alias = x.detach()
+    x.mul_(y)
+    return alias + 1
+
+
+def accumulated(x, y):
+    total = torch.zeros_like(x)
+    total.add_(x).addcmul_(x, y)
+    return total
+
+
+def made_of_a_constant(x, y):
+    constant = torch.tensor(3.0)
+    constant.add_(1)
+    return constant * y + x
+
+
+def copied_over(x, y):
+    result = torch.empty_like(x)
+    result.copy_(y)
+    y.neg_()
+    return result * x
+
+
+RECORDED = {
+    "in place": (lambda x, y: x.clone().mul_(2.0).add_(y), "t0 = mul.Tensor(z, 2.0); t1 = add.Tensor(t0, s0)"),
+    "alias": (written_to_its_alias, "t0 = add.Tensor(z, s0); t1 = mul.Tensor(t0, 2)"),
+    "what has an alias": (written_to_what_it_is_an_alias_of, "t0 = mul.Tensor(z, s0); t1 = add.Tensor(t0, 1)"),
+    "one tensor twice": (lambda x, y: x.add_(x) * y, "t0 = add.Tensor(z, z); t1 = mul.Tensor(t0, s0)"),
+    "accumulated": (accumulated, "t0 = add.Tensor(0.0, z); t1 = addcmul(t0, z, s0)"),
+    "a constant": (made_of_a_constant, "t0 = add.Tensor(3.0, 1); t1 = mul.Tensor(t0, s0); t2 = add.Tensor(t1, z)"),
+    "copied": (copied_over, "t0 = mul.Tensor(s0, z)"),
+    "a number of a constant": (lambda x, y: x * torch.tensor(3.0).item(), "t0 = mul.Tensor(z, 3.0)"),
+    "not needed": (lambda x, y: (x.exp() + 1, y.neg())[1], "t0 = neg(s0)"),
+    "a mask": (lambda x, y: torch.where(torch.zeros_like(x, dtype=torch.bool), x, y), "t0 = where.self(False, z, s0)"),
+    "filled": (lambda x, y: x.clone().fill_(2) * y, "t0 = mul.Tensor(2.0, s0)"),
+    "set to 0": (lambda x, y: x.clone().zero_() - y, "t0 = sub.Tensor(0.0, s0)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_is_recorded(name):
+    """Whatever name a tensor has, it holds what was written last, as in eager code."""
+    function, text = RECORDED[name]
+    steps, (result,) = program.record(
+        function, {Name("z"): torch.float64, Name("s0"): torch.float64}
+    )
+    assert "; ".join(map(str, steps)) == text
+    z, s0 = random(3, 4), random(3, 4, seed=1)
+    values = {Name("z"): z.clone(), Name("s0"): s0.clone()}
+    Schedule(tuple(steps), (result,)).run(values, in_place=False)
+    expected = function(z.clone(), s0.clone())
+    torch.testing.assert_close(values[result], expected)
+
+
+def says_that_all_is_well(x):
+    try:
+        return x * x.item()
+    except Exception:
+        return x * 2
+
+
+MIXED = {
+    "sum": lambda x: x - x.sum(),
+    "transposed": lambda x: x.t(),
+    "reshaped": lambda x: x.reshape(()),
+    "a number": lambda x: x * x.item(),
+    "a condition": lambda x: x if x > 0 else -x,
+    "caught": says_that_all_is_well,
+    "random": lambda x: x + torch.rand_like(x),
+    "random, in place": lambda x: x.clone().normal_(),
+    "random, not used": lambda x: (torch.rand(()), x + 1)[1],
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "an integer": lambda x: x.to(torch.int64) + x,
+    "a comparison in place": lambda x: x.clone().gt_(0) + x,
+    "bits": lambda x: x.view(torch.int64) + 1,
+    "out": lambda x: torch.add(x, 1, out=torch.zeros((), dtype=torch.float64)),
+    "dimensions": lambda x: x + torch.zeros(3),
+    "a matrix": lambda x: x.expand(2, 2),
+    "no tensor": lambda x: x.dim(),
+    "of another library": lambda x: torch.ops.prims.neg(x),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_what_is_not_pointwise(name):
+    before = torch.get_rng_state()
+    with pytest.raises(program.NotPointwiseError):
+        program.record(MIXED[name], {Name("z"): torch.float64})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_error_of_the_function():
+    """It is let out as it is: who records knows what it means."""
+    with pytest.raises(IndexError):
+        program.record(lambda x: x[0], {Name("z"): torch.float64})
+    with pytest.raises(program.NotPointwiseError, match=r"its derivative fails: .*bitwise"):
+        Program.parse("t0 = bitwise_and.Tensor(z, z); sum(t0)").backward([])
+
+
+@pytest.mark.parametrize("place", ["_is_pointwise", "_functional", "_converted", "_constant_of"])
+def test_an_error_of_the_recorder(place, monkeypatch):
+    """It is no property of the function, even if the function catches it."""
+
+    def typo(*_):
+        raise RuntimeError("a typo")
+
+    def function(x):
+        try:
+            return torch.ones_like(x) + x.exp()
+        except RuntimeError:
+            return x
+
+    monkeypatch.setattr(program, place, typo)
+    with pytest.raises(RuntimeError, match="a typo"):
+        program.record(function, {Name("z"): torch.float64})
+
+
+def test_detach_is_a_step_where_it_matters():
+    inputs = {Name("z"): torch.float64}
+    steps, _ = program.record(lambda x: x * x.detach(), inputs, keeps_detach=True)
+    assert "; ".join(map(str, steps)) == "t0 = detach(z); t1 = mul.Tensor(z, t0)"
+    steps, _ = program.record(lambda x: x * x.detach(), inputs)
+    assert "; ".join(map(str, steps)) == "t0 = mul.Tensor(z, z)"
+    for function in (lambda x: x + x.detach().mul_(2), lambda x: x.detach() + x.mul_(2)):
+        with pytest.raises(program.NotPointwiseError, match="changes a detached tensor"):
+            program.record(function, inputs, keeps_detach=True)

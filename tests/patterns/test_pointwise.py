@@ -6,6 +6,8 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from cce_inductor.kernels import program
+from cce_inductor.patterns import expression
 from checks import (
     assert_as_accurate_as_eager,
     reason_against,
@@ -372,3 +374,36 @@ def test_operand_that_enlarges_the_logits_is_left_alone():
 
     reason = reason_against(fn, INPUT, WEIGHT, TARGET, torch.rand(3, 1, 1))
     assert reason.endswith(": it is broadcast to more dimensions")
+
+
+@torch.compiler.allow_in_graph
+def rounded(x):
+    """The gradient passes as if nothing were rounded."""
+    return x + (x.round() - x).detach()
+
+
+@torch.compiler.allow_in_graph
+def first_entry(x):
+    return x - x[:, :1]
+
+
+def test_function_with_a_detach():
+    assert_as_accurate_as_eager(loss_after(rounded), INPUT, WEIGHT, TARGET)
+
+
+def test_function_of_a_matrix_is_left_alone():
+    reason = reason_against(loss_after(first_entry), INPUT, WEIGHT, TARGET)
+    assert reason.endswith(": it is not a pointwise function")
+
+
+@pytest.mark.parametrize("error", [NameError, RuntimeError, KeyError])
+@pytest.mark.parametrize("place", ["_is_pointwise", "_needed", "_differentiate"])
+def test_an_error_of_this_package_is_no_property_of_the_function(place, error, monkeypatch):
+    def typo(*_):
+        raise error("a typo")
+
+    monkeypatch.setattr(program, place, typo)
+    monkeypatch.setattr(program, "_differentiated", {})
+    expression._trace.cache_clear()
+    with pytest.raises(error, match="a typo"):
+        rewritten_graph(loss_after(torch.sin), INPUT, WEIGHT, TARGET)
