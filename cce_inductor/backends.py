@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from .deferred.boundary import compile_with_deferral, deferral_for
 from .fingerprint import tagged
 from .hook import refused
+from .kernels.surprise import on_error
 from .options import Options
 from .report import publish
 from .rewrite import rewrite
@@ -58,16 +59,18 @@ def cce_inductor(
             module, example_inputs, inner_compile=keyed, config_patches=patches or None
         )
 
-    return compile_with_deferral(compiler, module, example_inputs)
+    with on_error(ours.on_error):
+        return compile_with_deferral(compiler, module, example_inputs)
 
 
 def _with_cache_key(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """`function`, run with this package's fingerprint in the compiler's cache keys."""
+    """`function`, run with this package's fingerprint in the compiler's cache keys, and with the
+    option `on_error` in force."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         tag = tagged(torch.compiler.config.cache_key_tag, options)
-        with torch.compiler.config.patch(cache_key_tag=tag):
+        with torch.compiler.config.patch(cache_key_tag=tag), on_error(options.on_error):
             return function(*args, **kwargs)
 
     return wrapped
@@ -96,4 +99,5 @@ def cce_inductor_eager(
         publish(module, rewrite(module, ours, deferral=deferral_for(module)))
         return module.forward
 
-    return compile_with_deferral(compiler, module, example_inputs)
+    with on_error(ours.on_error):
+        return compile_with_deferral(compiler, module, example_inputs)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from . import compat
 from .deferred.boundary import compile_with_deferral, deferral_for
+from .kernels.surprise import on_error
 from .location import in_torch
 from .options import Options
 from .report import LossReport, readable
@@ -84,7 +85,8 @@ class _Recorder:
         return "\n".join(line for line in lines if line and "more details" not in line)
 
     def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_with_deferral(self._record, module, example_inputs)
+        with on_error(self.options.on_error):
+            return compile_with_deferral(self._record, module, example_inputs)
 
     def _record(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = readable(module)

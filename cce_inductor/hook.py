@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule
 from . import compat
 from .deferred.boundary import compile_with_deferral, deferral_for
 from .fingerprint import fingerprint, tagged
+from .kernels import surprise
 from .options import Options
 from .report import publish
 from .rewrite import rewrite
@@ -91,18 +92,25 @@ class _Installation:
             )
         else:
             self.undo.append(unwrap)
-        self.undo_tag: Callable[[], None] = lambda: None
+        self.undo_options: list[Callable[[], None]] = []
         self.set_options(options)
 
     def set_options(self, options: Options) -> None:
-        self.undo_tag()
+        self._forget_options()
         self.rewrite_pass.options = options
         tag = tagged(self.user_tag, options)
-        self.undo_tag = compat.set_config(torch.compiler.config, "cache_key_tag", tag)
+        self.undo_options = [
+            compat.set_config(torch.compiler.config, "cache_key_tag", tag),
+            surprise.set_default(options.on_error),
+        ]
+
+    def _forget_options(self) -> None:
+        for undo in self.undo_options:
+            undo()
 
     def remove(self) -> None:
         self.rewrite_pass.options = None
-        self.undo_tag()
+        self._forget_options()
         if torch._inductor.config.pre_grad_custom_pass is not self.rewrite_pass:
             _log.warning(
                 "torch._inductor.config.pre_grad_custom_pass was changed after "

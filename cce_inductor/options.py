@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-OnError = Literal["warn", "raise"]
+from .kernels.surprise import OnError
+
 DeferLogits = Literal["with_loss", "always", "never"]
 
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
@@ -27,8 +28,9 @@ class Options:
             looks at them (`DeferredLogits`): ``"with_loss"``, those of which the function also
             returns a loss that is rewritten; ``"always"``, all of `min_logits_bytes` or more;
             ``"never"``, none, so that their losses are left alone.
-        on_error: what an unexpected exception in the pass does: ``"warn"`` logs it and compiles
-            the graph as it was, ``"raise"`` lets it out (for debugging).
+        on_error: what an unexpected exception in this package does: ``"warn"`` logs it once with
+            its traceback and goes on without what failed (a graph is compiled as it was, deferred
+            logits are computed), ``"raise"`` lets it out (for debugging).
 
     Raises:
         TypeError: an option of another type.

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import logging
 import math
 import operator
 from typing import Any
@@ -22,6 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 from .deferred.formula import Formula
+from .kernels.program import NotPointwiseError
+from .kernels.surprise import on_error, surprised
 from .options import DEFAULT_WORKSPACE_BYTES, Options
 from .patterns import (
     AtRows,
@@ -47,7 +47,6 @@ from .returned import (
 )
 from .walk import FoundLoss, Kept, Walk, walk
 
-_log = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
 # Key in the meta of the output of a graph that the pass has seen. That of a module may be shared
 # by several, as the parts are that DistributedDataParallel makes of a graph.
@@ -91,7 +90,7 @@ def rewrite(
             continue
         output.meta[_DONE] = True
         of_graph = deferral if graph_module is module else None
-        with computing_examples():
+        with computing_examples(), on_error(options.on_error):
             reports += _rewrite_graph(graph_module, options, refused, of_graph)
     return reports
 
@@ -149,9 +148,7 @@ def _rewrite_graph(
             module.recompile()
         return reports
     except Exception as error:
-        if options.on_error == "raise":
-            raise
-        _warn_once(type(error).__name__, str(error))
+        surprised("a graph is compiled as it was")
         reason = f"the pass failed with {type(error).__name__}: {error}"
         return [LossReport.of_failure(node, reason) for node in _losses(module.graph)]
 
@@ -239,7 +236,7 @@ def _undifferentiable(groups: list[Group]) -> tuple[Logits, str] | None:
     for group in groups:
         try:
             group.check_derivative()
-        except Exception as why:
+        except NotPointwiseError as why:
             reason = f"the function of the logits has a derivative that is not pointwise ({why})"
             return group.logits, reason
     return None
@@ -247,16 +244,6 @@ def _undifferentiable(groups: list[Group]) -> tuple[Logits, str] | None:
 
 def _losses(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if loss.get(node) is not None]
-
-
-@functools.cache
-def _warn_once(kind: str, message: str) -> None:
-    """Logs the exception being handled, the first time that one like it is."""
-    _log.warning(
-        "cce_inductor left a graph as it was because of an unexpected error. The model compiles "
-        "and runs as without cce_inductor; please report this with the traceback.",
-        exc_info=True,
-    )
 
 
 def _reasons_to_keep(found: Walk, options: Options) -> tuple[list[str | None], Kept]:

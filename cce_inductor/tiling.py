@@ -23,6 +23,7 @@ from .kernels import tiled
 from .kernels.blockwise import Head, Wanted
 from .kernels.gradient import UntiledError
 from .kernels.program import Program
+from .kernels.surprise import surprised
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _or_as_it_is(decomposition: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return decomposition(*arguments)
         except Exception:
-            _log.warning("cce_inductor uses its blockwise kernels", exc_info=True)
+            surprised("a loss runs its blockwise kernels, which are slower on a GPU")
             return NotImplemented
 
     return decomposed

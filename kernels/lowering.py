@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,6 +36,7 @@ from .. import compat
 from . import tile_ops
 from .configs import Config, configs, reads_by_descriptor
 from .program import Name, Program, overload, position, tensor_arguments
+from .surprise import surprised
 from .templates import (
     Template,
     first_result,
@@ -47,7 +47,6 @@ from .templates import (
 )
 from .tiled import DEVICES
 
-_log = logging.getLogger(__name__)
 _OPS = torch.ops.cce_inductor
 
 
@@ -379,9 +378,7 @@ def _or_fallback(operator: Any, lowering: Callable[..., Any]) -> Callable[..., A
         try:
             return lowering(*args)
         except Exception:
-            _log.warning(
-                "cce_inductor: %s has no kernel here, which costs time", operator, exc_info=True
-            )
+            surprised(f"{operator} runs without a Triton kernel, which costs time")
             return fallback(*args)
 
     return lowered

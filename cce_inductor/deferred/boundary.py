@@ -23,11 +23,13 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule, Node
 
 from .. import compat
+from ..kernels.surprise import surprised
 from ..mutation import mutated_storages, storage_of
 from ..patterns import example
 from ..returned import ARRIVED, Deferral, DeferredOutput
 from . import fused
 from .operation import Operation
+from .stale import StaleLogitsError
 from .tensor import DeferredLogits, defer, with_strides
 
 _log = logging.getLogger(__name__)
@@ -225,12 +227,10 @@ def _compiled_for_tensors(
     try:
         unpacked = _Unpacked.of(example_inputs)
         inner = _accepting(module, example_inputs, unpacked)
+    except StaleLogitsError:  # which the graph raises, if it looks at the numbers
+        return _TakesDeferred(module)
     except Exception:
-        _log.warning(
-            "cce_inductor runs a graph with deferred logits among its arguments without compiling "
-            "it; please report this with the traceback.",
-            exc_info=True,
-        )
+        surprised("a graph with deferred logits among its arguments runs without being compiled")
         return _TakesDeferred(module)
     compiled = _compiled_with_outputs(compiler, inner, unpacked.values)
     fakes = [example(node) for node in inner.graph.find_nodes(op="placeholder")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from ..kernels.surprise import surprised
 from ..mutation import storage_of
 from ..options import Options
 from ..patterns import example, loss, reduction
@@ -29,7 +29,6 @@ from .operation import Operation, product
 from .stale import Guarded
 
 aten = torch.ops.aten
-_log = logging.getLogger(__name__)
 
 
 class Ref(NamedTuple):
@@ -139,11 +138,13 @@ def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not all(each.is_floating_point() or each.dtype in _INDICES for each in others):
         return NotImplemented
     writing = Writing()
+    writing.call(target, args, kwargs)
+    calls = tuple(writing.calls)
     try:
-        writing.call(target, args, kwargs)
-        fused = _reduction(tuple(writing.calls), _Situation.now(writing))
+        hash(calls)
     except TypeError:  # an argument that cannot be hashed is no number or dtype
         return NotImplemented
+    fused = _reduction(calls, _Situation.now(writing))
     if fused is None:
         return NotImplemented
     result = fused(*writing.tensors)
@@ -232,11 +233,14 @@ class _Situation(NamedTuple):
 def _reduction(calls: tuple[Call, ...], situation: _Situation) -> Callable[..., Any] | None:
     """The last call, from the tensors, without the numbers of the others; None if it needs them."""
     try:
-        module, kind = _graph(calls, situation.tensors)
+        captured = _captured(calls, situation.tensors)
+        if captured is None:
+            return None
+        module, kind = captured
         if _is_view(module.graph) or not reduce_all(module.graph, situation.options):
             return None
     except Exception:
-        _log.debug("a reduction of deferred logits has no fused form", exc_info=True)
+        surprised("a reduction of deferred logits computes them all")
         return None
     run = _forgetting(module)
     return lambda *tensors: kind(run(*tensors))
@@ -249,10 +253,13 @@ def _rows(
     """What the last call's logits are made of, from the tensors; None if the pass cannot say."""
     deferral = Deferral()
     try:
-        module, _ = _graph(calls, situation.tensors)
+        captured = _captured(calls, situation.tensors)
+        if captured is None:
+            return None
+        module, _ = captured
         rewrite(module, situation.options, deferral=deferral)
     except Exception:
-        _log.debug("rows of deferred logits are computed with the others", exc_info=True)
+        surprised("rows of deferred logits are computed with the others")
         return None
     if deferral.outputs is None or isinstance(deferral.outputs[0], int):
         return None
@@ -274,6 +281,22 @@ def _forgetting(module: GraphModule) -> Callable[..., Any]:
         node.meta.clear()
     module.recompile()
     return module.forward
+
+
+PYTORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
+"""What PyTorch's functions raise for arguments that do not fit, and for results that depend on
+numbers."""
+
+
+def _captured(
+    calls: tuple[Call, ...], tensors: tuple[Description, ...]
+) -> tuple[GraphModule, Callable[[Any], Any]] | None:
+    """`_graph`, None if the calls raise an error without the numbers: with them they raise their
+    own, or none."""
+    try:
+        return _graph(calls, tensors)
+    except PYTORCH_ERRORS:
+        return None
 
 
 def _graph(

@@ -25,6 +25,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import compat
+from ..kernels.surprise import surprised
 from ..location import calling_frame, in_compiler, in_torch
 from . import fused, lazy
 from .memory import Memory
@@ -343,8 +344,11 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     like_args, like_kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
     try:
         like = func(*like_args, **like_kwargs)
-    except Exception:
+    except fused.PYTORCH_ERRORS:
         return NotImplemented  # an error, which may read otherwise than that of numbers
+    except Exception:
+        surprised("deferred logits are computed")
+        return NotImplemented
     if func not in lazy.VIEWS and func not in lazy.COPIES:
         if not _is_small_beside(given, like, (args, kwargs)):
             return NotImplemented
