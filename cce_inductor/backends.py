@@ -54,7 +54,7 @@ def cce_inductor(
 
     def compiler(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with torch._inductor.config.patch(patches):
-            publish(module, rewrite(module, ours, refused(), deferral_for(module)))
+            publish(module, rewrite(module, ours, refused(), deferral_for(module)), ours)
         return compile_keyed(
             module, example_inputs, inner_compile=keyed, config_patches=patches or None
         )
@@ -96,7 +96,7 @@ def cce_inductor_eager(
     Options.create(**unknown)
 
     def compiler(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        publish(module, rewrite(module, ours, deferral=deferral_for(module)))
+        publish(module, rewrite(module, ours, deferral=deferral_for(module)), ours)
         return module.forward
 
     with on_error(ours.on_error):

@@ -29,6 +29,7 @@ from . import compat
 from .deferred.boundary import compile_with_deferral, deferral_for
 from .fingerprint import fingerprint, tagged
 from .kernels import surprise
+from .notice import speak_at_exit
 from .options import Options
 from .report import publish
 from .rewrite import rewrite
@@ -51,7 +52,8 @@ class RewritePass(CustomGraphPass):
             deferral = deferral_for(module)
             if deferral is not None and not compat.passes_run_always():
                 deferral.why_not = "pre_grad_pass_timing lets a cache answer in the pass's place"
-            publish(module, rewrite(module, self.options, refused(), deferral))
+            reports = rewrite(module, self.options, refused(), deferral)
+            publish(module, reports, self.options)
 
     def uuid(self) -> Any | None:
         """None when a previous pass has none: then only it knows what it depends on."""
@@ -128,6 +130,7 @@ def install(**options: Any) -> None:
     """Makes every later `torch.compile` with Inductor rewrite its losses.
 
     Functions that are compiled already stay as they are. Calling it again replaces the options.
+    If it is still in force when the process ends, and nothing was rewritten, a warning says so.
 
     Args:
         **options: see `Options`.
@@ -140,6 +143,7 @@ def install(**options: Any) -> None:
     with _lock:
         if _installation is None:
             _installation = _Installation(chosen)
+            speak_at_exit()
         else:
             _installation.set_options(chosen)
 

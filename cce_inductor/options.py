@@ -20,6 +20,7 @@ class Options:
     Attributes:
         min_logits_bytes: logits of fewer bytes (tokens x vocabulary x bytes of their dtype) are
             left alone: storing them costs less than computing them again. 0 rewrites everything.
+            Logits of a size that is known only at run time are taken to be large enough.
         workspace_bytes: bound on the block of logits that exists at a time; on CUDA, on the block
             of their gradients. A block has at least 1,024 columns on the CPU and 8,192 on CUDA
             (for 8,192 tokens in bfloat16 that is 128 MiB): for every block the float32 sum of the

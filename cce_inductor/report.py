@@ -13,6 +13,8 @@ from torch.fx import GraphModule, Node
 
 from .advice import advice
 from .location import describe, location
+from .notice import notice
+from .options import Options
 from .patterns import Logits, example
 from .walk import FoundLoss
 
@@ -30,11 +32,16 @@ class LossReport:
         location: ``file.py:line`` of the loss in the user's code, None if unknown.
         loss: the operations from the projection to the loss.
         logits_shape: shape of the projection's result; a dynamic size is given by the value it
-            had at compilation. None if the projection was not found.
+            had at compilation, or -1 if it is known only at run time. None if the projection was
+            not found.
         logits_dtype: dtype of the projection's result, None likewise.
-        bytes_saved: bytes of one copy of those logits, if rewritten, else 0. What a training step
-            saves is more: the gradient of the logits, and a float32 copy where there was one.
+        bytes_saved: bytes of one copy of those logits, if rewritten, else 0; also 0 if they are
+            known only at run time. What a training step saves is more: the gradient of the logits,
+            and a float32 copy where there was one.
         deferred: whether the function also returns these logits, as `DeferredLogits`.
+        logits_bytes: bytes of those logits, or of the loss's input if the projection was not
+            found; None if they are known only at run time.
+        failed: whether the reason is an unexpected exception in the pass.
     """
 
     rewritten: bool
@@ -45,6 +52,8 @@ class LossReport:
     logits_dtype: torch.dtype | None
     bytes_saved: int
     deferred: bool = False
+    logits_bytes: int | None = 0
+    failed: bool = False
 
     @property
     def advice(self) -> str | None:
@@ -54,7 +63,16 @@ class LossReport:
     @classmethod
     def of_failure(cls, node: Node, reason: str) -> LossReport:
         """The record of a loss in a graph that the pass could not look at."""
-        return cls(False, reason, location(node), describe(node), None, None, 0)
+        return cls(False, reason, location(node), describe(node), None, None, 0, failed=True)
+
+    @property
+    def sentence(self) -> str:
+        """All of it in a line, of a loss that is left alone."""
+        size = "" if self.logits_bytes is None else f"{format_bytes(self.logits_bytes)} "
+        name = self.loss.split(" > ")[-1].partition("(")[0]
+        place = f" at {self.location}" if self.location else ""
+        advice = f". To change that: {self.advice}" if self.advice is not None else ""
+        return f"a {size}{name}{place} was left alone: {self.reason}{advice}"
 
     def __str__(self) -> str:
         head = "rewritten" if self.rewritten else "left alone"
@@ -64,7 +82,10 @@ class LossReport:
         if self.logits_shape is not None:
             lines.append(f"  logits: {format_tensor(self.logits_shape, self.logits_dtype)}")
         if self.rewritten:
-            lines.append(f"  not stored any more: {format_bytes(self.bytes_saved)}")
+            saved = "as many bytes as they have at run time"
+            if self.logits_bytes is not None:
+                saved = format_bytes(self.bytes_saved)
+            lines.append(f"  not stored any more: {saved}")
             if self.deferred:
                 lines.append("  the returned logits are deferred: computed when looked at")
         else:
@@ -89,9 +110,14 @@ def _report(
 ) -> LossReport:
     path = logits.path if logits is not None else ()
     shape = dtype = None
+    size: int | None = 0
     if logits is not None:
         result = example(logits.projection.node)
-        shape, dtype = tuple(size_hint(size) for size in result.shape), result.dtype
+        shape = tuple(-1 if (at := size_hint(size)) is None else at for size in result.shape)
+        dtype, size = result.dtype, tensor_bytes(result)
+    else:
+        read = [example(argument) for argument in node.all_input_nodes[:1]]
+        size = tensor_bytes(read[0]) if read and isinstance(read[0], torch.Tensor) else 0
     return LossReport(
         rewritten=reason is None,
         reason=reason,
@@ -99,23 +125,31 @@ def _report(
         loss=" > ".join((*path, consumer)),
         logits_shape=shape,
         logits_dtype=dtype,
-        bytes_saved=logits_bytes(logits) if logits is not None and reason is None else 0,
+        bytes_saved=(size or 0) if reason is None else 0,
         deferred=deferred and reason is None,
+        logits_bytes=size,
     )
 
 
-def logits_bytes(logits: Logits) -> int:
-    """Bytes of the projection's result, with dynamic sizes as they were at compilation."""
-    result = example(logits.projection.node)
-    return math.prod(size_hint(size) for size in result.shape) * result.dtype.itemsize
+def logits_bytes(logits: Logits) -> int | None:
+    """`tensor_bytes` of the projection's result."""
+    return tensor_bytes(example(logits.projection.node))
 
 
-def size_hint(size: int | torch.SymInt) -> int:
-    """The size itself, what a dynamic one was at compilation, or 2^31-1 where only data tells."""
+def tensor_bytes(value: torch.Tensor) -> int | None:
+    """Bytes of a tensor with dynamic sizes as they were at compilation; None if they are known
+    only at run time."""
+    sizes = [size_hint(size) for size in value.shape]
+    known = [size for size in sizes if size is not None]
+    return math.prod(known) * value.dtype.itemsize if len(known) == len(sizes) else None
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The size itself, what a dynamic one was at compilation, or None where only data tells."""
     if isinstance(size, int):
         return size
     hint = size.node.hint
-    return int(hint) if isinstance(hint, int) else 2**31 - 1
+    return int(hint) if isinstance(hint, int) else None
 
 
 def format_bytes(count: int) -> str:
@@ -129,8 +163,9 @@ def format_bytes(count: int) -> str:
 
 
 def format_tensor(shape: Sequence[int], dtype: torch.dtype | None) -> str:
-    """``4x256x32768 float32``."""
-    return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+    """``4x256x32768 float32``; of a size that is not known ``?``."""
+    sizes = ("?" if size == -1 else str(size) for size in shape)
+    return f"{'x'.join(sizes)} {str(dtype).removeprefix('torch.')}"
 
 
 class ReportLog:
@@ -165,14 +200,16 @@ class ReportLog:
 log = ReportLog()
 
 
-def publish(module: GraphModule, found: list[LossReport]) -> None:
+def publish(module: GraphModule, found: list[LossReport], options: Options) -> None:
     """Tells everybody who may ask what a compilation did: `reports`, the logger "cce_inductor"
-    (TORCH_LOGS), ``torch._dynamo.utils.counters["cce_inductor"]`` and the structured trace."""
+    (TORCH_LOGS), ``torch._dynamo.utils.counters["cce_inductor"]`` and the structured trace; and
+    what is said without being asked (`notice`)."""
     log.add(found)
     counters = torch._dynamo.utils.counters["cce_inductor"]
     for report in found:
         counters["rewritten" if report.rewritten else "left_alone"] += 1
         _logger.info("%s", report)
+    notice(found, options)
     if not any(report.rewritten for report in found):
         return
     if _logger.isEnabledFor(logging.DEBUG):

@@ -277,7 +277,7 @@ def _reason_of_logits(logits: Logits, options: Options) -> str | None:
     if device not in DEVICES:
         return f"there is no kernel for the device {device!r}"
     size = logits_bytes(logits)
-    if size < options.min_logits_bytes:
+    if size is not None and size < options.min_logits_bytes:
         return (
             f"the logits are small ({format_bytes(size)}, and "
             f"min_logits_bytes is {format_bytes(options.min_logits_bytes)})"

@@ -1,0 +1,186 @@
+"""What is said without being asked: a large loss that is left alone, once a place, and at the end of
+a process that nothing was rewritten."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cce_inductor
+from cce_inductor.notice import is_large, last_word
+from cce_inductor.options import Options
+
+INPUT = torch.randn(1024, 8)
+WEIGHT = torch.randn(4096, 8)
+TARGET = torch.randint(4096, (1024,))
+DROPPED = (
+    "the logits are used by dropout at {}: it is random. To change that: draw the random numbers "
+    "before the projection, or evaluate with dropout off"
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch._dynamo.reset()
+    cce_inductor.clear_reports()
+
+
+@pytest.fixture
+def said(caplog):
+    """What was logged at warning level so far."""
+    caplog.set_level(logging.WARNING, "cce_inductor")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def compiled(fn, **options):
+    return torch.compile(fn, backend="cce_inductor_eager", options=options, dynamic=False)
+
+
+def line(fn, after):
+    return f"{__file__}:{fn.__code__.co_firstlineno + after}"
+
+
+def test_a_large_loss_is_said_once_a_place(said):
+    def fn(input, weight, target):
+        logits = F.dropout(F.linear(input, weight))
+        return F.cross_entropy(logits, target)
+
+    compiled(fn)(INPUT, WEIGHT, TARGET)
+    sentence = (
+        f"cce_inductor: a 16 MiB cross_entropy at {line(fn, 2)} was left alone: "
+        + DROPPED.format(line(fn, 1))
+    )
+    assert said() == [sentence]
+    compiled(fn)(torch.cat([INPUT, INPUT]), WEIGHT, torch.cat([TARGET, TARGET]))
+    assert len(cce_inductor.reports()) == 2
+    assert said() == [sentence]
+
+
+def test_a_loss_that_gets_its_logits_is_as_large_as_they_are(said):
+    def fn(logits, target):
+        return F.cross_entropy(logits, target)
+
+    compiled(fn)(INPUT @ WEIGHT.t(), TARGET)
+    (sentence,) = said()
+    assert sentence.startswith(
+        f"cce_inductor: a 16 MiB cross_entropy at {line(fn, 1)} was left alone: "
+        "its logits come into this graph from outside"
+    )
+
+
+def test_several_losses_with_one_reason_are_one_sentence(said):
+    def fn(input, weight, target):
+        logits = F.dropout(F.linear(input, weight))
+        first = F.cross_entropy(logits, target)
+        second = F.cross_entropy(logits, target, reduction="sum")
+        return first + second
+
+    compiled(fn)(INPUT, WEIGHT, TARGET)
+    assert len(cce_inductor.reports()) == 2
+    assert len(said()) == 1
+
+
+def test_two_reasons_are_two_sentences(said):
+    def fn(input, weight, target):
+        first = F.cross_entropy(F.dropout(F.linear(input, weight)), target)
+        second = F.cross_entropy(F.linear(input * 2, weight).cumsum(1), target)
+        return first + second
+
+    compiled(fn)(INPUT, WEIGHT, TARGET)
+    assert [" dropout " in sentence for sentence in said()] == [True, False]
+
+
+def test_small_losses_and_rewritten_ones_are_not_said(said):
+    def fn(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight), target)
+
+    compiled(fn)(INPUT[:-1], WEIGHT, TARGET[:-1])  # just below 16 MiB
+    compiled(fn)(INPUT, WEIGHT, TARGET)
+    assert [report.rewritten for report in cce_inductor.reports()] == [False, True]
+    assert said() == []
+
+
+def test_explain_says_it_itself(said):
+    def fn(input, weight, target):
+        return F.cross_entropy(F.dropout(F.linear(input, weight)), target)
+
+    assert "it is random" in str(cce_inductor.explain(fn, INPUT, WEIGHT, TARGET))
+    assert said() == []
+
+
+def test_what_is_large():
+    assert is_large(16 * 2**20, Options())
+    assert not is_large(16 * 2**20 - 1, Options())
+    assert not is_large(2**29, Options(min_logits_bytes=2**30))  # who says so knows
+    assert not is_large(2**10, Options(min_logits_bytes=0))
+    assert is_large(None, Options())
+
+
+SCRIPT = """
+import sys, torch, torch.nn.functional as F, cce_inductor
+cce_inductor.install(min_logits_bytes=0)
+def step(input, weight, target):
+    return F.cross_entropy(F.linear(input, weight), target)
+def other(input, weight, target):
+    return input + 1
+arguments = torch.randn(4, 8), torch.randn(50, 8), torch.randint(50, (4,))
+for act in sys.argv[1:]:
+    if act == "uninstall":
+        cce_inductor.uninstall()
+    elif act == "explain":
+        cce_inductor.explain(step, *arguments)
+    else:
+        torch.compile({"step": step, "other": other}[act])(*arguments)
+"""
+
+
+@pytest.mark.parametrize(
+    ("acts", "expected"),
+    [
+        ([], last_word(0, 0, 0)),
+        (["explain"], last_word(0, 0, 0)),
+        (["other"], last_word(1, 0, 0)),
+        (["step"], None),
+        (["other", "step"], None),
+        (["uninstall"], None),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_at_exit(acts, expected):
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_LOGS"}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *acts],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [text for text in result.stderr.splitlines() if "cce_inductor" in text]
+    assert lines == ([] if expected is None else [f"cce_inductor: {expected}"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((0, 0, 0), "torch.compile compiled nothing with Inductor after cce_inductor.install()"),
+        ((3, 0, 0), "there is no loss in the 3 graph(s) that were compiled"),
+        ((3, 2, 0), "all of the 2 loss(es) in the 3 graph(s) that were compiled were left alone"),
+    ],
+)
+def test_the_last_word_is_one_line(counts, said):
+    assert said in last_word(*counts)
+    assert "\n" not in last_word(*counts)
+
+
+def test_no_last_word_where_something_was_rewritten():
+    assert last_word(3, 2, 1) is None
+
+
+def test_the_command_line_says_nothing_at_exit():
+    command = [sys.executable, "-W", "ignore", "-m", "cce_inductor", "patterns"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
