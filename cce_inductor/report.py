@@ -42,6 +42,7 @@ class LossReport:
         logits_bytes: bytes of those logits, or of the loss's input if the projection was not
             found; None if they are known only at run time.
         failed: whether the reason is an unexpected exception in the pass.
+        advice: what can be changed so that it is rewritten, None if nothing is known.
     """
 
     rewritten: bool
@@ -54,11 +55,7 @@ class LossReport:
     deferred: bool = False
     logits_bytes: int | None = 0
     failed: bool = False
-
-    @property
-    def advice(self) -> str | None:
-        """What can be changed so that it is rewritten, None if nothing is known."""
-        return advice(self.reason)
+    advice: str | None = None
 
     @classmethod
     def of_failure(cls, node: Node, reason: str) -> LossReport:
@@ -95,18 +92,25 @@ class LossReport:
         return "\n".join(lines)
 
 
-def loss_report(found: FoundLoss, reason: str | None, *, deferred: bool = False) -> LossReport:
+def loss_report(
+    found: FoundLoss, reason: str | None, options: Options, *, deferred: bool = False
+) -> LossReport:
     """The record of a loss that was rewritten (`reason` is None) or left alone."""
-    return _report(found.node, found.logits, describe(found.node), reason, deferred)
+    return _report(found.node, found.logits, describe(found.node), reason, options, deferred)
 
 
-def deferral_report(logits: Logits, node: Node) -> LossReport:
+def deferral_report(logits: Logits, node: Node, options: Options) -> LossReport:
     """The record of logits that are deferred and of which there is no loss."""
-    return _report(node, logits, "returned", None, True)
+    return _report(node, logits, "returned", None, options, True)
 
 
 def _report(
-    node: Node, logits: Logits | None, consumer: str, reason: str | None, deferred: bool
+    node: Node,
+    logits: Logits | None,
+    consumer: str,
+    reason: str | None,
+    options: Options,
+    deferred: bool,
 ) -> LossReport:
     path = logits.path if logits is not None else ()
     shape = dtype = None
@@ -128,6 +132,7 @@ def _report(
         bytes_saved=(size or 0) if reason is None else 0,
         deferred=deferred and reason is None,
         logits_bytes=size,
+        advice=advice(reason, options, size),
     )
 
 

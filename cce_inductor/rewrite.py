@@ -139,7 +139,7 @@ def _rewrite_graph(
         if refused is not None:
             deferrable = []
         decision = _decide(found, options, deferrable)
-        reports = _reports(found, decision)
+        reports = _reports(found, decision, options)
         if decision.groups or decision.deferred:
             outputs = _replace(module.graph, decision, found, options)
             if deferral is not None and decision.deferred:
@@ -153,19 +153,20 @@ def _rewrite_graph(
         return [LossReport.of_failure(node, reason) for node in _losses(module.graph)]
 
 
-def _reports(found: Walk, decision: Decision) -> list[LossReport]:
+def _reports(found: Walk, decision: Decision, options: Options) -> list[LossReport]:
     deferred = {o for each in decision.deferred for o in each.logits.projection.origins}
     reports = []
     for each, reason in zip(found.losses, decision.reasons, strict=True):
         if (each.result is None and reason is None) or not (each.is_loss or each.reduces):
             continue
         origins = each.logits.projection.origins if each.logits is not None else ()
-        reports.append(loss_report(each, reason, deferred=not deferred.isdisjoint(origins)))
+        also = not deferred.isdisjoint(origins)
+        reports.append(loss_report(each, reason, options, deferred=also))
         if reason is None:
             deferred.difference_update(origins)
     for returned in decision.deferred:
         if not deferred.isdisjoint(returned.logits.projection.origins):
-            reports.append(deferral_report(returned.logits, returned.node))
+            reports.append(deferral_report(returned.logits, returned.node, options))
     return reports
 
 

@@ -189,8 +189,10 @@ class _Walker:
         self.views: dict[Node, Node] = {}
         # The storages that the node which is being visited changes.
         self.written: frozenset[object] = frozenset()
-        # torch.func transforms that are open, or derivatives taken anywhere in the graph
-        self.transforms = int(any(node.target is torch.autograd.grad for node in graph.nodes))
+        # How many of each are open, by what they are called.
+        self.open = dict.fromkeys(_OPENED, 0)
+        derivatives = (node for node in graph.nodes if node.target is torch.autograd.grad)
+        self.derivative = next(derivatives, None)
 
     def run(self) -> Walk:
         gradient_mode: object = "ambient"
@@ -199,7 +201,7 @@ class _Walker:
             self.found.gradient_mode[node] = gradient_mode
             if node.target is torch._C._set_grad_enabled:
                 gradient_mode = node.args[0]
-            self.transforms += _opens_transform(node)
+            self._count_open(node)
             self.written = mutated_storages(node)
             used = [a for a in node.all_input_nodes if a in self.found.values]
             changed_views = [a for a in node.all_input_nodes if self._changes_view(a)]
@@ -255,11 +257,9 @@ class _Walker:
             return
         if logits is None:
             return
-        if self.transforms:
-            reason = (
-                "the graph is inside a torch.func transform or inference mode, or takes "
-                "derivatives itself"
-            )
+        inside = self._inside()
+        if inside is not None:
+            reason = f"{operation(node)}{at(node)} cannot be followed: {inside}"
             self.lost[node] = (reason, example(node).shape[-1], node)
             return
         if not _requires_grad(node) and any(map(_requires_grad, logits.projection.nodes)):
@@ -315,11 +315,24 @@ class _Walker:
                 self.found.values[node] = _with_path(value, node)
 
     def _check_transforms(self) -> None:
-        if self.transforms:
-            raise UnsupportedError(
-                "it is inside a torch.func transform or inference mode, or the graph takes "
-                "derivatives itself"
-            )
+        inside = self._inside()
+        if inside is not None:
+            raise UnsupportedError(inside)
+
+    def _inside(self) -> str | None:
+        """What makes that nothing can be rewritten here, None if nothing does."""
+        if self.derivative is not None:
+            return f"the graph takes derivatives itself{at(self.derivative)}"
+        return next((f"it is inside {name}" for name, count in self.open.items() if count), None)
+
+    def _count_open(self, node: Node) -> None:
+        module = getattr(node.target, "__module__", None) or ""
+        name = operation(node)
+        if name in ("_enter_inference_mode", "_exit_inference_mode"):
+            self.open[_INFERENCE] += 1 if name == "_enter_inference_mode" else -1
+        elif node.op == "call_function" and "functorch" in module:
+            self.open[_TRANSFORM] += name.endswith("_increment_nesting")
+            self.open[_TRANSFORM] -= name.endswith("_decrement_nesting")
 
     def _check_others_unchanged(self, node: Node, used: list[Node]) -> None:
         if not self.written <= {storage_of(argument) for argument in used}:
@@ -540,6 +553,8 @@ class _Walker:
             source = max(source.all_input_nodes, key=_rank)
         if not isinstance(source, Node):
             return "its input is made from no tensor"
+        if source.op == "placeholder" and isinstance(example(source), torch.nn.Parameter):
+            return f"its input is taken from the parameter {source.name!r}, and is no projection"
         if source.op == "placeholder":
             return (
                 f"its logits come into this graph from outside, as {source.name!r}, "
@@ -683,13 +698,5 @@ def _is_unused(node: Node) -> bool:
     return all(_is_unused(user) for user in node.users)
 
 
-def _opens_transform(node: Node) -> int:
-    """1 for a node that enters a torch.func transform or inference mode, -1 for one that leaves
-    it."""
-    module = getattr(node.target, "__module__", None) or ""
-    name = operation(node)
-    if name in ("_enter_inference_mode", "_exit_inference_mode"):
-        return 1 if name == "_enter_inference_mode" else -1
-    if node.op != "call_function" or "functorch" not in module:
-        return 0
-    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+_TRANSFORM, _INFERENCE = "a torch.func transform", "inference mode"
+_OPENED = (_TRANSFORM, _INFERENCE)

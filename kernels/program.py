@@ -466,6 +466,10 @@ class NotPointwiseError(Exception):
     """A function that is recorded holds an operator that is not pointwise, or fails."""
 
 
+class RandomError(NotPointwiseError):
+    """A traced function draws random numbers."""
+
+
 _MAKE_SCALARS = frozenset(["full", "scalar_tensor", "zeros", "ones", "_efficientzerotensor"])
 _MAKE_LIKE = frozenset(["full_like", "zeros_like", "ones_like", "empty_like", "zero"])
 _MAKE_NEW = frozenset(["new_zeros", "new_ones", "new_full"])
@@ -709,10 +713,14 @@ def _converted(value: Any, dtype: torch.dtype, holder: Tensor) -> Any:
 
 
 def _is_pointwise(target: Any) -> bool:
-    """Whether ATen says so of an operator, or of the one whose derivative it is."""
+    """Whether ATen says so of an operator, or of the one whose derivative it is.
+
+    Raises:
+        RandomError: it draws random numbers.
+    """
     tags = getattr(target, "tags", ())
     if torch.Tag.nondeterministic_seeded in tags:
-        return False
+        raise RandomError(str(target))
     name = step_target(target).split(".")[0]
     if name.endswith("_backward") and hasattr(torch.ops.aten, name.removesuffix("_backward")):
         forward = getattr(torch.ops.aten, name.removesuffix("_backward"))

@@ -24,7 +24,7 @@ import torch
 from torch.fx import Node
 from torch.nn import _reduction
 
-from ..kernels.program import NotPointwiseError
+from ..kernels.program import NotPointwiseError, RandomError
 from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves
 from .logits import HERE, Logits, Stack, Statistic, Value, parts
 
@@ -240,6 +240,8 @@ class Site:
             if tensor_example(self.node).requires_grad:  # which is 0, but there is one
                 always = Apply("ne.Scalar", (Apply("full_like", (LOGIT, 1.0)), 0))
                 expression = Apply("where.ScalarSelf", (always, number, logits.expression))
+            elif getattr(example(self.node), "dtype", None) == torch.bool:
+                expression = Apply("ne.Scalar", (expression, 0))
         result = example(self.node)  # none for an assignment
         if getattr(result, "dtype", None) == torch.float64 or torch.float64 in dtypes:
             logits = logits.replace(compute_dtype=torch.float64)
@@ -261,6 +263,8 @@ class Site:
         try:
             return capture(function, args, kwargs, meaning)
         except NotPointwiseError as why:
+            if isinstance(why, RandomError) or _is_random(function):
+                raise UnsupportedError("it is random") from None
             operator = f" ({why})" if str(why) else ""
             raise UnsupportedError(f"it is not a pointwise function{operator}") from None
 
@@ -362,6 +366,13 @@ def alike(first: Logits, second: Logits) -> bool:
     )
 
 
+def _is_random(function: Callable[..., Any]) -> bool:
+    """Whether ATen says of an operator of that name that it draws random numbers."""
+    packet = getattr(torch.ops.aten, getattr(function, "__name__", ""), None)
+    overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
+
+
 def detached(expression: Any) -> Apply:
     return Apply("detach", (expression,))
 
@@ -419,7 +430,8 @@ def constant(argument: Any) -> float:
     if isinstance(value, torch.SymFloat):
         return float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UnsupportedError("it has an operand that is a tensor, not a number")
+        kind = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+        raise UnsupportedError(f"it has an operand that is {kind}, not a number")
     return value
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import cce_inductor
 from cce_inductor import explain
 from cce_inductor.advice import advice
+from cce_inductor.options import Options
 
 WEIGHT = torch.randn(50, 8, requires_grad=True)
 INPUT = torch.randn(2, 3, 8)
@@ -212,7 +213,7 @@ def test_graph_break_is_explained():
 
     text = str(explain(fn, INPUT.view(-1, 8), TARGET.view(-1)))
     assert "its logits come into this graph from outside" in text
-    assert "to change that: remove the graph break between the projection and the loss" in text
+    assert "to change that: compute the logits and the loss in one compiled function" in text
     assert re.search(r"graph 1 ends with a graph break at .*test_explain.py:\d+:\n  \w+", text)
     assert "print" in text
 
@@ -229,9 +230,90 @@ def test_graph_break_is_explained():
     ],
 )
 def test_advice(reason, said):
-    assert said in advice(reason)
+    assert said in advice(reason, Options(), 1024)
 
 
 def test_no_advice():
-    assert advice(None) is None
-    assert advice("there is no kernel for the device 'meta'") is None
+    assert advice(None, Options(), 0) is None
+    assert advice("there is no kernel for the device 'meta'", Options(), 0) is None
+
+
+LOGITS = INPUT.view(-1, 8) @ WEIGHT.t()
+
+
+def loss_of_logits(logits, target):
+    return F.cross_entropy(logits, target)
+
+
+def advice_for_logits_from_outside(rows=6, **options):
+    with cce_inductor.installed(**options):
+        (report,) = explain(loss_of_logits, LOGITS[:rows], TARGET.view(-1)[:rows]).losses
+    assert report.reason == (
+        "its logits come into this graph from outside, as 'l_logits_', so their projection is not "
+        "in it"
+    )
+    return report.advice
+
+
+def test_advice_does_not_tell_to_pass_what_is_in_force():
+    assert advice_for_logits_from_outside(min_logits_bytes=0, defer_logits="always") == (
+        "compute the logits and the loss in one compiled function, without a graph break between "
+        'them: defer_logits="always" is in force, so that either no compiled function made them, '
+        "or they could not be deferred, and the report of that function says why"
+    )
+
+
+@pytest.mark.parametrize("defer_logits", ["with_loss", "never"])
+def test_advice_says_when_an_option_helps(defer_logits):
+    assert advice_for_logits_from_outside(min_logits_bytes=0, defer_logits=defer_logits) == (
+        "compute the logits and the loss in one compiled function, without a graph break between "
+        'them; or, if a compiled function returns them, pass defer_logits="always" (not where FSDP '
+        "frees the weight of the head after its forward)"
+    )
+
+
+@pytest.mark.parametrize("defer_logits", ["with_loss", "always"])
+def test_advice_for_chunks_that_are_too_small(defer_logits):
+    """Each chunk of a chunked loss is a graph's input, and none is as large as is asked for."""
+    given = advice_for_logits_from_outside(rows=2, defer_logits=defer_logits)
+    assert given == (
+        "compute the logits and the loss in one compiled function, without a graph break between "
+        "them, and lower min_logits_bytes, for they are smaller than that"
+    )
+
+
+def test_advice_after_a_graph_break_that_always_does_not_cross():
+    """The head is a module that is left out of compilation, as FSDP's hooks make it."""
+
+    @torch._dynamo.disable
+    def head(input):
+        return F.linear(input, WEIGHT)
+
+    def fn(input, target):
+        return F.cross_entropy(head(input), target)
+
+    with cce_inductor.installed(min_logits_bytes=0, defer_logits="always"):
+        (report,) = explain(fn, INPUT.view(-1, 8), TARGET.view(-1)).losses
+    assert "either no compiled function made them" in report.advice
+    assert "pass defer_logits" not in report.advice
+
+
+def test_sizes_that_are_known_only_at_run_time():
+    """A size that nobody knows is not invented, and is large enough."""
+
+    def fn(input, target):
+        kept = target > 10
+        return F.cross_entropy(F.linear(input[kept], WEIGHT), target[kept])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        (report,) = explain(fn, INPUT.view(-1, 8), TARGET.view(-1)).losses  # default options
+    assert report.rewritten
+    assert report.logits_bytes is None
+    assert report.bytes_saved == 0
+    assert report.logits_shape == (-1, 50)
+    assert str(report) == (
+        "rewritten: linear > cross_entropy\n"
+        f"  at {__file__}:{fn.__code__.co_firstlineno + 2}\n"
+        "  logits: ?x50 float32\n"
+        "  not stored any more: as many bytes as they have at run time"
+    )

@@ -19,6 +19,8 @@ from .select import without_ellipsis
 def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     """What `input` holds afterwards."""
     logits = site.logits(input)
+    if not tensor_example(input).is_floating_point():
+        site.unsupported("it changes a mask of the logits, or integers made of them")
     shape = tuple(tensor_example(input).shape)
     if isinstance(index, Node) and is_tensor(index):
         if tensor_example(index).dtype == torch.bool and tensor_example(index).shape == shape:
@@ -28,10 +30,11 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     entries = without_ellipsis(index if isinstance(index, tuple) else (index,), len(shape))
     if len(entries) != len(shape) or None in entries:
         site.unsupported("it assigns by an index that is not known")
-    for dim, entry in enumerate(entries):
-        if dim != logits.vocabulary_dim and entry != slice(None):
-            site.unsupported("it assigns to some of the rows")
     entry = entries[logits.vocabulary_dim]
+    if any(dim != logits.vocabulary_dim and e != slice(None) for dim, e in enumerate(entries)):
+        if entry == slice(None):
+            site.unsupported("it assigns to some of the rows")
+        site.unsupported("it assigns to entries that rows and vocabulary are indexed for together")
     if isinstance(entry, Node) and is_tensor(entry):
         if logits.vocabulary_dim != len(shape) - 1:
             site.unsupported("it assigns to logits whose last dimension is not the vocabulary")

@@ -19,6 +19,8 @@ def scatter(
     value = named.pop("src", value)
     if named or is_tensor(value):
         site.unsupported("it scatters a tensor, or reduces")
+    if not tensor_example(input).is_floating_point():
+        site.unsupported("it changes a mask of the logits, or integers made of them")
     if dimension(dim, tensor_example(input).dim()) != logits.vocabulary_dim:
         site.unsupported("it scatters over the rows")
     sizes, shape = tensor_example(index).shape, tensor_example(input).shape

@@ -139,7 +139,11 @@ LEFT_ALONE = {
     ),
     "a row": (assigned((0,), 0.0), "setitem", ROWS),
     "the last rows": (assigned((slice(None), -1), 0.0), "setitem", ROWS),
-    "an entry of a row": (assigned((0, slice(None), 3), 0.0), "setitem", ROWS),
+    "an entry of a row": (
+        assigned((0, slice(None), 3), 0.0),
+        "setitem",
+        "it assigns to entries that rows and vocabulary are indexed for together",
+    ),
     "rows by a mask": (
         assigned(torch.ones(2, 3, dtype=torch.bool), 0.0),
         "setitem",

@@ -325,9 +325,9 @@ LEFT_ALONE = {
     "dropout": (lambda x: F.dropout(x, 0.5), "dropout", "it is random"),
     "flip": (lambda x: x.flip(-1), "flip", None),
     "layer_norm": (lambda x: F.layer_norm(x, (50,)), "layer_norm", None),
-    "noise": (lambda x: x + torch.rand_like(x), "rand_like", None),
+    "noise": (lambda x: x + torch.rand_like(x), "rand_like", "it is random"),
     "normalize": (lambda x: F.normalize(x, dim=-1), "normalize", None),
-    "rrelu": (lambda x: F.rrelu(x, training=True), "rrelu", None),
+    "rrelu": (lambda x: F.rrelu(x, training=True), "rrelu", "it is random"),
     "sort": (lambda x: x.sort(-1).values, "sort", None),
     "x // c": (lambda x: x // 2, "floordiv", None),
 }

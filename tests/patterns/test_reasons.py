@@ -1,6 +1,7 @@
 """What is said about a loss that is left alone, and where it says that it stands."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from checks import capture, reason_against, reports_of
 import cce_inductor
 from cce_inductor.options import Options
 from cce_inductor.rewrite import rewrite
+from cce_inductor.testing import assert_matches_eager
 
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
@@ -293,3 +295,206 @@ def test_an_escape_earlier_in_the_model_is_not_the_reason():
     hidden_weight, weight = torch.randn(9, 8), torch.randn(50, 9, 9)
     reason = reason_against(fn, torch.randn(6, 8), hidden_weight, weight, torch.randint(50, (6,)))
     assert reason.startswith("its input is made by bilinear at ")
+
+
+RANDOM = {
+    "noise": lambda z: z + torch.randn_like(z),
+    "rand_like": lambda z: torch.where(torch.rand_like(z) < 0.1, 0.0, z),
+    "Gumbel noise": lambda z: z - torch.empty_like(z).exponential_().log(),
+    "gumbel_softmax": lambda z: F.gumbel_softmax(z).log(),
+    "normal_": lambda z: z + torch.zeros_like(z).normal_(),
+    "bernoulli": lambda z: z * torch.bernoulli(torch.full_like(z, 0.9)),
+    "alpha_dropout": lambda z: F.alpha_dropout(z, training=True),
+    "rrelu": lambda z: F.rrelu(z, training=True),
+    "dropout": lambda z: F.dropout(z),
+}
+
+
+@pytest.mark.parametrize("change", RANDOM.values(), ids=RANDOM)
+def test_what_is_random_is_called_so(change):
+    def fn(input, weight, target):
+        return F.cross_entropy(change(F.linear(input, weight)), target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.reason.endswith(": it is random"), report.reason
+    assert report.advice.startswith("draw the random numbers before the projection")
+
+
+def sampled(input, weight, target):
+    logits = F.linear(input, weight)
+    return F.cross_entropy(logits, torch.multinomial(logits.softmax(-1), 1)[:, 0])
+
+
+def test_sampling_is_random():
+    (report,) = reports_of(sampled, INPUT, WEIGHT, TARGET)
+    assert report.reason.endswith(f"used by multinomial at {place(sampled, 'multi')}: it is random")
+
+
+def test_a_random_function_that_draws_nothing():
+    def fn(input, weight, target):
+        logits = F.alpha_dropout(F.dropout(F.linear(input, weight), 0.0), training=False)
+        return F.cross_entropy(logits, target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.rewritten
+
+
+def gradient_of_a_transform(input, weight, target):
+    return torch.func.grad(lambda x: F.cross_entropy(F.linear(x, weight), target))(input)
+
+
+def in_inference_mode(input, weight, target):
+    with torch.inference_mode():
+        return F.cross_entropy(F.linear(input, weight), target)
+
+
+def derivative_in_the_graph(input, weight, target):
+    loss = F.cross_entropy(F.linear(input.exp(), weight), target)
+    return torch.autograd.grad(loss, input)
+
+
+def backward_in_the_graph(input, weight, target):
+    loss = F.cross_entropy(F.linear(input, weight), target)
+    loss.backward()
+    return loss.detach()
+
+
+INSIDE = {
+    gradient_of_a_transform: (
+        "linear at {linear} cannot be followed: it is inside a torch.func transform",
+        "compile the loss outside of the transform",
+    ),
+    in_inference_mode: (
+        "linear at {linear} cannot be followed: it is inside inference mode",
+        "use torch.no_grad() in the place of inference mode",
+    ),
+    derivative_in_the_graph: (
+        "linear at {linear} cannot be followed: the graph takes derivatives itself at {grad}",
+        "let the compiled function return the loss, and take its derivatives outside of it",
+    ),
+    backward_in_the_graph: (
+        "linear at {linear} cannot be followed: the graph takes derivatives itself at {backward}",
+        "let the compiled function return the loss, and take its derivatives outside of it",
+    ),
+}
+
+
+@pytest.mark.parametrize("fn", INSIDE)
+def test_each_place_in_which_nothing_is_rewritten_is_named(fn):
+    setting = "trace_autograd_ops"
+    patch = {setting: True} if hasattr(torch._dynamo.config, setting) else {}
+    with torch._dynamo.config.patch(patch):
+        reports = reports_of(fn, INPUT, WEIGHT, TARGET)
+    if not patch and "the_graph" in fn.__name__:
+        assert reports[0].rewritten  # in this version of torch the graph ends before
+        return
+    reason, advice = INSIDE[fn]
+    (report,) = reports
+    words = {w: place(fn, t) for w, t in PLACES.items() if t in inspect.getsource(fn)}
+    assert report.reason == reason.format(**words)
+    assert report.advice == advice
+
+
+PLACES = {"linear": "F.linear", "grad": "autograd.grad", "backward": ".backward()"}
+
+
+def entry_of_each_row(z, y):
+    z[torch.arange(6), y] = 0.5
+
+
+def first_entry(z, y):
+    z[0, 0] = 0.5
+
+
+def some_rows(z, y):
+    z[:3] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("assign", "which"),
+    [
+        (first_entry, "entries that rows and vocabulary are indexed for together"),
+        (some_rows, "some of the rows"),
+    ],
+)
+def test_which_entries_an_assignment_chooses(assign, which):
+    def fn(input, weight, target):
+        logits = F.linear(input, weight).clone()
+        assign(logits, target)
+        return F.cross_entropy(logits, target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET)
+    assert reason.endswith(f": it assigns to {which}")
+
+
+def test_one_entry_of_every_row_is_not_some_of_the_rows():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight).clone()
+        entry_of_each_row(logits, target)
+        return F.cross_entropy(logits, target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET.clamp(min=0))
+    assert report.rewritten or report.reason.endswith(
+        "it assigns to entries that rows and vocabulary are indexed for together"
+    )
+
+
+def mask_by_scatter(z, y):
+    return torch.zeros_like(z, dtype=torch.bool).scatter_(1, y[:, None], True)
+
+
+def mask_by_scatter_of_a_number(z, y):
+    return torch.zeros_like(z, dtype=torch.bool).scatter(1, y[:, None], 1)
+
+
+def mask_by_assignment(z, y):
+    mask = torch.zeros_like(z, dtype=torch.bool)
+    mask[:, 3] = 1
+    return mask
+
+
+def mask_of_nothing(z, y):
+    return torch.zeros_like(z, dtype=torch.bool)
+
+
+def mask_of_everything(z, y):
+    return torch.ones_like(z, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        mask_by_scatter,
+        mask_by_scatter_of_a_number,
+        mask_by_assignment,
+        mask_of_nothing,
+        mask_of_everything,
+    ],
+)
+def test_a_mask_that_is_made_like_the_logits(make):
+    """It is a mask, in what is computed and in what is said of it."""
+
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        return F.cross_entropy(torch.where(make(logits, target), logits - 0.3, logits), target)
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET.clamp(min=0))
+    assert report.rewritten or report.reason.endswith(
+        ": it changes a mask of the logits, or integers made of them"
+    )
+    if report.rewritten:
+        assert_matches_eager(fn, INPUT, WEIGHT, TARGET.clamp(min=0))
+
+
+def test_a_table_of_logits_is_no_graph_break():
+    """The logits of a bigram model are its parameter."""
+    table = torch.nn.Parameter(torch.randn(50, 50))
+
+    def fn(tokens, target):
+        return F.cross_entropy(table[tokens], target)
+
+    (report,) = reports_of(fn, TARGET.clamp(min=0), TARGET)
+    assert re.fullmatch(
+        r"its input is taken from the parameter '\w*table\w*', and is no projection", report.reason
+    )
+    assert report.advice is None
