@@ -20,6 +20,9 @@ _ADVICE = {
         "detach it, if the loss need not train what made it"
     ),
     "Inductor's C++ wrapper": "compile with Inductor's option cpp_wrapper=False",
+    "is taken for that of a router": (
+        "take the loss by its name, with F.cross_entropy or F.nll_loss(F.log_softmax(...))"
+    ),
     "inside a torch.func transform": "compile the loss outside of the transform",
     "inside inference mode": "use torch.no_grad() in the place of inference mode",
     "the graph takes derivatives itself": (

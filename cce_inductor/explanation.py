@@ -16,6 +16,7 @@ from .deferred.boundary import compile_with_deferral, deferral_for
 from .kernels.surprise import on_error
 from .location import in_torch
 from .options import Options
+from .overlooked import largest_projection
 from .report import LossReport, readable
 from .rewrite import rewrite
 
@@ -44,10 +45,13 @@ class Explanation:
     Attributes:
         losses: one record for each loss, in the order of execution.
         graphs: the graphs that Dynamo captured, in that order.
+        overlooked: for each graph without a loss that has a projection, the largest and what reads
+            it, in two lines.
     """
 
     losses: list[LossReport]
     graphs: list[ExplainedGraph]
+    overlooked: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         rewritten = sum(loss.rewritten for loss in self.losses)
@@ -57,6 +61,7 @@ class Explanation:
         lines += [str(loss) for loss in self.losses]
         if not self.losses:
             lines.append("no operation with a loss rule was found in what Dynamo captured")
+            lines += self.overlooked
         for number, graph in enumerate(self.graphs[:-1], 1):
             if graph.break_reason:
                 where = f" at {graph.break_location}" if graph.break_location else ""
@@ -72,6 +77,7 @@ class _Recorder:
         self.options = options
         self.losses: list[LossReport] = []
         self.graphs: list[ExplainedGraph] = []
+        self.overlooked: list[str] = []
         self._breaks = collections.Counter(torch._dynamo.utils.counters["graph_break"])
 
     def _break_reason(self) -> str | None:
@@ -90,7 +96,11 @@ class _Recorder:
 
     def _record(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = readable(module)
-        self.losses += rewrite(module, self.options, deferral=deferral_for(module))
+        losses = rewrite(module, self.options, deferral=deferral_for(module))
+        self.losses += losses
+        projection = None if losses else largest_projection(module)
+        if projection is not None:
+            self.overlooked.append(projection)
         ended = getattr(module, "compile_subgraph_reason", None)
         reason = place = None
         if ended is not None and ended.graph_break:
@@ -126,7 +136,7 @@ def explain_with(
     recorder = _Recorder(options)
     with compiled_for_now(fn, recorder) as compiled:
         compiled(*args, **kwargs)
-    return Explanation(recorder.losses, recorder.graphs)
+    return Explanation(recorder.losses, recorder.graphs, recorder.overlooked)
 
 
 def own_random_numbers() -> contextlib.AbstractContextManager[Any]:

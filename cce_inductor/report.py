@@ -117,8 +117,7 @@ def _report(
     size: int | None = 0
     if logits is not None:
         result = example(logits.projection.node)
-        shape = tuple(-1 if (at := size_hint(size)) is None else at for size in result.shape)
-        dtype, size = result.dtype, tensor_bytes(result)
+        shape, dtype, size = shape_hints(result), result.dtype, tensor_bytes(result)
     else:
         read = [example(argument) for argument in node.all_input_nodes[:1]]
         size = tensor_bytes(read[0]) if read and isinstance(read[0], torch.Tensor) else 0
@@ -139,6 +138,11 @@ def _report(
 def logits_bytes(logits: Logits) -> int | None:
     """`tensor_bytes` of the projection's result."""
     return tensor_bytes(example(logits.projection.node))
+
+
+def shape_hints(value: torch.Tensor) -> tuple[int, ...]:
+    """The shape with each size as `size_hint` has it, -1 where only data tells."""
+    return tuple(-1 if (at := size_hint(size)) is None else at for size in value.shape)
 
 
 def tensor_bytes(value: torch.Tensor) -> int | None:

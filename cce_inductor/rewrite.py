@@ -22,6 +22,7 @@ from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 from .deferred.formula import Formula
 from .kernels.program import NotPointwiseError
 from .kernels.surprise import on_error, surprised
+from .notice import is_large
 from .options import DEFAULT_WORKSPACE_BYTES, Options
 from .patterns import (
     AtRows,
@@ -91,7 +92,9 @@ def rewrite(
         output.meta[_DONE] = True
         of_graph = deferral if graph_module is module else None
         with computing_examples(), on_error(options.on_error):
-            reports += _rewrite_graph(graph_module, options, refused, of_graph)
+            reports += _rewrite_graph(
+                graph_module, options, refused, of_graph, is_inner=graph_module is not module
+            )
     return reports
 
 
@@ -128,9 +131,11 @@ def _rewrite_graph(
     options: Options,
     refused: str | None,
     deferral: Deferral | None,
+    *,
+    is_inner: bool,
 ) -> list[LossReport]:
     try:
-        found = walk(module.graph)
+        found = walk(module.graph, is_inner=is_inner)
         for each in found.losses:
             each.reason = each.reason or refused
         deferrable, stored = returned_logits(found, options, deferral)
@@ -167,6 +172,14 @@ def _reports(found: Walk, decision: Decision, options: Options) -> list[LossRepo
     for returned in decision.deferred:
         if not deferred.isdisjoint(returned.logits.projection.origins):
             reports.append(deferral_report(returned.logits, returned.node, options))
+    routers: set[Node] = set()
+    for each in found.dropped:
+        assert each.logits is not None
+        if each.logits.projection.node in routers:
+            continue
+        routers.add(each.logits.projection.node)
+        if is_large(logits_bytes(each.logits), options):
+            reports.append(loss_report(each, each.reason, options))
     return reports
 
 

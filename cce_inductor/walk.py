@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .location import at, describe, operation
@@ -31,6 +31,7 @@ from .patterns import (
     each_logits,
     example,
     in_vocabulary,
+    is_unfused,
     leaves,
     loss,
     nodes_of,
@@ -108,6 +109,7 @@ class Walk:
 
     Attributes:
         losses: in the graph's order.
+        dropped: reductions that need a softmax and are taken for a router's, not for a loss.
         values: every node that holds logits, or several in a tuple.
         assignments: nodes that change logits in place and have no other result.
         unused: nodes that read logits, and whose results nobody reads.
@@ -119,6 +121,7 @@ class Walk:
     """
 
     losses: list[FoundLoss] = dataclasses.field(default_factory=list)
+    dropped: list[FoundLoss] = dataclasses.field(default_factory=list)
     values: dict[Node, Any] = dataclasses.field(default_factory=dict)
     assignments: dict[Node, Logits] = dataclasses.field(default_factory=dict)
     unused: list[Node] = dataclasses.field(default_factory=list)
@@ -162,20 +165,22 @@ class Walk:
         return None
 
 
-def walk(graph: Graph, *, without_loss: bool = False) -> Walk:
+def walk(graph: Graph, *, without_loss: bool = False, is_inner: bool = False) -> Walk:
     """Finds every loss in `graph` and follows its logits back to their projection.
 
     Args:
         graph: a graph before autograd.
         without_loss: also finds reductions of projections of which there is no loss.
+        is_inner: whether another graph calls this one.
     """
-    return _Walker(graph, without_loss).run()
+    return _Walker(graph, without_loss, is_inner).run()
 
 
 class _Walker:
-    def __init__(self, graph: Graph, without_loss: bool):
+    def __init__(self, graph: Graph, without_loss: bool, is_inner: bool):
         self.graph = graph
         self.without_loss = without_loss
+        self.is_inner = is_inner
         self.found = Walk()
         self.kept = self.found.kept
         # Node made from logits by an operation without a rule -> why, the vocabulary's size, and
@@ -472,12 +477,17 @@ class _Walker:
         return all_logits(self.found.values[used[0]])[0]
 
     def _escape(self, node: Node, used: list[Node], why: str) -> None:
+        is_loss = is_unfused(node)
+        if is_loss:
+            why = "there is no rule for this loss"
         reason = f"the logits are used by {operation(node)}{at(node)}"
         if why:
             reason += f": {why}"
         logits = self._first(used)
         self.lost[node] = (reason, logits.projection.vocabulary, node)
         self._keep(used, reason)
+        if is_loss or _holds_softmax(node, logits.vocabulary):
+            self._record(FoundLoss(node, True, logits, reason=reason))
 
     def _keep(self, used: list[Node], reason: str) -> None:
         for argument in used:
@@ -509,7 +519,7 @@ class _Walker:
         found = FoundLoss(node, True)
         rule = loss.get(node)
         assert rule is not None
-        if isinstance(input, Node) and input in self.reduced:
+        if isinstance(input, Node) and input in self.reduced and not self._has_classes(input):
             return  # of one value a row, not of logits
         if not used and not getattr(rule, "makes_logits", False):
             found.reason = self._reason_without_logits(input)
@@ -541,6 +551,12 @@ class _Walker:
                     self._escape(node, used, "it is not the input of the loss")
         self._record(found)
 
+    def _has_classes(self, node: Node) -> bool:
+        """Whether what is computed from a reduction is as wide as the logits again."""
+        vocabularies = [example(origin).shape[-1] for origin in self.reduced[node]]
+        sizes = [size for size in example(node).shape if isinstance(size, int)]
+        return any(isinstance(each, int) and each in sizes for each in vocabularies)
+
     def _reason_without_logits(self, input: object) -> str:
         if isinstance(input, Node) and input in self.lost:
             reason, vocabulary, escaped = self.lost[input]
@@ -555,6 +571,11 @@ class _Walker:
             return "its input is made from no tensor"
         if source.op == "placeholder" and isinstance(example(source), torch.nn.Parameter):
             return f"its input is taken from the parameter {source.name!r}, and is no projection"
+        if source.op == "placeholder" and self.is_inner:
+            return (
+                "its logits come into a function that the graph calls, such as an "
+                "autograd.Function, and are not followed into it"
+            )
         if source.op == "placeholder":
             return (
                 f"its logits come into this graph from outside, as {source.name!r}, "
@@ -597,13 +618,17 @@ class _Walker:
         nodes = {origin for projection in of_classes for origin in projection.origins}
         # Of the same vocabulary is a teacher whose labels are an argmax.
         vocabularies = {projection.vocabulary for projection in of_classes}
-        self.found.losses = [
-            found
-            for found in self.found.losses
-            if found.logits is None
-            or not nodes.isdisjoint(found.logits.projection.origins)
-            or found.logits.projection.vocabulary in vocabularies
-        ]
+        every, self.found.losses = self.found.losses, []
+        for found in every:
+            if (
+                found.logits is None
+                or not nodes.isdisjoint(found.logits.projection.origins)
+                or found.logits.projection.vocabulary in vocabularies
+            ):
+                self.found.losses.append(found)
+            elif found.has_softmax:
+                found.reason = self.kept.reason(found.logits) or _reason_of_router(found.logits)
+                self.found.dropped.append(found)
 
 
 def _has_rows_of(part: Node, whole: Node, values: dict[Node, Any]) -> bool:
@@ -648,6 +673,37 @@ def _is_written_by_hand(found: FoundLoss) -> bool:
     projection = found.logits.projection
     larger = isinstance(projection.hidden, int) and projection.vocabulary > projection.hidden
     return found.has_softmax and larger
+
+
+def _reason_of_router(logits: Logits) -> str:
+    return (
+        f"a softmax written by hand over {logits.projection.vocabulary} classes, no more than "
+        f"there are hidden units ({logits.projection.hidden}), is taken for that of a router, not "
+        "for a loss"
+    )
+
+
+def _holds_softmax(node: Node, vocabulary: int) -> bool:
+    """Whether it calls a graph, as an autograd.Function is one, that has a softmax over so many
+    classes in it, and no loss that is reported by itself."""
+    module = node.graph.owning_module
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or module is None:
+        return False
+    called = [
+        getattr(module, str(argument.target), None)
+        for argument in node.all_input_nodes
+        if argument.op == "get_attr"
+    ]
+    inner = [n for graph in called if isinstance(graph, GraphModule) for n in graph.graph.nodes]
+    if any(loss.get(each) is not None for each in inner):
+        return False
+    softmaxes = [each for each in inner if operation(each) in _SOFTMAXES]
+    read = [example(argument) for each in softmaxes for argument in each.all_input_nodes]
+    sizes = [size for value in read for size in getattr(value, "shape", ())]
+    return vocabulary in [size for size in sizes if isinstance(size, int)]
+
+
+_SOFTMAXES = ("logsumexp", "log_softmax", "softmax")
 
 
 def _keeps_shape(node: Node) -> bool:

@@ -42,6 +42,7 @@ for _folder in (projections, transforms, reductions, losses):
     for _file in pkgutil.iter_modules(_folder.__path__, _folder.__name__ + "."):
         importlib.import_module(_file.name)
 
+from .losses.unfused import is_unfused  # noqa: E402
 from .through_view import changed_through_view  # noqa: E402
 from .transforms.select import in_vocabulary  # noqa: E402
 from .transforms.stack import through_stack  # noqa: E402
@@ -70,6 +71,7 @@ __all__ = [
     "each_logits",
     "example",
     "in_vocabulary",
+    "is_unfused",
     "leaves",
     "loss",
     "nodes_of",

@@ -1,0 +1,26 @@
+"""Losses over classes that have no rule, so that the report of one names it instead of nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+_UNFUSED = frozenset(
+    [
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.ctc_loss,
+        F.multi_margin_loss,
+        F.multilabel_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.soft_margin_loss,
+        torch.binary_cross_entropy_with_logits,
+        torch.ctc_loss,
+    ]
+)
+
+
+def is_unfused(node: Node) -> bool:
+    """Whether the node is such a loss."""
+    return node.op == "call_function" and node.target in _UNFUSED
