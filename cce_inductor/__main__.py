@@ -26,6 +26,7 @@ _HEADINGS = {
     "transform": "Transforms keep logits logits, beside every pointwise function:",
     "reduction": "Reductions make one value of each row, from the same pass as the loss:",
     "loss": "Losses:",
+    "block": "Blocks are as large as logits, and are not stored where they meet them:",
 }
 
 

@@ -16,6 +16,8 @@ from torch.fx import Node
 from .kernels.program import INDEXED, Name, Program, Reduction, Step
 from .patterns import (
     Apply,
+    AtRows,
+    Call,
     Leaf,
     Logits,
     Operand,
@@ -53,6 +55,7 @@ class Group:
         self.outputs: dict[int, Node] = {}
         self._steps: dict[str, Step] = {}
         self._reductions: dict[str, Reduction] = {}
+        self._names: dict[int, tuple[Apply, Name]] = {}  # of an expression, by its identity
 
     def add(self, statistic: Statistic) -> None:
         self.statistics.append(statistic)
@@ -111,6 +114,11 @@ class Group:
             return self._operand_name(value.kind, value)
         if not isinstance(value, Apply):
             return value
+        if id(value) not in self._names:
+            self._names[id(value)] = value, self._step_name(value)
+        return self._names[id(value)][1]
+
+    def _step_name(self, value: Apply) -> Name:
         args = tuple(self.name(argument) for argument in value.args)
         kwargs = tuple((name, self.name(argument)) for name, argument in value.kwargs)
         step = Step(Name(f"t{len(self._steps)}"), value.target, args, kwargs)
@@ -124,10 +132,20 @@ def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bo
         return (first.index, first.kind) == (second.index, second.kind)
     return (
         first.kind == second.kind
-        and first.source is second.source
+        and _same_source(first.source, second.source)
         and first.row_operations == second.row_operations
         and first.vocabulary_dim == second.vocabulary_dim
     )
+
+
+def _same_source(first: Any, second: Any) -> bool:
+    if isinstance(first, Call) and isinstance(second, Call):
+        first, second = ((c.target, c.args, c.kwargs) for c in (first, second))
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_same_source, first, second))
+    if isinstance(first, (Node, Statistic, AtRows)):
+        return first is second
+    return type(first) is type(second) and bool(first == second)
 
 
 def plan(chosen: list[FoundLoss], found: Walk) -> list[Group]:

@@ -410,6 +410,9 @@ def _erase_unused(graph: Graph, decision: Decision, found: Walk) -> None:
             for absorbed in logits.projection.absorbed:
                 if not absorbed.users and absorbed in graph.nodes:
                     graph.erase_node(absorbed)
+    for node in sorted(set(found.looked_through), key=lambda node: -found.position[node]):
+        if not node.users and node in graph.nodes:
+            graph.erase_node(node)
 
 
 def _erase_with_users(graph: Graph, nodes: list[Node]) -> None:

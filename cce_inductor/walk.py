@@ -113,6 +113,7 @@ class Walk:
         values: every node that holds logits, or several in a tuple.
         assignments: nodes that change logits in place and have no other result.
         unused: nodes that read logits, and whose results nobody reads.
+        looked_through: nodes that logits were combined with, and are of no use to them any more.
         returned: the nodes that hold logits and are returned by the graph.
         kept: why projections stay as they are, but for the returned ones.
         position: of every node in the graph.
@@ -125,6 +126,7 @@ class Walk:
     values: dict[Node, Any] = dataclasses.field(default_factory=dict)
     assignments: dict[Node, Logits] = dataclasses.field(default_factory=dict)
     unused: list[Node] = dataclasses.field(default_factory=list)
+    looked_through: list[Node] = dataclasses.field(default_factory=list)
     returned: list[Node] = dataclasses.field(default_factory=list)
     kept: Kept = dataclasses.field(default_factory=Kept)
     position: dict[Node, int] = dataclasses.field(default_factory=dict)
@@ -237,10 +239,15 @@ class _Walker:
         return self.found
 
     def _site(self, node: Node) -> Site:
-        return Site(node, self.found.values, self._is_late)
+        site = Site(node, self.found.values, self._is_late, self._is_changed)
+        site.looked_through = self.found.looked_through
+        return site
 
     def _is_late(self, node: Node, logits: Logits) -> bool:
         return not self.reduced.get(node, set()).isdisjoint(logits.projection.origins)
+
+    def _is_changed(self, node: Node) -> bool:
+        return self.found.mutation_between(node, self.found.position[node], math.inf) is not None
 
     def _visit_other(self, node: Node) -> None:
         inherited = next((self.lost[a] for a in node.all_input_nodes if a in self.lost), None)
@@ -391,7 +398,7 @@ class _Walker:
         for name in dict.fromkeys(read):
             if name not in updated and name not in views:
                 old = self.found.values.get(name)
-                updated[name] = _seen_as(old, before, value, node, is_whole)
+                updated[name] = _seen_as(old, before, value, is_whole)
         self.found.values.update(updated)
         for name in views:
             self._read_again(name, after=node)
@@ -639,23 +646,23 @@ def _has_rows_of(part: Node, whole: Node, values: dict[Node, Any]) -> bool:
     return statically_known_true(rows[0] == rows[1])
 
 
-def _seen_as(old: Any, before: Logits, value: Logits, node: Node, is_whole: bool) -> Logits:
+def _seen_as(old: Any, before: Logits, value: Logits, is_whole: bool) -> Logits:
     """What another name of changed logits holds.
 
     Args:
         old: what it held.
         before, value: what the name held by which they were changed, and what it holds now.
-        node: what changed them.
         is_whole: whether that name has all of the rows.
     """
     if not isinstance(old, Logits) or old.expression is not before.expression:
         raise UnsupportedError("it changes logits in place that are also read as a view")
     if value.projection != before.projection:
         raise UnsupportedError("it changes logits in place that are also read as a view")
+    known = list(leaves(before.expression))
     new = [
         leaf
         for leaf in leaves(value.expression)
-        if isinstance(leaf, Operand) and leaf.reader is node and leaf.kind in "rb"
+        if isinstance(leaf, Operand) and leaf not in known and leaf.kind in "rb"
     ]
     is_derived = old.row_operations[: len(before.row_operations)] == before.row_operations
     if not is_derived and (new or not is_whole):

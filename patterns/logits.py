@@ -224,8 +224,8 @@ class Statistic:
         origins = self.logits.projection.origins
         found = [(node, origin) for node in self.logits.nodes for origin in origins]
         for operand in _operands(self.values):
-            read = [part for part in parts(operand.source) if isinstance(part, Node)]
-            found += [(node, operand.reader) for node in read]
+            sources = parts(operand.source)
+            found += [(part, operand.reader) for part in sources if isinstance(part, Node)]
         return [*found, *((part, None) for part in parts(self.index) if isinstance(part, Node))]
 
 

@@ -9,6 +9,8 @@ themselves, methods by name.
   need no rule.
 - *reduction* makes one value of each row: returns what replaces the node.
 - *loss* is a reduction that means a loss: one that is left alone is reported with the reason.
+- *block* makes a tensor as large as logits of one that is not: called with the logits first,
+  returns an `Expression` of them, in which nothing as large need be stored.
 
 A rule raises `UnsupportedError` with a sentence that says why the operation cannot be followed.
 """
@@ -72,7 +74,8 @@ projection = Table("projection")
 transform = Table("transform")
 reduction = Table("reduction")
 loss = Table("loss")
-TABLES = (projection, transform, reduction, loss)
+block = Table("block")
+TABLES = (projection, transform, reduction, loss, block)
 
 
 class Site:
@@ -82,6 +85,7 @@ class Site:
         node: the node.
         values: what each node holds that holds logits: `Logits`, or several in a tuple.
         is_late: whether a node is computed from a loss or reduction of these logits.
+        is_changed: whether a tensor was changed in place since a node made it.
     """
 
     def __init__(
@@ -89,22 +93,27 @@ class Site:
         node: Node,
         values: dict[Node, Value],
         is_late: Callable[[Node, Logits], bool] = lambda node, logits: False,
+        is_changed: Callable[[Node], bool] = lambda node: False,
     ):
         self.node = node
         self._values = values
         self._is_late = is_late
+        self.is_changed = is_changed
         self.stored: list[Node] = []
         """Logits that the rule reads as a stored tensor."""
+        self.looked_through: list[Node] = []
+        """What is computed from smaller tensors instead, of no use once its users are gone."""
         self._turned: list[tuple[Logits, tuple[Any, ...]]] = []  # with the shape of an argument
+        self._made: dict[Node, Expression | None] = {}  # of smaller tensors
 
-    def apply(self, rule: Rule) -> Any:
-        """Calls `rule` with the node's arguments.
+    def apply(self, rule: Rule, *first: Any) -> Any:
+        """Calls `rule` with `first` and the node's arguments.
 
         Raises:
             UnsupportedError: the rule's own, or the arguments do not fit its signature.
         """
         try:
-            bound = inspect.signature(rule).bind(self, *self.node.args, **self.node.kwargs)
+            bound = inspect.signature(rule).bind(self, *first, *self.node.args, **self.node.kwargs)
         except TypeError as error:
             raise UnsupportedError(f"it is called in an unknown way ({error})") from None
         return rule(*bound.args, **bound.kwargs)
@@ -140,15 +149,13 @@ class Site:
 
     def seeing(self, argument: Node, logits: Logits) -> Site:
         """The same place, with other logits in an argument."""
-        return Site(self.node, {**self._values, argument: logits}, self._is_late)
+        return Site(self.node, {**self._values, argument: logits}, self._is_late, self.is_changed)
 
     def is_late(self, expression: Any, logits: Logits) -> bool:
         """Whether an expression reads what is reduced from the same logits before."""
-        sources = [leaf.source for leaf in leaves(expression) if isinstance(leaf, Operand)]
         return any(
             isinstance(part, Statistic) or (isinstance(part, Node) and self._is_late(part, logits))
-            for source in sources
-            for part in parts(source)
+            for part in _sources(expression)
         )
 
     def over_vocabulary(self, logits: Logits, dim: Any) -> Logits:
@@ -194,7 +201,7 @@ class Site:
         if len(sizes) > len(shape):
             self.unsupported("it is broadcast to more dimensions")
         for size, expected in zip(sizes, shape, strict=True):
-            if not _is(size, 1) and not _same(size, expected):
+            if not _is(size, 1) and not same_size(size, expected):
                 self.unsupported("it is broadcast to a larger shape")
         over_rows = any(not _is(size, 1) for at, size in enumerate(sizes) if at != dim)
         over_columns = not _is(sizes[dim], 1)
@@ -287,7 +294,93 @@ class Site:
             self.stored.append(argument)
         elif argument in self._values:
             self.unsupported("it combines logits with a tuple of logits")
-        return self.operand(argument, logits, shape)
+        made = self._made_of_smaller(argument, logits, shape)
+        if made is None or not (COLUMN in leaves(made) or tensor_example(argument).requires_grad):
+            return self.operand(argument, logits, shape)
+        # A rule's operation may also check its argument.
+        self.looked_through += [
+            node for node, of in self._made.items() if of and not block.get(node)
+        ]
+        return made
+
+    def _made_of_smaller(
+        self, argument: Node, logits: Logits, shape: tuple[Any, ...]
+    ) -> Expression | None:
+        """What makes a tensor as large as the logits, by `block` rules and pointwise functions of
+        smaller tensors, which are read where it is made; None if there is no such thing."""
+        value = tensor_example(argument)
+        fits = value.dim() == len(shape) and all(map(same_size, value.shape, shape))
+        if not fits or argument in self._values or self.is_changed(argument):
+            return None
+        if argument not in self._made:
+            site = Site(argument, self._values, self._is_late, self.is_changed)
+            site._turned.append((logits, shape))
+            site._made = self._made
+            rule = block.get(argument)
+            try:
+                if rule is not None:
+                    made = site.apply(rule, logits)
+                else:
+                    made = site._pointwise_block(logits, shape)
+                has_gradient = any(map(_requires_grad, _sources(made)))
+                cut = has_gradient and not value.requires_grad
+                self._made[argument] = detached(made) if cut else made
+            except UnsupportedError:
+                self._made[argument] = None
+        return self._made[argument]
+
+    def _pointwise_block(self, logits: Logits, shape: tuple[Any, ...]) -> Expression:
+        node = self.node
+        if node.op not in ("call_function", "call_method") or "out" in node.kwargs:
+            self.unsupported("nothing makes it")
+        if any(map(self._moves, node.all_input_nodes)):
+            self.unsupported("it moves its elements")
+        by_method = node.op == "call_method"
+        function = getattr(torch.Tensor, node.target) if by_method else node.target
+        meanings: dict[Node, Expression] = {}
+
+        def meaning(argument: Node) -> tuple[Expression, torch.dtype]:
+            made = self._made_of_smaller(argument, logits, shape)
+            if made is None:
+                made = self.operand(argument, logits, shape)
+                if argument in self._values or made.kind == "b":
+                    self.unsupported("it is made of something as large")
+            meanings[argument] = made
+            return made, tensor_example(argument).dtype
+
+        args, kwargs = _without_symbols((node.args, node.kwargs))
+        try:
+            expression = capture(function, args, kwargs, meaning)
+        except NotPointwiseError:
+            self.unsupported("it is not pointwise")
+        if not isinstance(expression, (Apply, Operand)):
+            self.unsupported("it is a constant")
+        for argument, same in meanings.items():
+            if same is expression:
+                return self._converted(argument, expression)
+        return expression
+
+    def _moves(self, argument: Node) -> bool:
+        """Whether the node may be a view of an argument with its elements in other places."""
+        before, after = tensor_example(argument), self.example
+        return before.numel() == after.numel() and before.stride() != after.stride()
+
+    def _converted(self, argument: Node, expression: Expression) -> Expression:
+        """What a node makes of an argument whose elements it only copies."""
+        before, after = tensor_example(argument), self.example
+        if before.dtype == after.dtype or (
+            before.dtype.is_floating_point and after.dtype.is_floating_point
+        ):
+            return expression
+        if after.dtype == torch.bool:
+            return Apply("ne.Scalar", (expression, 0))
+        number = float if after.dtype.is_floating_point else int
+        if before.dtype == torch.bool:
+            return Apply("where.Scalar", (expression, number(1), number(0)))
+        if isinstance(expression, Apply) and expression.target == "where.Scalar":
+            condition, *numbers = expression.args
+            return Apply("where.Scalar", (condition, *map(number, numbers)))
+        return self.unsupported("it converts it to another dtype")
 
     def _compute_dtype(self, node: Node) -> torch.dtype | None:
         return self.logits(node).compute_dtype if self.is_logits(node) else None
@@ -373,6 +466,15 @@ def _is_random(function: Callable[..., Any]) -> bool:
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
+def _sources(expression: Any) -> list[Any]:
+    operands = [leaf for leaf in leaves(expression) if isinstance(leaf, Operand)]
+    return [part for operand in operands for part in parts(operand.source)]
+
+
+def _requires_grad(source: Any) -> bool:
+    return isinstance(source, Node) and tensor_example(source).requires_grad
+
+
 def detached(expression: Any) -> Apply:
     return Apply("detach", (expression,))
 
@@ -381,7 +483,7 @@ def _is(size: Any, number: int) -> bool:
     return isinstance(size, int) and size == number
 
 
-def _same(first: Any, second: Any) -> bool:
+def same_size(first: Any, second: Any) -> bool:
     if isinstance(first, int) and isinstance(second, int):
         return first == second
     return str(first) == str(second) or bool(first == second)

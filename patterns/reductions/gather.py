@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ..algebra import Algebra, call, without_vocabulary
+from ..entries import is_index, takes_one_of_each_row, wrapped
 from ..logits import HERE, Logits, Row
-from ..rules import Site, dimension, is_tensor, reduction, tensor_example
+from ..rules import Site, dimension, reduction, tensor_example
 
 
 @reduction(torch.take_along_dim, "take_along_dim")
 def take_along_dim(site: Site, input: Any, indices: Any, dim: Any = None) -> Row | Logits:
     if dim is None:
         site.unsupported("it takes from all logits")
-    return gather(site, input, dim, indices)
+    return _taken(site, input, dim, indices, wrapped)
 
 
 @reduction(torch.gather, "gather")
 def gather(
     site: Site, input: Any, dim: Any, index: Any, *, sparse_grad: Any = False
 ) -> Row | Logits:
+    return _taken(site, input, dim, index, lambda logits, index: index)
+
+
+def _taken(site: Site, input: Any, dim: Any, index: Any, read: Callable[..., Any]) -> Row | Logits:
     logits = site.logits(input)
     shape = tensor_example(input).shape
     if dimension(dim, len(shape)) != logits.vocabulary_dim:
@@ -35,7 +41,7 @@ def gather(
         taken[at] != shape[at] for at in range(len(shape)) if at != vocabulary_dim
     ):
         site.unsupported("its index does not have the rows of the logits")
-    return Algebra(site, logits).gather(logits.expression, index)
+    return Algebra(site, logits).gather(logits.expression, read(logits, index))
 
 
 def _rows_by_index(site: Site, logits: Logits, dim: int, index: Any) -> Logits:
@@ -48,14 +54,31 @@ def _rows_by_index(site: Site, logits: Logits, dim: int, index: Any) -> Logits:
     return logits.with_row_operation(torch.take_along_dim, HERE, source, dim)
 
 
+@reduction("diag", torch.diag)
+def diag(site: Site, input: Any, diagonal: Any = 0) -> Row:
+    return _diagonal(site, input, diagonal)
+
+
+@reduction(torch.linalg.diagonal)
+def linalg_diagonal(
+    site: Site, input: Any, *, offset: Any = 0, dim1: Any = -2, dim2: Any = -1
+) -> Row:
+    return _diagonal(site, input, offset)
+
+
 @reduction("diagonal", torch.diagonal)
 def diagonal(site: Site, input: Any, offset: Any = 0, dim1: Any = 0, dim2: Any = 1) -> Row:
+    return _diagonal(site, input, offset)
+
+
+def _diagonal(site: Site, input: Any, offset: Any) -> Row:
+    """Of a matrix, whose two dimensions may be named in either order."""
     logits = site.logits(input)
     rows, columns = tensor_example(input).shape[:2]
     if tensor_example(input).dim() != 2 or offset != 0 or rows != columns:
         site.unsupported("it is not the diagonal of a square matrix")
     entries = call(torch.arange, rows, device=tensor_example(input).device)
-    logits = site.over_vocabulary(logits, dim2)
+    logits = site.over_vocabulary(logits, logits.vocabulary_dim)
     found = Algebra(site, logits).gather(logits.expression, entries, kind="index")
     return without_vocabulary(found, logits, False)
 
@@ -71,17 +94,9 @@ def getitem(site: Site, input: Any, index: Any) -> Row | None:
     if len(entries) != rank or logits.vocabulary_dim != rank - 1:
         return None
     *rows, column = entries
-    if rows and isinstance(rows[0], (list, tuple, range)):
-        if list(rows[0]) != list(range(len(rows[0]))) or rank != 2:
-            return None
-        if tensor_example(input).shape[0] != len(rows[0]):
-            return None
+    if takes_one_of_each_row(site, logits, entries):
         rows = []
-    elif not all(_is_index(row) for row in rows):
-        return None
-    elif len(rows) == 1 and _counts(rows[0], tensor_example(input).shape[0]):
-        rows = []
-    if not _is_index(column):
+    if not all(map(is_index, (*rows, column))):
         return None
     result = tensor_example(site.node).shape
     if tensor_example(column).shape != result:
@@ -93,16 +108,3 @@ def getitem(site: Site, input: Any, index: Any) -> Row | None:
         site.unsupported("its index is broadcast")
     found = Algebra(site, logits).gather(logits.expression, column, kind="index")
     return without_vocabulary(found, logits, False)
-
-
-def _counts(node: Node, size: Any) -> bool:
-    """Whether it is ``torch.arange(size)``."""
-    return (
-        node.target is torch.arange
-        and len(node.args) == 1
-        and tensor_example(node).shape == (size,)
-    )
-
-
-def _is_index(entry: Any) -> bool:
-    return is_tensor(entry) and tensor_example(entry).dtype in (torch.int64, torch.int32)

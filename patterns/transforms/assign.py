@@ -1,4 +1,5 @@
-"""``logits[..., n:] = -inf``: entries of the vocabulary that get another value, in place."""
+"""``logits[..., n:] = -inf``, ``logits[rows, target] = values``: entries that get another value, in
+place."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..algebra import call
-from ..expression import COLUMN, Apply, Operand
+from ..entries import among, at_index, overwritten, takes_one_of_each_row, value_of_rows
+from ..expression import COLUMN, Apply
 from ..logits import Logits
 from ..rules import Site, constant, is_tensor, tensor_example, transform
 from .select import without_ellipsis
@@ -30,6 +31,8 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     entries = without_ellipsis(index if isinstance(index, tuple) else (index,), len(shape))
     if len(entries) != len(shape) or None in entries:
         site.unsupported("it assigns by an index that is not known")
+    if takes_one_of_each_row(site, logits, entries):
+        return _one_of_each_row(site, input, entries[1], value)
     entry = entries[logits.vocabulary_dim]
     if any(dim != logits.vocabulary_dim and e != slice(None) for dim, e in enumerate(entries)):
         if entry == slice(None):
@@ -40,38 +43,38 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
             site.unsupported("it assigns to logits whose last dimension is not the vocabulary")
         if tensor_example(entry).dtype == torch.bool:
             return _where(site, input, entry, value)
-        return _assigned(site, logits, _is_among(site, logits, entry), value)
+        return _assigned(site, input, among(site, logits, entry), value)
     if isinstance(entry, (list, tuple)):
         inside = None
         for at in entry:
             here = Apply("eq.Scalar", (COLUMN, int(constant(at)) % logits.vocabulary))
             inside = here if inside is None else Apply("logical_or", (inside, here))
-        return logits if inside is None else _assigned(site, logits, inside, value)
+        return logits if inside is None else _assigned(site, input, inside, value)
     start, stop = _range(site, logits, entry)
     inside = Apply("ge.Scalar", (COLUMN, start))
     if stop < logits.vocabulary:
         inside = Apply("logical_and", (inside, Apply("lt.Scalar", (COLUMN, stop))))
-    return _assigned(site, logits, inside, value)
+    return _assigned(site, input, inside, value)
 
 
-def _assigned(site: Site, logits: Logits, inside: Any, value: Any) -> Logits:
-    if is_tensor(value) and tensor_example(value).dim() > 0:
-        site.unsupported("it assigns a tensor")
+def _one_of_each_row(site: Site, input: Node, index: Node, value: Any) -> Logits:
+    logits = site.logits(input)
+    rows = tensor_example(input).shape[:1]
+    if tensor_example(index).shape != rows:
+        site.unsupported("its index is broadcast")
+    here = at_index(site, logits, index)
+    if not is_tensor(value) or tensor_example(value).shape != rows or site.is_logits(value):
+        return _assigned(site, input, here, value)
+    return overwritten(site, logits, input, here, value_of_rows(site, logits, value))
+
+
+def _assigned(site: Site, input: Any, inside: Any, value: Any) -> Logits:
+    logits = site.logits(input)
     if is_tensor(value):
-        new: Any = site.read(value, logits)
-        assigned = Apply("where.self", (inside, new, logits.expression))
-    else:
-        assigned = Apply("where.ScalarSelf", (inside, constant(value), logits.expression))
-    return logits.replace(expression=assigned)
-
-
-def _is_among(site: Site, logits: Logits, indices: Node) -> Apply:
-    """For each entry of the vocabulary whether it is one of `indices`."""
-    entries = call(torch.arange, logits.vocabulary, device=tensor_example(indices).device)
-    places = call(torch.remainder, indices, logits.vocabulary)
-    among = call(torch.isin, entries, places)
-    column = Operand("c", among, logits.row_operations, logits.vocabulary_dim, site.node)
-    return Apply("ne.Scalar", (column, 0))
+        if any(size != 1 for size in tensor_example(value).shape):
+            site.unsupported("it assigns a tensor")
+        value = site.read(value, logits)
+    return overwritten(site, logits, input, inside, value)
 
 
 def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..expression import COLUMN, Apply
+from ..entries import at_scatter, overwritten
 from ..logits import Logits
-from ..rules import Site, constant, dimension, is_tensor, tensor_example, transform
+from ..rules import Site, dimension, is_tensor, tensor_example, transform
 
 
 @transform("scatter", "scatter_", torch.scatter)
@@ -17,10 +17,8 @@ def scatter(
 ) -> Logits:
     logits = site.logits(input)
     value = named.pop("src", value)
-    if named or is_tensor(value):
-        site.unsupported("it scatters a tensor, or reduces")
-    if not tensor_example(input).is_floating_point():
-        site.unsupported("it changes a mask of the logits, or integers made of them")
+    if named:
+        site.unsupported("it reduces what it scatters")
     if dimension(dim, tensor_example(input).dim()) != logits.vocabulary_dim:
         site.unsupported("it scatters over the rows")
     sizes, shape = tensor_example(index).shape, tensor_example(input).shape
@@ -29,6 +27,8 @@ def scatter(
     rows = [dim for dim in range(len(shape)) if dim != logits.vocabulary_dim]
     if any(sizes[dim] != shape[dim] for dim in rows):
         site.unsupported("its index does not have the rows of the logits")
-    here = Apply("eq.Tensor", (COLUMN, site.read(index, logits)))
-    scattered = Apply("where.ScalarSelf", (here, constant(value), logits.expression))
-    return logits.replace(expression=scattered)
+    if is_tensor(value):
+        if site.is_logits(value) or tensor_example(value).shape != sizes:
+            site.unsupported("it scatters a tensor that has not one value for each row")
+        value = site.read(value, logits)
+    return overwritten(site, logits, input, at_scatter(site, logits, index), value)

@@ -298,6 +298,55 @@ def angular_margin(x, weight, labels, scale=8.0, margin=0.5):
     return F.cross_entropy(scale * torch.cos(theta + margin * one_hot), labels.view(-1))
 
 
+def cosine_of(x, weight):
+    return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1)).view(-1, VOCABULARY)
+
+
+@rewritten(hidden(), weight(), labels())
+def additive_margin_in_place(x, weight, labels, scale=8.0, margin=0.35):
+    """CosFace as insightface writes it."""
+    labels = labels.view(-1)
+    cosine = cosine_of(x, weight)
+    cosine[torch.arange(0, cosine.size(0)), labels] -= margin
+    return F.cross_entropy(cosine * scale, labels)
+
+
+@rewritten(hidden(), weight(), labels())
+def angular_margin_by_a_mask(x, weight, labels, scale=8.0):
+    """ArcFace: what the margin makes of all cosines is taken where the target is."""
+    labels = labels.view(-1)
+    cosine = cosine_of(x, weight)
+    moved = cosine * 0.88 - (1 - cosine.pow(2)).clamp(1e-6, 1).sqrt() * 0.48
+    mask = torch.zeros_like(cosine, dtype=torch.bool)
+    mask.scatter_(1, labels.view(-1, 1), True)
+    return F.cross_entropy(torch.where(mask, moved, cosine) * scale, labels)
+
+
+@rewritten(hidden(), weight(), labels(), real(12))
+def magnitude_margin(x, weight, labels, magnitude, scale=8.0):
+    """MagFace: a margin for each row, which is learned."""
+    labels = labels.view(-1)
+    cosine = cosine_of(x, weight)
+    one_hot = F.one_hot(labels, VOCABULARY)
+    cosine = cosine - one_hot * magnitude.sigmoid()[:, None]
+    return F.cross_entropy(cosine * scale, labels)
+
+
+@rewritten(hidden(), weight(), labels())
+def hard_negatives(x, weight, labels, scale=8.0):
+    """CurricularFace: negatives that are larger than the target's cosine with its margin grow."""
+    labels = labels.view(-1)
+    cosine = cosine_of(x, weight)
+    target = cosine[torch.arange(0, cosine.size(0)), labels].view(-1, 1)
+    moved = target * 0.88 - (1 - target.pow(2)).clamp(1e-6, 1).sqrt() * 0.48
+    final = torch.where(target > -0.88, moved, target - 0.24)
+    with torch.no_grad():
+        hardness = target.mean() * 0.01 + 0.2
+    cosine = torch.where(cosine > moved, cosine * (hardness + cosine), cosine)
+    cosine = cosine.scatter(1, labels.view(-1, 1), final)
+    return F.cross_entropy(cosine * scale, labels)
+
+
 @rewritten(labels(), labels())
 class WeightNormalisedHead(nn.Module):
     """torch's parametrization computes the weight from direction and magnitude."""

@@ -22,8 +22,8 @@ getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 one_hot = torch._C._nn.one_hot(l_target_, 50)
-float_1 = one_hot.float()
-reduce_1 = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [float_1], 't0 = mul.Tensor(b0, z); sum(t0)')
+unsqueeze = torch.unsqueeze(l_target_, 1)
+reduce_1 = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [unsqueeze], 't0 = eq.Tensor(j, r0); t1 = where.Scalar(t0, 1.0, 0.0); t2 = mul.Tensor(t1, z); sum(t2)')
 getitem_2 = reduce_1[0]
 squeeze = torch.squeeze(getitem_2, 1)
 to = squeeze.to(torch.float32)

@@ -60,6 +60,7 @@ SPELLINGS = {
     "gather of softmax": lambda x, t: x.softmax(-1).gather(-1, t[:, None]),
     "gather of transposed logits": lambda x, t: x.T.gather(0, t[None]),
     "gather of rows": lambda x, t: x.gather(0, PERMUTED[:, None].expand(6, 50)).logsumexp(-1),
+    "take_along_dim, from the end": lambda x, t: x.take_along_dim(t[:, None] - 50, 1),
     "take_along_dim": lambda x, t: x.take_along_dim(t[:, None], 1),
     "torch.take_along_dim": lambda x, t: torch.take_along_dim(x, t[:, None], dim=1),
     "index tensors": lambda x, t: x[torch.arange(6), t],
@@ -68,6 +69,8 @@ SPELLINGS = {
     "index tensors, from the end": lambda x, t: x[torch.arange(6), t - 50],
     "index tensors, rows in another order": lambda x, t: x[PERMUTED, t],
     "index tensors, one row twice": lambda x, t: x[torch.tensor([1, 1]), t[:2]],
+    "index tensors, from a start": lambda x, t: x[torch.arange(0, 6, device=t.device), t],
+    "index tensors, keywords": lambda x, t: x[torch.arange(end=6).to(t), t],
     "a range": lambda x, t: x[range(6), t],
     "a list": lambda x, t: x[[0, 1, 2, 3, 4, 5], t],
     "three dimensions": lambda x, t: x.view(2, 3, 50)[
@@ -92,6 +95,11 @@ def test_alone():
 DIAGONALS = {
     "diagonal": lambda x: x.diagonal(),
     "torch.diagonal": lambda x: torch.diagonal(x, 0, 0, 1),
+    "the other way": lambda x: x.diagonal(dim1=-1, dim2=-2),
+    "diag": lambda x: x.diag(),
+    "torch.diag": lambda x: torch.diag(x, diagonal=0),
+    "linalg.diagonal": lambda x: torch.linalg.diagonal(x),
+    "one index twice": lambda x: (lambda i: x[i, i])(torch.arange(x.size(0), device=x.device)),
     "diagonal of log_softmax": lambda x: x.log_softmax(-1).diagonal(),
 }
 
@@ -105,7 +113,9 @@ def test_diagonal(diagonal):
     assert_as_accurate_as_eager(fn, INPUT, torch.randn(6, 8, requires_grad=True))
 
 
-@pytest.mark.parametrize("diagonal", [lambda x: x.diagonal(1), lambda x: x[:, :4].diagonal()])
+@pytest.mark.parametrize(
+    "diagonal", [lambda x: x.diagonal(1), lambda x: x[:, :4].diagonal(), lambda x: x.diag(-1)]
+)
 def test_other_diagonals_are_left_alone(diagonal):
     def fn(first, second):
         similarity = first @ second.T
