@@ -292,9 +292,9 @@ for _schema, _implementation in {
     "str program, bool skip_ignored=False, ScalarType? compute_dtype=None, "
     f"int workspace_bytes={DEFAULT_WORKSPACE_BYTES}) -> Tensor[]": _reduce,
     "cross_entropy(Tensor? lse, Tensor target_logit, Tensor? logit_sum, Tensor target, "
-    "Tensor? weight, int vocabulary, str reduction, int ignore_index, float label_smoothing, "
+    "Tensor? weight, SymInt vocabulary, str reduction, int ignore_index, float label_smoothing, "
     "ScalarType result_dtype) -> Tensor": _cross_entropy,
-    "expand_rows(Tensor operand, Tensor rows, int dim, int width) -> Tensor": _expand_rows,
+    "expand_rows(Tensor operand, Tensor rows, int dim, SymInt width) -> Tensor": _expand_rows,
 }.items():
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_schema.split("(")[0], _implementation, "CompositeImplicitAutograd")

@@ -185,8 +185,8 @@ class _Planner:
         return max((self.of_statistic[id(part)].level + 1 for part in inner), default=0)
 
     def _anchor(self, statistic: Statistic, consumer: FoundLoss) -> Node:
-        """The consumer's place, or where gradients were switched off before it: what comes before that
-        may be shared with consumers that need them."""
+        """The consumer's place, or where gradients were switched off before it: what comes before
+        that may be shared with consumers that need them."""
         node = consumer.place
         if not self._is_off(statistic.logits.projection.node):
             while self._is_off(node):

@@ -15,7 +15,7 @@ from .advice import advice
 from .location import describe, location
 from .notice import notice
 from .options import Options
-from .patterns import Logits, example
+from .patterns import Logits, example, size_hint
 from .walk import FoundLoss
 
 _logger = logging.getLogger(__name__)
@@ -151,14 +151,6 @@ def tensor_bytes(value: torch.Tensor) -> int | None:
     sizes = [size_hint(size) for size in value.shape]
     known = [size for size in sizes if size is not None]
     return math.prod(known) * value.dtype.itemsize if len(known) == len(sizes) else None
-
-
-def size_hint(size: int | torch.SymInt) -> int | None:
-    """The size itself, what a dynamic one was at compilation, or None where only data tells."""
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    return int(hint) if isinstance(hint, int) else None
 
 
 def format_bytes(count: int) -> str:

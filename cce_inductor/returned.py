@@ -223,5 +223,4 @@ def are_deferred_already(logits: Logits) -> bool:
 
 def is_worth_deferring(logits: Logits) -> bool:
     """Whether, with no loss in the graph, logits are larger than what they are made of."""
-    projection = logits.projection
-    return isinstance(projection.hidden, int) and projection.vocabulary > projection.hidden
+    return logits.projection.has_more_classes

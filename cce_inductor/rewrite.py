@@ -34,6 +34,7 @@ from .patterns import (
     all_logits,
     example,
     loss,
+    vocabulary_of,
 )
 from .plan import Group, plan
 from .report import LossReport, deferral_report, format_bytes, logits_bytes, loss_report
@@ -626,7 +627,7 @@ class _Builder:
             return index
         if operand.kind in ("c", "s"):
             return self.row(operand.source)
-        width = 1 if operand.kind == "r" else logits.vocabulary
+        width = 1 if operand.kind == "r" else self.row(vocabulary_of(logits))
         node, dim = self.row(operand.source), operand.vocabulary_dim
         if operand.row_operations == logits.row_operations and dim == example(node).dim() - 1:
             return node

@@ -38,6 +38,7 @@ from .patterns import (
     parts,
     projection,
     reduction,
+    size_hint,
     through_stack,
     transform,
 )
@@ -265,14 +266,14 @@ class _Walker:
             logits = self._site(node).apply(rule)
         except UnsupportedError as why:
             reason = f"{operation(node)}{at(node)} is no projection that is known: {why}"
-            self.lost[node] = (reason, example(node).shape[-1], node)
+            self.lost[node] = (reason, size_hint(example(node).shape[-1]), node)
             return
         if logits is None:
             return
         inside = self._inside()
         if inside is not None:
             reason = f"{operation(node)}{at(node)} cannot be followed: {inside}"
-            self.lost[node] = (reason, example(node).shape[-1], node)
+            self.lost[node] = (reason, size_hint(example(node).shape[-1]), node)
             return
         if not _requires_grad(node) and any(map(_requires_grad, logits.projection.nodes)):
             logits = logits.replace(expression=detached(logits.expression))
@@ -491,9 +492,9 @@ class _Walker:
         if why:
             reason += f": {why}"
         logits = self._first(used)
-        self.lost[node] = (reason, logits.projection.vocabulary, node)
+        self.lost[node] = (reason, logits.projection.classes, node)
         self._keep(used, reason)
-        if is_loss or _holds_softmax(node, logits.vocabulary):
+        if is_loss or _holds_softmax(node, size_hint(logits.vocabulary)):
             self._record(FoundLoss(node, True, logits, reason=reason))
 
     def _keep(self, used: list[Node], reason: str) -> None:
@@ -569,7 +570,7 @@ class _Walker:
             reason, vocabulary, escaped = self.lost[input]
             # Every later node of a model is made from its first projections; of the one before
             # this loss are those with its classes, and what came out of the escape itself.
-            if escaped is input or vocabulary in example(input).shape:
+            if escaped is input or vocabulary in map(size_hint, example(input).shape):
                 return reason
         source = input
         while isinstance(source, Node) and (_is_transform(source) or _keeps_shape(source)):
@@ -624,13 +625,13 @@ class _Walker:
         ]
         nodes = {origin for projection in of_classes for origin in projection.origins}
         # Of the same vocabulary is a teacher whose labels are an argmax.
-        vocabularies = {projection.vocabulary for projection in of_classes}
+        vocabularies = {projection.classes for projection in of_classes}
         every, self.found.losses = self.found.losses, []
         for found in every:
             if (
                 found.logits is None
                 or not nodes.isdisjoint(found.logits.projection.origins)
-                or found.logits.projection.vocabulary in vocabularies
+                or found.logits.projection.classes in vocabularies
             ):
                 self.found.losses.append(found)
             elif found.has_softmax:
@@ -678,19 +679,18 @@ def _is_written_by_hand(found: FoundLoss) -> bool:
     softmax too, but fewer experts than hidden units: storing its logits costs next to nothing."""
     assert found.logits is not None
     projection = found.logits.projection
-    larger = isinstance(projection.hidden, int) and projection.vocabulary > projection.hidden
-    return found.has_softmax and larger
+    return found.has_softmax and projection.has_more_classes
 
 
 def _reason_of_router(logits: Logits) -> str:
     return (
-        f"a softmax written by hand over {logits.projection.vocabulary} classes, no more than "
+        f"a softmax written by hand over {logits.projection.classes} classes, no more than "
         f"there are hidden units ({logits.projection.hidden}), is taken for that of a router, not "
         "for a loss"
     )
 
 
-def _holds_softmax(node: Node, vocabulary: int) -> bool:
+def _holds_softmax(node: Node, vocabulary: int | None) -> bool:
     """Whether it calls a graph, as an autograd.Function is one, that has a softmax over so many
     classes in it, and no loss that is reported by itself."""
     module = node.graph.owning_module

@@ -77,8 +77,8 @@ class Step:
     def run(self, values: Mapping[Any, Tensor], dtype: torch.dtype) -> Tensor:
         """Its result from those it uses; a number where the operator wants a tensor has `dtype`."""
         args = [
-            values[a] if isinstance(a, Name) else torch.tensor(a, dtype=dtype) if is_tensor else a
-            for a, is_tensor in zip(self.args, tensor_arguments(self.target), strict=False)
+            values[a] if isinstance(a, Name) else _tensor_if(wanted, a, dtype)
+            for a, wanted in zip(self.args, tensor_arguments(self.target), strict=False)
         ]
         kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in self.kwargs}
         result: Tensor = overload(self.target)(*args, **kwargs)
@@ -270,14 +270,17 @@ def overload(target: str) -> Any:
 def tensor_arguments(target: str) -> tuple[bool, ...]:
     """For each positional argument of a step's operator whether it must be a tensor."""
     schema = overload(target)._schema
-    return tuple(str(argument.type) == "Tensor" for argument in schema.arguments)
+    return tuple("Tensor" in str(argument.type) for argument in schema.arguments)
 
 
-def _tensor_if(wanted: bool, number: Any) -> Any:
-    """A number as a tensor without dimensions, whose dtype gives way to any block's."""
-    if not wanted:
+def _tensor_if(wanted: bool, number: Any, dtype: torch.dtype | None = None) -> Any:
+    """A number as a tensor without dimensions, whose dtype gives way to any block's if none is
+    asked for."""
+    if not wanted or number is None:
         return number
-    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
+    if dtype is None and isinstance(number, float):
+        dtype = torch.float64
+    return torch.tensor(number, dtype=dtype)
 
 
 def step_target(operator: Any) -> str:

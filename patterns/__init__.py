@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from . import losses, projections, reductions, transforms
-from .algebra import detach_row
+from .algebra import detach_row, vocabulary_of
 from .expression import Apply, Expression, Leaf, Operand, leaves
 from .logits import (
     AtRows,
@@ -25,6 +25,7 @@ from .logits import (
     each_logits,
     nodes_of,
     parts,
+    size_hint,
 )
 from .rules import (
     TABLES,
@@ -78,6 +79,8 @@ __all__ = [
     "parts",
     "projection",
     "reduction",
+    "size_hint",
     "through_stack",
     "transform",
+    "vocabulary_of",
 ]

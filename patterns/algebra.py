@@ -26,7 +26,7 @@ from .expression import (
     is_constant_over_row,
     leaves,
 )
-from .logits import AtRows, Call, Logits, Row, Statistic
+from .logits import AtRows, Call, Logits, Row, Statistic, applied
 from .rules import Site
 
 _ADD, _SUB, _MUL, _DIV = "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"
@@ -40,6 +40,28 @@ def call(target: Any, *args: Any, **kwargs: Any) -> Call:
     return Call(target, args, tuple(kwargs.items()))
 
 
+def size_of(logits: Logits, dim: int, size: int | torch.SymInt | None = None) -> Any:
+    """The size of a dimension of logits: the number, or what computes it in the graph, if it may
+    be another in the next call.
+
+    Args:
+        size: as an example has it, None to have it computed in the graph.
+    """
+    if isinstance(size, int):
+        return size
+    projection = logits.projection
+    if dim == logits.vocabulary_dim:
+        weight = applied(projection.linear_weight, projection.weight_operations, projection.hidden)
+        return call(torch.ops.aten.sym_size.int, weight, 0)
+    rows = applied(projection.input, logits.row_operations, projection.hidden)
+    return call(torch.ops.aten.sym_size.int, rows, dim)
+
+
+def vocabulary_of(logits: Logits) -> Any:
+    """`size_of` the vocabulary."""
+    return size_of(logits, logits.vocabulary_dim, logits.vocabulary)
+
+
 class Algebra:
     """Reductions of expressions over the rows of one `Logits`."""
 
@@ -51,7 +73,8 @@ class Algebra:
         if _is_detached(x):
             return detach_row(self.logsumexp(x.args[0]))
         if is_constant_over_row(x):
-            return call(operator.add, self.row(x), math.log(self.logits.vocabulary))
+            classes = self.site.fixed_vocabulary(self.logits)
+            return call(operator.add, self.row(x), math.log(classes))
         core, shift = self._split(x)
         lse = self._statistic("logsumexp", core)
         return lse if shift is None else call(operator.add, lse, shift)
@@ -97,7 +120,7 @@ class Algebra:
         if _is_detached(x):
             return detach_row(self.sum(x.args[0]))
         if is_constant_over_row(x):
-            return call(operator.mul, self.row(x), self.logits.vocabulary)
+            return call(operator.mul, self.row(x), vocabulary_of(self.logits))
         if isinstance(x, Apply) and x.target == "exp" and LOGIT in leaves(x):
             return call(torch.exp, self.logsumexp(x.args[0]))
         if not self._late(x):

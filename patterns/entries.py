@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .algebra import call
+from .algebra import call, size_of, vocabulary_of
 from .expression import COLUMN, Apply, Operand
 from .logits import Call, Logits
-from .rules import Site, constant, is_tensor, same_size, tensor_example
+from .rules import Site, constant, is_symbol, is_tensor, same_size, tensor_example
 
 
 def takes_one_of_each_row(site: Site, logits: Logits, entries: tuple[Any, ...]) -> bool:
@@ -55,10 +55,24 @@ def at_index(site: Site, logits: Logits, index: Node) -> Apply:
 
 def at_scatter(site: Site, logits: Logits, index: Node) -> Apply:
     """The same of the index of a `scatter`, which has the dimensions of the logits."""
-    dim, width = logits.vocabulary_dim, logits.vocabulary
+    dim = logits.vocabulary_dim
+    width = vocabulary_of(logits)
     entries = _entries_along(index, logits)
     table = call(torch.ops.cce_inductor.expand_rows.default, entries, index, dim, width)
     return _here(site, logits, call(torch.gather, table, dim, index))
+
+
+def at_diagonal(site: Site, logits: Logits) -> Apply:
+    """Where a row and the vocabulary's entry have the same place in a matrix."""
+    rows = call(torch.unsqueeze, places_of_rows(site, logits), logits.vocabulary_dim)
+    return _here(site, logits, rows)
+
+
+def places_of_rows(site: Site, logits: Logits) -> Call:
+    """``0, 1, ...``, one for each row of a matrix."""
+    dim = 1 - logits.vocabulary_dim
+    count = size_of(logits, dim, site.shape_of(logits)[dim])
+    return call(torch.arange, count, device=tensor_example(logits.projection.node).device)
 
 
 def wrapped(logits: Logits, indices: Node) -> Call:
@@ -86,7 +100,8 @@ def among(site: Site, logits: Logits, indices: Node) -> Apply:
 def _entries(index: Node, logits: Logits) -> Call:
     """The places in the vocabulary. To take from them by an index checks it, as the replaced code
     does."""
-    return call(torch.arange, logits.vocabulary, device=tensor_example(index).device)
+    count = vocabulary_of(logits)
+    return call(torch.arange, count, device=tensor_example(index).device)
 
 
 def _here(site: Site, logits: Logits, places: Call) -> Apply:
@@ -108,6 +123,8 @@ def overwritten(site: Site, logits: Logits, input: Any, inside: Any, value: Any)
         value: a number, or an expression.
     """
     x = logits.expression
+    if is_symbol(value):
+        value = site.number(value, logits)
     if isinstance(value, (Apply, Operand)):
         return logits.replace(expression=Apply("where.self", (inside, value, x)))
     number = float(value) if isinstance(value, bool) else constant(value)

@@ -95,6 +95,8 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     operand_of: Callable[[Node], tuple[Any, torch.dtype]],
+    *,
+    numbers_as_tensors: bool = False,
 ) -> Any:
     """What ``function(*args, **kwargs)`` does to each element.
 
@@ -102,6 +104,7 @@ def capture(
         function: anything that works on tensors; an in-place one counts as the function of the
             same name that is not.
         args, kwargs: its arguments, with nodes for tensors.
+        numbers_as_tensors: whether it is given its constants as tensors.
         operand_of: for a node, the expression that it stands for, and its dtype.
 
     Returns:
@@ -119,10 +122,11 @@ def capture(
     dtypes = tuple(_wide(dtype) for _, dtype in meanings)
     # 0.0 and -0.0, 1 and True are equal, but not the same constants.
     constants = repr((args, kwargs))
-    question = (function, tuple(args), tuple(kwargs.items()), dtypes, constants)
+    given = (tuple(args), tuple(kwargs.items()))
+    question = (function, *given, dtypes, constants, numbers_as_tensors)
     traced = _trace(*question) if _is_hashable(question) else _trace.__wrapped__(*question)
     if isinstance(traced, NotPointwiseError):
-        raise NotPointwiseError(*traced.args)
+        raise type(traced)(*traced.args)
     steps, result = traced
     made: dict[Any, Any] = {_name(slot): meanings[slot.number][0] for slot in slots.values()}
     for step in steps:
@@ -158,6 +162,7 @@ def _trace(
     kwargs: tuple[tuple[str, Any], ...],
     dtypes: tuple[torch.dtype, ...],
     constants: str,
+    numbers_as_tensors: bool,
 ) -> tuple[tuple[Step, ...], Any] | NotPointwiseError:
     """The steps of a function and its result, or why it is not pointwise."""
     names = [_name(_Slot(number)) for number in range(len(dtypes))]
@@ -165,6 +170,8 @@ def _trace(
     def on_scalars(*values: Tensor) -> Any:
         # 0-d tensors have no elements to mix.
         def fill(argument: Any) -> Any:
+            if numbers_as_tensors and type(argument) in (int, float):
+                return torch.tensor(argument, dtype=torch.float64)
             return values[argument.number] if isinstance(argument, _Slot) else argument
 
         given, named = tree_map(fill, (args, dict(kwargs)))
@@ -182,13 +189,20 @@ def _trace(
             alone = Program(tuple(steps), (Reduction("sum", (results[0],)),))
             differentiated(alone, dtypes)
     except NotPointwiseError as error:
-        return NotPointwiseError(*error.args)  # without the frames that it has come through
+        return type(error)(*error.args)  # without the frames that it has come through
     return tuple(steps), results[0]
 
 
-_UNTAGGED = get_decompositions(
-    [torch.ops.aten.log_sigmoid_forward, torch.ops.aten.hardswish, torch.ops.aten.hardswish_]
-)
+def _masked_fill(input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    return torch.where(mask, value, input)
+
+
+_UNTAGGED = {
+    **get_decompositions(
+        [torch.ops.aten.log_sigmoid_forward, torch.ops.aten.hardswish, torch.ops.aten.hardswish_]
+    ),
+    torch.ops.aten.masked_fill.Tensor: _masked_fill,
+}
 """Pointwise operators that ATen does not call so, by others."""
 
 

@@ -63,6 +63,14 @@ class TensorOperation:
         return tuple(fill(argument) for argument in self.args)
 
 
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The size itself, what a dynamic one was at compilation, or None where only data tells."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if isinstance(hint, int) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """A matrix product that makes logits: ``input @ weight.T + bias``.
@@ -74,7 +82,7 @@ class Projection:
         weight_operations: in order.
         linear_bias: a node of `vocabulary` elements, or None.
         bias_operations: what makes [vocabulary] of the bias, in order.
-        vocabulary: of the node's result.
+        vocabulary: of the node's result; symbolic if it may be another in the next call.
         hidden: its size.
         vocabulary_dim: the dimension of the result that counts the vocabulary, from the front.
         absorbed: nodes that a rule looked through, of no use once their users are gone.
@@ -86,7 +94,7 @@ class Projection:
     linear_weight: Node | Call
     weight_operations: tuple[TensorOperation, ...]
     linear_bias: Node | None
-    vocabulary: int
+    vocabulary: int | torch.SymInt
     hidden: int
     vocabulary_dim: int
     absorbed: tuple[Node, ...] = ()
@@ -95,6 +103,17 @@ class Projection:
 
     def replace(self, **changes: Any) -> Projection:
         return dataclasses.replace(self, **changes)
+
+    @property
+    def classes(self) -> int | None:
+        """The size of the vocabulary at compilation, None where only data tells."""
+        return size_hint(self.vocabulary)
+
+    @property
+    def has_more_classes(self) -> bool:
+        """Whether there are more classes than hidden units, so that logits are larger than what
+        they are made of."""
+        return self.classes is None or self.classes > self.hidden
 
     @property
     def origins(self) -> tuple[Node, ...]:
@@ -131,7 +150,7 @@ class Logits:
 
     projection: Projection
     vocabulary_dim: int
-    vocabulary: int
+    vocabulary: int | torch.SymInt
     compute_dtype: torch.dtype
     row_operations: tuple[TensorOperation, ...] = ()
     expression: Expression = LOGIT

@@ -52,8 +52,7 @@ def product(
     if not all(_has_value(size) for size in tensor_example(weight).shape):
         site.unsupported("its weight has a size that depends on data")
     dim = result.dim() - 1 if vocabulary_dim is None else vocabulary_dim
-    # A weight's sizes are the same in every call; a symbolic one is guarded on.
-    vocabulary = int(result.shape[dim])
+    vocabulary = result.shape[dim]
     if bias is not None and (
         not is_tensor(bias) or tuple(tensor_example(bias).shape) != (vocabulary,)
     ):

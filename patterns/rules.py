@@ -24,11 +24,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import _reduction
 
 from ..kernels.program import NotPointwiseError, RandomError
 from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves
-from .logits import HERE, Logits, Stack, Statistic, Value, parts
+from .logits import HERE, Call, Logits, Stack, Statistic, Value, parts
 
 Spelling = str | Callable[..., Any]
 Rule = Callable[..., Any]
@@ -180,6 +181,16 @@ class Site:
         self._turned.append((swapped, self.shape_of(logits)))
         return swapped
 
+    def fixed_vocabulary(self, logits: Logits) -> int:
+        """The size of a vocabulary that is the same in every call.
+
+        Raises:
+            UnsupportedError: it may be another in the next call.
+        """
+        if not isinstance(logits.vocabulary, int):
+            self.unsupported("its vocabulary may have another size in the next call")
+        return logits.vocabulary
+
     def shape_of(self, logits: Logits) -> tuple[Any, ...]:
         for argument in self.node.all_input_nodes:
             if self._values.get(argument) is logits:
@@ -240,7 +251,7 @@ class Site:
             dtypes.append(self._compute_dtype(node))
             return self.read(node, logits, shape), tensor_example(node).dtype
 
-        expression = self.captured(function, args, kwargs, meaning)
+        expression = self.captured(function, args, kwargs, logits, meaning)
         if isinstance(expression, (int, float)):  # `zeros_like`, say
             number = expression
             expression = Apply("full_like", (LOGIT, float(number)))
@@ -259,21 +270,50 @@ class Site:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        logits: Logits,
         meaning: Callable[[Node], tuple[Any, torch.dtype]],
     ) -> Any:
         """The expression of a pointwise function, or a number; see `capture`.
 
+        Args:
+            logits: of which it is a function.
+            meaning: for a tensor, the expression that it stands for, and its dtype.
+
         Raises:
             UnsupportedError: it is not pointwise.
         """
-        args, kwargs = _without_symbols((args, kwargs))
+        numbers: list[Node] = []
+
+        def operand_of(node: Node) -> tuple[Any, torch.dtype]:
+            if not is_symbol(node):
+                return meaning(node)
+            numbers.append(node)
+            return self.number(node, logits), torch.float64
+
         try:
-            return capture(function, args, kwargs, meaning)
+            return capture(function, args, kwargs, operand_of)
         except NotPointwiseError as why:
             if isinstance(why, RandomError) or _is_random(function):
                 raise UnsupportedError("it is random") from None
+            if numbers:
+                return self._captured_of_tensors(function, args, kwargs, operand_of)
             operator = f" ({why})" if str(why) else ""
             raise UnsupportedError(f"it is not a pointwise function{operator}") from None
+
+    def _captured_of_tensors(self, function: Any, args: Any, kwargs: Any, operand_of: Any) -> Any:
+        """The same where each number is given as a tensor: some functions take no mixture."""
+        try:
+            return capture(function, args, kwargs, operand_of, numbers_as_tensors=True)
+        except NotPointwiseError:
+            raise UnsupportedError(CHANGING) from None
+
+    def number(self, argument: Node, logits: Logits) -> Operand:
+        """A Python number that may be another in the next call, as an operand. Dynamo keeps its
+        sum with a tensor symbolic."""
+        device = tensor_example(logits.projection.node).device
+        zero = Call(torch.zeros, ((),), (("dtype", torch.float64), ("device", device)))
+        source = Call(torch.add, (zero, argument))
+        return Operand("s", source, logits.row_operations, logits.vocabulary_dim, self.node)
 
     def read(
         self, argument: Node, logits: Logits, shape: tuple[Any, ...] | None = None
@@ -348,11 +388,7 @@ class Site:
             meanings[argument] = made
             return made, tensor_example(argument).dtype
 
-        args, kwargs = _without_symbols((node.args, node.kwargs))
-        try:
-            expression = capture(function, args, kwargs, meaning)
-        except NotPointwiseError:
-            self.unsupported("it is not pointwise")
+        expression = self.captured(function, node.args, node.kwargs, logits, meaning)
         if not isinstance(expression, (Apply, Operand)):
             self.unsupported("it is a constant")
         for argument, same in meanings.items():
@@ -422,7 +458,6 @@ def _swapped(logits: Logits) -> Logits | None:
         input.dim() != 2
         or projection.linear_bias is not None
         or logits.vocabulary != projection.vocabulary
-        or not isinstance(input.shape[0], int)
         or any(operation.target is not torch.permute for operation in logits.row_operations)
         or any(isinstance(leaf, Operand) and leaf.kind != "s" for leaf in leaves(logits.expression))
         or COLUMN in leaves(logits.expression)
@@ -484,17 +519,8 @@ def _is(size: Any, number: int) -> bool:
 
 
 def same_size(first: Any, second: Any) -> bool:
-    if isinstance(first, int) and isinstance(second, int):
-        return first == second
-    return str(first) == str(second) or bool(first == second)
-
-
-def _without_symbols(arguments: Any) -> Any:
-    def number(node: Node) -> Any:
-        symbolic = isinstance(example(node), (torch.SymFloat, torch.SymInt))
-        return constant(node) if symbolic else node
-
-    return torch.fx.map_arg(arguments, number)
+    """Whether two sizes are known to be equal, of which nothing new is guarded."""
+    return statically_known_true(first == second)
 
 
 def example(argument: Any) -> Any:
@@ -520,20 +546,38 @@ def is_tensor(argument: Any) -> bool:
     return isinstance(example(argument), torch.Tensor)
 
 
+CHANGING = "it takes a number that may be another in the next call"
+
+
+def is_symbol(argument: Any) -> bool:
+    """Whether it is a Python number that Dynamo keeps symbolic: it may be another in the next
+    call, for which nothing is compiled again."""
+    value = example(argument)
+    return isinstance(value, (torch.SymInt, torch.SymFloat)) and _fixed(value) is None
+
+
+def _fixed(value: torch.SymInt | torch.SymFloat) -> int | float | None:
+    """The number that the user's code has already made constant, None if it has not."""
+    node = value.node
+    is_int = isinstance(value, torch.SymInt)
+    number: int | float | None = node.maybe_as_int() if is_int else node.maybe_as_float()
+    return number
+
+
 def constant(argument: Any) -> float:
-    """A Python number, also one that `dynamic=True` made symbolic (which then is guarded on).
+    """A Python number that is the same in every call.
 
     Raises:
-        UnsupportedError: `argument` is not a number.
+        UnsupportedError: `argument` is not a number, or may be another in the next call.
     """
     value = example(argument)
-    if isinstance(value, torch.SymInt):
-        return int(value)
-    if isinstance(value, torch.SymFloat):
-        return float(value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        fixed = _fixed(value)
+        if fixed is None:
+            raise UnsupportedError(CHANGING)
+        return fixed
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        kind = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
-        raise UnsupportedError(f"it has an operand that is {kind}, not a number")
+        raise UnsupportedError("it has an operand that is a tensor, not a number")
     return value
 
 

@@ -7,10 +7,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..algebra import Algebra, call, ignoring, late
+from ..algebra import Algebra, call, ignoring, late, vocabulary_of
 from ..expression import Apply, Operand
 from ..logits import Call, Logits, Row
-from ..rules import Site, UnsupportedError, constant, loss, loss_reduction, tensor_example
+from ..rules import (
+    CHANGING,
+    Site,
+    UnsupportedError,
+    constant,
+    is_symbol,
+    loss,
+    loss_reduction,
+    tensor_example,
+)
 
 
 @loss(F.cross_entropy)
@@ -31,9 +40,9 @@ def cross_entropy(
     smoothing = float(constant(label_smoothing))
     if site.is_logits(target) or tensor_example(target).is_floating_point():
         return _with_probabilities(site, logits, target, weight, reduction, smoothing)
-    return _with_indices(
-        site, logits, target, weight, int(constant(ignore_index)), reduction, smoothing
-    )
+    _check_indices(site, target, input)
+    target, ignored = _targets(site, target, ignore_index)
+    return _with_indices(site, logits, target, weight, ignored, reduction, smoothing)
 
 
 @loss(F.nll_loss)
@@ -50,7 +59,7 @@ def nll_loss(
     logits = _over_classes(site, input)
     _check_weight(site, weight)
     _check_indices(site, target, input)
-    ignored = int(constant(ignore_index))
+    target, ignored = _targets(site, target, ignore_index)
     found = Algebra(site, logits).gather(
         logits.expression, target, kind="target", constants=(ignored,)
     )
@@ -61,7 +70,7 @@ def nll_loss(
         None,
         target,
         weight,
-        logits.vocabulary,
+        vocabulary_of(logits),
         loss_reduction(size_average, reduce, reduction),
         ignored,
         0.0,
@@ -78,7 +87,6 @@ def _with_indices(
     reduction: str,
     label_smoothing: float,
 ) -> Call:
-    _check_indices(site, target, site.node.all_input_nodes[0])
     algebra, x = Algebra(site, logits), logits.expression
     logit_sum = None
     if label_smoothing > 0:  # as PyTorch, which ignores a negative one
@@ -93,7 +101,7 @@ def _with_indices(
         logit_sum,
         target,
         weight,
-        logits.vocabulary,
+        vocabulary_of(logits),
         reduction,
         ignore_index,
         label_smoothing,
@@ -108,7 +116,7 @@ def _with_probabilities(
     expected = site.read(target, logits)
     if smoothing > 0:
         scaled = Apply("mul.Tensor", (expected, 1.0 - smoothing))
-        expected = Apply("add.Tensor", (scaled, smoothing / logits.vocabulary))
+        expected = Apply("add.Tensor", (scaled, smoothing / site.fixed_vocabulary(logits)))
     if weight is not None:
         expected = Apply("mul.Tensor", (expected, _classes(site, weight, logits)))
     log_probability = Apply("sub.Tensor", (x, late(site, algebra.logsumexp(x), logits)))
@@ -129,6 +137,20 @@ def _over_classes(site: Site, input: Any) -> Logits:
 
 def _classes(site: Site, weight: Any, logits: Logits) -> Operand:
     return Operand("c", weight, logits.row_operations, logits.vocabulary_dim, site.node)
+
+
+_IGNORED = torch.iinfo(torch.int64).min
+
+
+def _targets(site: Site, target: Any, ignore_index: Any) -> tuple[Any, int]:
+    """The class indices, and which is ignored: another one than the user's if his may differ in
+    the next call."""
+    if not is_symbol(ignore_index):
+        return target, int(constant(ignore_index))
+    if tensor_example(target).dtype != torch.int64:
+        site.unsupported(CHANGING)
+    ignored = call(torch.eq, target, ignore_index)
+    return call(torch.masked_fill, target, ignored, _IGNORED), _IGNORED
 
 
 def _check_weight(site: Site, weight: Any) -> None:

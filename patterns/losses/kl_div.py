@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..algebra import Algebra, call
+from ..algebra import Algebra, call, vocabulary_of
 from ..expression import Apply
 from ..logits import Logits, Row
 from ..rules import Site, loss, loss_reduction
@@ -38,7 +38,7 @@ def kl_div(
     if reduction == "sum":
         return call(torch.sum, rows)
     if reduction == "mean":
-        return call(torch.div, call(torch.mean, rows), logits.vocabulary)
+        return call(torch.div, call(torch.mean, rows), vocabulary_of(logits))
     if logits.vocabulary_dim == 0:
         site.unsupported("its batch dimension is the vocabulary")
     of_batch = call(torch.sum, call(torch.flatten, rows, 1), 1)

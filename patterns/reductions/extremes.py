@@ -10,7 +10,7 @@ from ...kernels.program import TOPK_LIMIT
 from ..algebra import Algebra, call, without_vocabulary
 from ..expression import Apply
 from ..logits import Logits, Row
-from ..rules import Site, reduction
+from ..rules import Site, constant, reduction
 
 
 @reduction(torch.argmax, "argmax")
@@ -54,8 +54,11 @@ def topk(
     site: Site, input: Any, k: Any, dim: Any = -1, largest: Any = True, sorted: Any = True
 ) -> tuple[Row, Row]:
     logits = site.over_vocabulary(site.logits(input), dim)
-    if not largest or not isinstance(k, int) or not 0 < k <= TOPK_LIMIT:
-        site.unsupported(f"it takes the smallest, or more than {TOPK_LIMIT}")
+    if not largest:
+        site.unsupported("it takes the smallest")
+    k = int(constant(k))
+    if not 0 < k <= TOPK_LIMIT:
+        site.unsupported(f"it takes none, or more than {TOPK_LIMIT}")
     return Algebra(site, logits).topk(logits.expression, k)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..algebra import Algebra, call, without_vocabulary
-from ..entries import is_index, takes_one_of_each_row, wrapped
+from ..algebra import Algebra, without_vocabulary
+from ..entries import is_index, places_of_rows, takes_one_of_each_row, wrapped
 from ..logits import HERE, Logits, Row
 from ..rules import Site, dimension, reduction, tensor_example
 
@@ -77,8 +77,8 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
     rows, columns = tensor_example(input).shape[:2]
     if tensor_example(input).dim() != 2 or offset != 0 or rows != columns:
         site.unsupported("it is not the diagonal of a square matrix")
-    entries = call(torch.arange, rows, device=tensor_example(input).device)
     logits = site.over_vocabulary(logits, logits.vocabulary_dim)
+    entries = places_of_rows(site, logits)
     found = Algebra(site, logits).gather(logits.expression, entries, kind="index")
     return without_vocabulary(found, logits, False)
 

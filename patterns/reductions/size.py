@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..algebra import call
-from ..logits import Row, applied
+from ..algebra import size_of
+from ..logits import Row
 from ..rules import Site, dimension, reduction, tensor_example
 
 
@@ -19,6 +19,4 @@ def size(site: Site, input: Any, dim: Any = None) -> Row:
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
         site.unsupported("it asks for the size of their vocabulary")
-    projection = logits.projection
-    rows = applied(projection.input, logits.row_operations, projection.hidden)
-    return call(torch.ops.aten.sym_size.int, rows, dim)
+    return size_of(logits, dim)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..algebra import Algebra, call
+from ..algebra import Algebra, call, vocabulary_of
 from ..logits import Row
 from ..rules import Site, dimension, reduction, tensor_example
 
@@ -21,7 +21,7 @@ def mean(
     site: Site, input: Any, dim: Any = None, keepdim: Any = False, *, dtype: Any = None
 ) -> Row:
     rows = _reduced(site, input, dim, keepdim, torch.mean)
-    return call(torch.div, rows, site.logits(input).vocabulary)
+    return call(torch.div, rows, vocabulary_of(site.logits(input)))
 
 
 def _reduced(site: Site, input: Any, dim: Any, keepdim: Any, over_rows: Any) -> Row:

@@ -20,8 +20,6 @@ from .select import without_ellipsis
 def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     """What `input` holds afterwards."""
     logits = site.logits(input)
-    if not tensor_example(input).is_floating_point():
-        site.unsupported("it changes a mask of the logits, or integers made of them")
     shape = tuple(tensor_example(input).shape)
     if isinstance(index, Node) and is_tensor(index):
         if tensor_example(index).dtype == torch.bool and tensor_example(index).shape == shape:
@@ -37,7 +35,7 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     if any(dim != logits.vocabulary_dim and e != slice(None) for dim, e in enumerate(entries)):
         if entry == slice(None):
             site.unsupported("it assigns to some of the rows")
-        site.unsupported("it assigns to entries that rows and vocabulary are indexed for together")
+        site.unsupported("it assigns to entries that an index names by row and by class")
     if isinstance(entry, Node) and is_tensor(entry):
         if logits.vocabulary_dim != len(shape) - 1:
             site.unsupported("it assigns to logits whose last dimension is not the vocabulary")
@@ -47,7 +45,7 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     if isinstance(entry, (list, tuple)):
         inside = None
         for at in entry:
-            here = Apply("eq.Scalar", (COLUMN, int(constant(at)) % logits.vocabulary))
+            here = Apply("eq.Scalar", (COLUMN, int(constant(at)) % site.fixed_vocabulary(logits)))
             inside = here if inside is None else Apply("logical_or", (inside, here))
         return logits if inside is None else _assigned(site, input, inside, value)
     start, stop = _range(site, logits, entry)
@@ -81,11 +79,11 @@ def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:
     if isinstance(entry, slice):
         parts = (entry.start, entry.stop, entry.step)
         numbers = [None if part is None else int(constant(part)) for part in parts]
-        start, stop, step = slice(*numbers).indices(logits.vocabulary)
+        start, stop, step = slice(*numbers).indices(site.fixed_vocabulary(logits))
         if step != 1:
             site.unsupported("it assigns to every other entry")
         return start, max(start, stop)
-    at = int(constant(entry)) % logits.vocabulary
+    at = int(constant(entry)) % site.fixed_vocabulary(logits)
     return at, at + 1
 
 

@@ -57,9 +57,11 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
 
 def vocabulary_range(site: Site, logits: Logits, entries: slice) -> Logits:
     """The logits of a range of the vocabulary: of a range of the weight's rows."""
+    if entries == slice(None):
+        return logits
     parts = (entries.start, entries.stop, entries.step)
     numbers = (None if part is None else int(constant(part)) for part in parts)
-    start, stop, step = slice(*numbers).indices(logits.vocabulary)
+    start, stop, step = slice(*numbers).indices(site.fixed_vocabulary(logits))
     if (start, stop, step) == (0, logits.vocabulary, 1):
         return logits
     if step != 1 or stop <= start:

@@ -314,7 +314,9 @@ def test_other_rows_are_left_alone(rows_of):
         return F.cross_entropy(logits, FLAT)
 
     arguments = (INPUT.view(6, 8), WEIGHT, torch.arange(6), VALUES)
-    assert reason_against(fn, *arguments).endswith(": it assigns to some of the rows")
+    assert reason_against(fn, *arguments).endswith(
+        ": it assigns to entries that an index names by row and by class"
+    )
     assert_compiled_like_eager(fn, *arguments)
 
 
@@ -370,7 +372,7 @@ LEFT_ALONE = {
     "an entry of a row": (
         assigned((0, slice(None), 3), 0.0),
         "setitem",
-        "it assigns to entries that rows and vocabulary are indexed for together",
+        "it assigns to entries that an index names by row and by class",
     ),
     "rows by a mask": (
         assigned(torch.ones(2, 3, dtype=torch.bool), 0.0),
@@ -385,7 +387,7 @@ LEFT_ALONE = {
     "two entries of a row": (
         assigned((slice(None), [0, 1, 2], torch.tensor([4, 5, 6])), 0.0),
         "setitem",
-        ROWS,
+        "it assigns to entries that an index names by row and by class",
     ),
     "several values": (
         assigned((..., slice(40, None)), torch.ones(10)),

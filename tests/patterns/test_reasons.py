@@ -435,7 +435,7 @@ def test_one_entry_of_every_row_is_not_some_of_the_rows():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET.clamp(min=0))
     assert report.rewritten or report.reason.endswith(
-        "it assigns to entries that rows and vocabulary are indexed for together"
+        "it assigns to entries that an index names by row and by class"
     )
 
 
