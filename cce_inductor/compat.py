@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -208,3 +208,20 @@ def _wrap_method(
 def forbid_memory(tensor: torch.Tensor) -> None:
     """Lets code that reads the memory of a tensor without any raise an error, not crash."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def gathered_parameters() -> Iterator[tuple[torch.Tensor, bool]]:
+    """Those that FSDP2 has gathered from their shards, each with whether it is freed after the
+    forward of its module (which may have several groups of them from 2.13)."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                gathered = getattr(parameter, "_unsharded_param", None)
+                if gathered is not None:
+                    yield gathered, group.post_forward_mesh_info is not None

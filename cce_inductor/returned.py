@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from .deferred.formula import Formula
 from .deferred.operation import product
+from .deferred.sharded import is_freed_after_forward
 from .location import at, operation
 from .mutation import UNKNOWN, storage_of
 from .options import Options
@@ -84,11 +85,13 @@ class Deferral:
 
     Attributes:
         why_not: why it takes none, None if it does.
+        arguments: examples of the graph's.
         outputs: for each result of the user's graph its position among those of the rewritten
             one, or what it is made of; None if the graph returns what it did.
     """
 
     why_not: str | None = None
+    arguments: Sequence[Any] = ()
     outputs: list[int | DeferredOutput] | None = None
 
 
@@ -138,7 +141,7 @@ def returned_logits(
         if options.defer_logits == "never":
             reason += ', as defer_logits is "never"'
         elif deferral is not None:
-            why = deferral.why_not or _reason_to_store(node, found)
+            why = deferral.why_not or _reason_to_store(node, found, deferral)
             if why is None:
                 deferrable.append(Returned(node, value))
                 continue
@@ -147,7 +150,7 @@ def returned_logits(
     return deferrable, stored
 
 
-def _reason_to_store(node: Node, found: Walk) -> str | None:
+def _reason_to_store(node: Node, found: Walk, deferral: Deferral) -> str | None:
     value, logits = example(node), found.values[node]
     if not isinstance(logits, Logits):
         return "they are several"
@@ -161,6 +164,8 @@ def _reason_to_store(node: Node, found: Walk) -> str | None:
         return "what they were combined with is computed from them"
     if not _is_contiguous(value, logits.vocabulary_dim) and not _is_static(value):
         return "their strides are not known before the function runs"
+    if is_freed_after_forward(_arguments_read(returned, operands, deferral)):
+        return "FSDP frees the weight after the forward of its module (reshard_after_forward)"
     storage = storage_of(node)
     others = [*returned.output.all_input_nodes, *node.graph.find_nodes(op="placeholder")]
     if storage is UNKNOWN or any(o is not node and storage_of(o) == storage for o in others):
@@ -170,6 +175,18 @@ def _reason_to_store(node: Node, found: Walk) -> str | None:
     if mutation is not None:
         return f"{operation(mutation)}{at(mutation)} may change what the projection read"
     return None
+
+
+def _arguments_read(returned: Returned, operands: list[Operand], deferral: Deferral) -> list[Any]:
+    """The arguments whose memory is read when the logits are computed."""
+    nodes = [*returned.logits.projection.nodes, *(operand.source for operand in operands)]
+    read = {storage_of(node) for node in nodes}
+    placeholders = returned.node.graph.find_nodes(op="placeholder")
+    return [
+        value
+        for node, value in zip(placeholders, deferral.arguments, strict=False)
+        if storage_of(node) in read
+    ]
 
 
 def _with_softmaxes(expression: Expression) -> Expression:

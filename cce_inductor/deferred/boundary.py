@@ -28,7 +28,8 @@ from ..mutation import mutated_storages, storage_of
 from ..patterns import example
 from ..returned import ARRIVED, Deferral, DeferredOutput
 from . import fused
-from .operation import Operation
+from .operation import Operation, strided
+from .sharded import is_freed_after_forward, is_sharded
 from .stale import StaleLogitsError
 from .tensor import DeferredLogits, defer, with_strides
 
@@ -74,7 +75,7 @@ def compile_with_deferral(
 def _compiled_with_outputs(
     compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
 ) -> Compiled:
-    deferral = Deferral()
+    deferral = Deferral(arguments=example_inputs)
     if compat.saves_compiled():
         deferral.why_not = "the compiled function is saved, and loaded without what computes them"
     _compilations.open.append((module, deferral))
@@ -82,10 +83,11 @@ def _compiled_with_outputs(
         compiled = compiler(module, example_inputs)
     finally:
         _compilations.open.pop()
+    deferral.arguments = ()  # what is compiled outlives them
     if deferral.outputs is None:
         return compiled
     _tell_dynamo()
-    return _deferring(compiled, deferral.outputs)
+    return _deferring(compiled, deferral.outputs, is_sharded(example_inputs))
 
 
 @functools.cache
@@ -102,7 +104,15 @@ def _compiled_by_any(
         return compiled
     if _shares_deferred(module, example_inputs):
         return _TakesDeferred(module)
-    return _with_plain_arguments(compiled)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            plain = list(map(_plain, arguments))
+        except StaleLogitsError:
+            return module(*arguments)  # which raises that if it needs the numbers
+        return compiled(*plain)
+
+    return call
 
 
 def _some_deferred(values: Sequence[Any]) -> bool:
@@ -142,21 +152,32 @@ def _is_whole(module: GraphModule) -> bool:
     )
 
 
-def _deferring(compiled: Compiled, outputs: list[int | DeferredOutput]) -> Compiled:
+def _deferring(
+    compiled: Compiled, outputs: list[int | DeferredOutput], may_be_freed: bool
+) -> Compiled:
     def call(*arguments: Any) -> tuple[Any, ...]:
         results = compiled(*arguments)
+        # No guard of Dynamo's sees the options of FSDP, which may change.
+        stored = may_be_freed and is_freed_after_forward(arguments)
         return tuple(
-            results[output] if isinstance(output, int) else _made(output, arguments, results)
+            results[output]
+            if isinstance(output, int)
+            else _made(output, arguments, results, stored)
             for output in outputs
         )
 
     return call
 
 
-def _made(output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any]) -> Tensor:
+def _made(
+    output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any], stored: bool
+) -> Tensor:
     formula = output.formula
     if any(isinstance(value, FakeTensor) for value in results):
         return output.make(arguments, results)  # a compiler runs it, for the shapes
+    if stored:
+        logits = output.make(arguments, results)
+        return logits if formula.strides is None else strided(logits, formula.strides)
     logits = output.make(arguments, results, product=defer)
     return logits if formula.strides is None else with_strides(logits, formula.strides)
 
@@ -227,8 +248,8 @@ def _compiled_for_tensors(
     try:
         unpacked = _Unpacked.of(example_inputs)
         inner = _accepting(module, example_inputs, unpacked)
-    except StaleLogitsError:  # which the graph raises, if it looks at the numbers
-        return _TakesDeferred(module)
+    except StaleLogitsError:
+        return _TakesDeferred(module)  # which raises that if it needs the numbers
     except Exception:
         surprised("a graph with deferred logits among its arguments runs without being compiled")
         return _TakesDeferred(module)
@@ -240,7 +261,10 @@ def _compiled_for_tensors(
     del unpacked, example_inputs, placeholders  # what is compiled outlives them
 
     def call(*arguments: Any) -> Any:
-        given = _Unpacked.of(arguments)
+        try:
+            given = _Unpacked.of(arguments)
+        except StaleLogitsError:
+            return module(*arguments)  # which raises that if it needs the numbers
         new = range(given.count, len(given.values))
         if given.written != written or not all(
             _fits(given.values[place], fakes[place]) for place in new

@@ -37,7 +37,7 @@ class Guarded:
         self._tensor = tensor
         self.name = name
         self.requires_grad = tensor.requires_grad
-        self.is_real = real = _has_memory(tensor)
+        self.is_real = real = has_memory(tensor)
         self._version = None if tensor.is_inference() else tensor._version
         self._pointer = tensor.data_ptr() if real else None
         others = real and (tensor.is_leaf or tensor._is_view())
@@ -88,7 +88,7 @@ class Guarded:
         return None
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def has_memory(tensor: Tensor) -> bool:
     """Whether it is a tensor like any other: of no class that changes what functions do."""
     kind = type(tensor)
     return kind is Tensor or (

@@ -161,11 +161,11 @@ class DeferredLogits(Tensor):
         into the compiled graph."""
         try:
             operation = self.as_argument()
+            if operation is None:
+                self.__dict__["_tensor0"] = self.settle()
+                return ["_tensor0"], None
         except StaleLogitsError:  # which whoever asks for the shape only need not know
-            operation = self.known()
-        if operation is None:
-            self.__dict__["_tensor0"] = self.settle()
-            return ["_tensor0"], None
+            operation = self._operation
         writing = fused.Writing(lambda guarded: guarded.tensor)
         writing.argument(operation)
         names = [f"_tensor{number}" for number in range(len(writing.tensors))]

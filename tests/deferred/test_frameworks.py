@@ -8,8 +8,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Trainer, TrainingArguments
 
 import cce_inductor
@@ -244,6 +251,222 @@ def test_fully_sharded_data_parallel(group):
         torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
     with pytest.raises(cce_inductor.StaleLogitsError, match="freed"):
         logits.argmax(-1)
+
+
+class Head(torch.nn.Module):
+    """What a person writes: Dynamo compiles the forward of a unit of FSDP by itself."""
+
+    def __init__(self, bias=False, loss=False):
+        super().__init__()
+        self.projection = torch.nn.Linear(64, VOCABULARY, bias=bias)
+        self.loss = loss
+
+    def forward(self, hidden, labels):
+        logits = self.projection(hidden) / 2
+        if self.loss:
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+        return logits
+
+
+class WithHead(torch.nn.Module):
+    """Its head is a module with a class of its own."""
+
+    def __init__(self, head, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(VOCABULARY, 64)
+        self.layer = torch.nn.Linear(64, 64)
+        self.head = head()
+        if tied:
+            self.head.projection.weight = self.embedding.weight
+
+    def forward(self, ids, labels):
+        hidden = self.embedding(ids)
+        output = self.head(hidden + self.layer(hidden).tanh(), labels)
+        if isinstance(output, tuple):
+            return output
+        return F.cross_entropy(output.flatten(0, 1), labels.flatten()), output
+
+
+def sharded_head(model, mesh, **arguments):
+    fully_shard(model.head, mesh=mesh, **arguments)
+    fully_shard(model, mesh=mesh)
+
+
+def toggled(model, mesh):
+    """What was compiled for a weight that stays is used with one that does not."""
+    sharded_head(model, mesh, reshard_after_forward=False)
+    yield
+    model.head.set_reshard_after_forward(True)
+
+
+REDUCED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+FREED = {
+    "alone": (Head, sharded_head),
+    "with a bias": (functools.partial(Head, bias=True), sharded_head),
+    "with the loss": (functools.partial(Head, loss=True), sharded_head),
+    "by request": (Head, functools.partial(sharded_head, reshard_after_forward=True)),
+    "in bfloat16": (Head, functools.partial(sharded_head, mp_policy=REDUCED)),
+    "on the CPU": (
+        Head,
+        functools.partial(sharded_head, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    ),
+    "from the second step on": (Head, toggled),
+    "a part of the head": (
+        Head,
+        lambda model, mesh: [fully_shard(m, mesh=mesh) for m in (model.head.projection, model)],
+    ),
+}
+
+
+def steps(model, code, change=None, count=3):
+    """Losses, greatest logits and gradients of some steps."""
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for number in range(count):
+        if change is not None and number == 1:
+            next(change, None)
+        model.zero_grad()
+        loss, logits = code(ids.roll(number, 1), ids.roll(number - 1, 1))
+        found += [loss.detach().float(), logits.detach().float().amax(-1)]
+        loss.backward()
+        for parameter in model.parameters():
+            gradient = parameter.grad
+            found.append(gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient)
+    return found
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_weight_that_is_freed_after_the_forward(name, group):
+    """Its logits are computed while it is there: nobody who looks later gets an error."""
+    head, shard = FREED[name]
+    model, expected = WithHead(head), WithHead(head)
+    change = shard(model, init_device_mesh("cpu", (1,)))
+    change = change if hasattr(change, "__next__") else None
+    if change is not None:
+        next(change)
+    options = {"min_logits_bytes": 0, "on_error": "raise", "defer_logits": "always"}
+    code = torch.compile(model, backend="cce_inductor_eager", options=options)
+    found = steps(model, code, change)
+    loose = 3e-2 if "bfloat16" in name else 1e-5
+    torch.testing.assert_close(found, steps(expected, expected), rtol=loose, atol=loose)
+    if change is None:
+        assert not any(report.deferred for report in cce_inductor.reports())
+    if name == "with the loss":
+        (report,) = cce_inductor.reports()
+        assert "FSDP frees the weight after the forward of its module" in report.reason
+
+
+STAYING = {
+    "the outermost unit": (Head, False, lambda model, mesh: fully_shard(model, mesh=mesh)),
+    "tied": (Head, True, lambda model, mesh: fully_shard(model, mesh=mesh)),
+    "by request": (Head, False, functools.partial(sharded_head, reshard_after_forward=False)),
+    "with the loss": (
+        functools.partial(Head, loss=True),
+        False,
+        functools.partial(sharded_head, reshard_after_forward=False),
+    ),
+    "other units are freed": (
+        Head,
+        False,
+        lambda model, mesh: [fully_shard(m, mesh=mesh) for m in (model.layer, model)],
+    ),
+    "not sharded": (Head, False, lambda model, mesh: None),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_weight_that_stays(name, group):
+    head, tied, shard = STAYING[name]
+    model, expected = WithHead(head, tied), WithHead(head, tied)
+    shard(model, init_device_mesh("cpu", (1,)))
+    options = {"min_logits_bytes": 0, "on_error": "raise", "defer_logits": "always"}
+    code = torch.compile(model, backend="cce_inductor_eager", options=options)
+    torch.testing.assert_close(steps(model, code), steps(expected, expected))
+    assert any(report.deferred for report in cce_inductor.reports())
+
+
+@pytest.fixture
+def two_processes():
+    """This one, and one that is not there: what is gathered of it are any numbers."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+FSDP1 = functools.partial(
+    FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu")
+)
+NOT_AFTER_FORWARD = ShardingStrategy.SHARD_GRAD_OP
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+@pytest.mark.parametrize(
+    ("wrap_head", "stays"),
+    [
+        (FSDP1, False),
+        (functools.partial(FSDP1, sharding_strategy=NOT_AFTER_FORWARD), True),
+        (lambda head: head, True),
+    ],
+)
+def test_first_version_of_fully_sharded_data_parallel(
+    wrap_head, stays, has_gradient, two_processes
+):
+    """The outermost unit keeps its weights, others only if they are told so."""
+    model = WithHead(Head)
+    model.head = wrap_head(model.head)
+    model = FSDP1(model)
+    options = {"min_logits_bytes": 0, "on_error": "raise", "defer_logits": "always"}
+    code = torch.compile(model, backend="cce_inductor_eager", options=options)
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.set_grad_enabled(has_gradient):
+        loss, logits = code(ids, ids)
+    if has_gradient:
+        loss.backward()
+    assert logits.shape == (2, 16, VOCABULARY)
+    assert any(report.deferred for report in cce_inductor.reports()) == stays
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def parametrized(model):
+    torch.nn.utils.parametrize.register_parametrization(model.head.projection, "weight", Doubled())
+
+
+def normalized(model):
+    torch.nn.utils.parametrizations.weight_norm(model.head.projection)
+
+
+def offloaded(model):
+    from accelerate import cpu_offload
+
+    cpu_offload(model.head, execution_device="cpu")
+
+
+@pytest.mark.parametrize("made", [parametrized, normalized, offloaded])
+def test_weight_that_is_made_for_the_call(made):
+    """Deferred logits keep it, and so it does not matter that the module does not."""
+    model, expected = WithHead(Head), WithHead(Head)
+    if made is not offloaded:
+        made(expected)
+    made(model)
+    options = {"min_logits_bytes": 0, "on_error": "raise", "defer_logits": "always"}
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.set_grad_enabled(made is not offloaded):
+        loss, logits = torch.compile(model, backend="cce_inductor_eager", options=options)(ids, ids)
+        their_loss, their_logits = expected(ids, ids)
+    assert any(report.deferred for report in cce_inductor.reports())
+    assert logits.is_deferred
+    torch.testing.assert_close(loss, their_loss)
+    torch.testing.assert_close(logits.detach() + 0, their_logits.detach())
+    if loss.requires_grad:
+        loss.backward()
+        their_loss.backward()
+        for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_gathered(group):
