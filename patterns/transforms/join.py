@@ -1,28 +1,31 @@
 """Logits of several projections that become one: ``torch.cat`` of them, and their sum.
 
 Rows one after another are those of the inputs one after another; entries of the vocabulary those
-of the weights. A sum is one product with inputs and weights side by side, as low-rank adapters
-have it.
+of the weights, or one value a row, as a positive before its negatives. A sum is one product with
+inputs and weights side by side, as low-rank adapters have it.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
-from ..expression import LOGIT, Apply, Operand
+from ..algebra import call
+from ..expression import COLUMN, LOGIT, Apply, Operand, leaves
 from ..logits import Call, Logits, Projection, applied
-from ..rules import Site, dimension, tensor_example, transform
+from ..rules import Site, dimension, is_tensor, same_size, tensor_example, transform
 
 
 @transform(torch.cat, torch.concat, torch.concatenate)
 def cat(site: Site, tensors: Any, dim: Any = 0, *, axis: Any = None) -> Logits:
-    if not all(site.is_logits(tensor) for tensor in tensors):
-        site.unsupported("it joins logits with something else")
-    parts = [site.logits(tensor) for tensor in tensors]
+    parts = [site.logits(tensor) for tensor in tensors if site.is_logits(tensor)]
     dim = dimension(dim if axis is None else axis, site.example.dim())
+    if len(tensors) == len(parts) == 1:
+        return parts[0]
     first = parts[0]
     if any(
         part.vocabulary_dim != first.vocabulary_dim or part.compute_dtype != first.compute_dtype
@@ -30,8 +33,15 @@ def cat(site: Site, tensors: Any, dim: Any = 0, *, axis: Any = None) -> Logits:
     ):
         site.unsupported("it joins logits of several forms")
     if dim == first.vocabulary_dim:
-        return _vocabularies(site, parts)
+        return _vocabularies(site, tensors, parts)
+    if len(parts) < len(tensors):
+        site.unsupported("it joins logits with something else")
     return _rows(site, parts, dim)
+
+
+@transform(torch.hstack)
+def hstack(site: Site, tensors: Any) -> Logits:
+    return cat(site, tensors, 0 if site.example.dim() == 1 else 1)
 
 
 def _rows(site: Site, parts: list[Logits], dim: int) -> Logits:
@@ -45,7 +55,7 @@ def _rows(site: Site, parts: list[Logits], dim: int) -> Logits:
             and projection.bias_operations == first.bias_operations
             and part.vocabulary == parts[0].vocabulary
         )
-        if not same_weight or not _same(part.expression, parts[0].expression):
+        if not same_weight or not _same(site, part.expression, parts[0].expression):
             site.unsupported("it joins logits of several weights")
     inputs = tuple(_input(part) for part in parts)
     return parts[0].replace(
@@ -59,23 +69,89 @@ def _rows(site: Site, parts: list[Logits], dim: int) -> Logits:
     )
 
 
-def _vocabularies(site: Site, parts: list[Logits]) -> Logits:
+def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
+    """Logits of several weights, and columns of one value a row between them, for which the joined
+    weight has rows of zeros."""
     first = parts[0]
     biases = [part.projection.linear_bias for part in parts]
     for part in parts:
         same_rows = (
-            part.projection.input is first.projection.input
+            _are_equal(site, part.projection.input, first.projection.input)
             and part.row_operations == first.row_operations
         )
-        if not same_rows or part.expression is not LOGIT or any(b is not None for b in biases):
-            site.unsupported("it joins logits of several inputs, with a bias or a function of them")
-    return _product(
+        same_function = part is first or _same(site, part.expression, first.expression)
+        if not same_rows or not same_function or any(bias is not None for bias in biases):
+            site.unsupported("it joins logits of several inputs or functions, or with a bias")
+    if not _is_of_logit_alone(first.expression):
+        site.unsupported("it joins logits after a function of their place in the vocabulary")
+    weights, columns, place = [], [], 0
+    for tensor in tensors:
+        if site.is_logits(tensor):
+            part = site.logits(tensor)
+            weights.append(_weight(part.projection))
+            place += part.vocabulary
+        else:
+            _check_column(site, tensor, tensors, first)
+            weights.append(None)
+            columns.append((place, tensor))
+            place += 1
+    filled = next(weight for weight in weights if weight is not None)
+    zeros = call(torch.Tensor.new_zeros, filled, (1, first.projection.hidden))
+    logits = _product(
         site,
         parts,
         first.projection.input,
-        Call(torch.cat, (tuple(_weight(part.projection) for part in parts), 0)),
+        call(torch.cat, tuple(zeros if w is None else w for w in weights), 0),
         hidden=first.projection.hidden,
-        vocabulary=sum(part.vocabulary for part in parts),
+        vocabulary=place,
+    ).replace(expression=first.expression)
+    if site.example.dtype == torch.float64:
+        logits = logits.replace(compute_dtype=torch.float64)
+    for place, column in columns:
+        value = site.read(column, logits, tuple(site.example.shape))
+        here = Apply("eq.Scalar", (COLUMN, place))
+        joined = Apply("where.self", (here, value, logits.expression))
+        logits = logits.replace(expression=joined)
+    return logits
+
+
+def _check_column(site: Site, tensor: Node, tensors: Any, logits: Logits) -> None:
+    of_logits = next(other for other in tensors if site.is_logits(other))
+    shape = list(tensor_example(of_logits).shape)
+    shape[logits.vocabulary_dim] = 1
+    value = tensor_example(tensor)
+    if value.dim() != len(shape) or not all(map(same_size, value.shape, shape)):
+        site.unsupported("it joins logits with something else than a column")
+    if not value.dtype.is_floating_point:
+        site.unsupported("it joins logits with a column that is no floating point number")
+
+
+def _is_of_logit_alone(expression: Any) -> bool:
+    """Whether it does not depend on the place in the vocabulary, nor on what is over it."""
+    return all(
+        leaf is LOGIT
+        or (isinstance(leaf, Operand) and leaf.kind in "rs" and isinstance(leaf.source, Node))
+        for leaf in leaves(expression)
+    )
+
+
+_REPEATED = (F.normalize, torch.norm, torch.linalg.norm, "norm", operator.truediv, "exp", torch.exp)
+
+
+def _are_equal(site: Site, first: Any, second: Any) -> bool:
+    """Whether two tensors are the same: one node, or the same normalization or scale made of one,
+    which helper functions for similarities repeat."""
+    if first is second:
+        return True
+    if not (isinstance(first, Node) and isinstance(second, Node)):
+        return type(first) is type(second) and not is_tensor(first) and bool(first == second)
+    return (
+        first.target in _REPEATED
+        and first.target == second.target
+        and len(first.args) == len(second.args)
+        and dict(first.kwargs) == dict(second.kwargs)
+        and not any(map(site.is_changed, [first, second, *first.all_input_nodes]))
+        and all(_are_equal(site, *pair) for pair in zip(first.args, second.args, strict=True))
     )
 
 
@@ -157,15 +233,15 @@ def _factor(expression: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _same(first: Any, second: Any) -> bool:
+def _same(site: Site, first: Any, second: Any) -> bool:
     """Whether two expressions are the same function, with no operand but scalars."""
     if isinstance(first, Apply) and isinstance(second, Apply):
         return (
             first.target == second.target
             and len(first.args) == len(second.args)
-            and all(map(_same, first.args, second.args))
+            and all(_same(site, *pair) for pair in zip(first.args, second.args, strict=True))
             and dict(first.kwargs) == dict(second.kwargs)
         )
     if isinstance(first, Operand) and isinstance(second, Operand):
-        return first.kind == second.kind == "s" and first.source is second.source
+        return first.kind == second.kind == "s" and _are_equal(site, first.source, second.source)
     return first is second or (type(first) is type(second) and first == second)

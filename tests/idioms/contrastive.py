@@ -62,14 +62,46 @@ def simclr(z):
     return F.cross_entropy(similarity, target)
 
 
-@left_alone(".", embeddings(), embeddings(), real(SIZE, 32, grad=False))
+def similarity(first, second):
+    """sentence-transformers: each call normalises both sides."""
+    first, second = F.normalize(first, p=2, dim=1), F.normalize(second, p=2, dim=1)
+    return torch.mm(first, second.transpose(0, 1))
+
+
+@rewritten(embeddings(), embeddings(), stored=1)
+def multiple_negatives_ranking_of_one_column(anchors, positives):
+    """sentence-transformers: scores of one column of texts, joined all the same."""
+    scores = torch.cat([similarity(anchors, each) for each in [positives]], dim=1) * 20.0
+    return F.cross_entropy(scores, torch.arange(anchors.size(0), device=scores.device))
+
+
+@rewritten(embeddings(), embeddings(), embeddings(), real(), stored=1)
+def multiple_negatives_ranking_with_hard_negatives(anchors, positives, negatives, scale):
+    """Scores of several columns of texts, each scaled before they are joined."""
+    columns = [similarity(anchors, each) * scale.exp() for each in (positives, negatives)]
+    return F.cross_entropy(torch.cat(columns, dim=1), torch.arange(BATCH))
+
+
+@rewritten(embeddings(), embeddings(), real(SIZE, 32, grad=False), stored=1)
 def moco(q, k, queue):
     """A positive of its own for each row, negatives from a queue."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1).detach()
     positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
-    negative = torch.einsum("nc,ck->nk", [q, queue])
-    logits = torch.cat([positive, negative], dim=1) / 0.07
+    negative = torch.einsum("nc,ck->nk", [q, queue.clone().detach()])
+    logits = torch.cat([positive, negative], dim=1)
+    logits /= 0.07
     return F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long))
+
+
+@rewritten(embeddings(), embeddings(), real(SIZE, SIZE), real(32, SIZE), stored=1)
+def info_nce_with_a_head(x, other, head, negatives):
+    """Both sides go through a head, and everything is trained."""
+    query, key = F.normalize(F.linear(x, head), dim=-1), F.normalize(other @ head.T, dim=-1)
+    positive = torch.sum(query * key, dim=1, keepdim=True)
+    negative = query @ F.normalize(negatives, dim=-1).transpose(-2, -1)
+    logits = torch.cat([positive, negative], dim=1)
+    labels = torch.zeros(len(logits), dtype=torch.long, device=query.device)
+    return F.cross_entropy(logits / 0.1, labels)
 
 
 @left_alone(None, embeddings(), embeddings(), real(), real())
