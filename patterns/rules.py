@@ -79,6 +79,18 @@ block = Table("block")
 TABLES = (projection, transform, reduction, loss, block)
 
 
+_NUMPY = {
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "x": "input",
+    "a": "input",
+    "x1": "input",
+    "x2": "other",
+}
+"""NumPy's names of arguments, which PyTorch takes wherever it has its own (see
+``numpy_compatibility_arg_names`` in its ``python_arg_parser.cpp``)."""
+
+
 class Site:
     """A node as rules see it: its arguments' examples, and which of them are logits.
 
@@ -113,8 +125,13 @@ class Site:
         Raises:
             UnsupportedError: the rule's own, or the arguments do not fit its signature.
         """
+        signature = inspect.signature(rule)
+        named = {
+            name if name in signature.parameters else _NUMPY.get(name, name): value
+            for name, value in self.node.kwargs.items()
+        }
         try:
-            bound = inspect.signature(rule).bind(self, *first, *self.node.args, **self.node.kwargs)
+            bound = signature.bind(self, *first, *self.node.args, **named)
         except TypeError as error:
             raise UnsupportedError(f"it is called in an unknown way ({error})") from None
         return rule(*bound.args, **bound.kwargs)

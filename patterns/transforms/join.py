@@ -21,9 +21,9 @@ from ..rules import Site, dimension, is_tensor, same_size, tensor_example, trans
 
 
 @transform(torch.cat, torch.concat, torch.concatenate)
-def cat(site: Site, tensors: Any, dim: Any = 0, *, axis: Any = None) -> Logits:
+def cat(site: Site, tensors: Any, dim: Any = 0) -> Logits:
     parts = [site.logits(tensor) for tensor in tensors if site.is_logits(tensor)]
-    dim = dimension(dim if axis is None else axis, site.example.dim())
+    dim = dimension(dim, site.example.dim())
     if len(tensors) == len(parts) == 1:
         return parts[0]
     first = parts[0]
