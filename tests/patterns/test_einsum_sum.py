@@ -64,3 +64,33 @@ def test_left_alone(reduce, name, why):
     for report in reports_of(beside_a_loss(reduce), INPUT, WEIGHT, TARGET):
         assert report.reason.startswith(f"the logits are used by {name} at ")
         assert report.reason.endswith(f": {why}")
+
+
+def logaddexp(q, k, queue):
+    positive = torch.einsum("nc,nc->n", q, k)
+    return (torch.logaddexp(positive, (q @ queue).logsumexp(1)) - positive).mean()
+
+
+def with_a_column(q, k, queue):
+    positive = torch.einsum("n c, n c -> n", [q, k]).unsqueeze(1)
+    return F.cross_entropy(torch.cat([positive, q @ queue], 1), POSITIVE)
+
+
+def of_heads(q, k, queue):
+    query, key = F.linear(q, k), F.linear(k, k)
+    return F.cross_entropy(query @ queue, POSITIVE) - torch.einsum("nc,nc->n", query, key).mean()
+
+
+def of_a_square(q, k, queue):
+    logits = q @ k.T
+    return F.cross_entropy(logits, POSITIVE) - torch.einsum("nc,nc->n", q, k).mean()
+
+
+POSITIVE = torch.zeros(8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("fn", [logaddexp, with_a_column, of_heads, of_a_square])
+def test_product_of_rows_beside_logits(fn):
+    """It is no projection, also where both have as many rows as hidden units."""
+    q, k = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    assert_as_accurate_as_eager(fn, q, k, torch.randn(8, 40, requires_grad=True), slack=2)
