@@ -635,7 +635,7 @@ class _Recorder(TorchDispatchMode):
         base = _base(function)
         if base in _COPIES:
             return self.value(args[0]), args[0].dtype
-        if base in ("copy", "fill"):
+        if base == "fill":
             filler = args[1]
             if isinstance(filler, Tensor):
                 return self.value(filler), filler.dtype

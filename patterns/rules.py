@@ -230,7 +230,7 @@ class Site:
             self.unsupported("it is broadcast to more dimensions")
         for size, expected in zip(sizes, shape, strict=True):
             if not _is(size, 1) and not same_size(size, expected):
-                self.unsupported("it is broadcast to a larger shape")
+                self.unsupported("it has an operand that does not broadcast to the logits")
         over_rows = any(not _is(size, 1) for at, size in enumerate(sizes) if at != dim)
         over_columns = not _is(sizes[dim], 1)
         kind = {

@@ -498,3 +498,13 @@ def test_a_table_of_logits_is_no_graph_break():
         r"its input is taken from the parameter '\w*table\w*', and is no projection", report.reason
     )
     assert report.advice is None
+
+
+def test_an_index_is_not_said_to_be_broadcast():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        seen = torch.zeros_like(logits).index_fill(1, target.clamp(min=0), 1).bool()
+        return F.cross_entropy(torch.where(seen, logits / 1.2, logits), target)
+
+    reason = reason_against(fn, INPUT, WEIGHT, TARGET)
+    assert reason.endswith(": it has an operand that does not broadcast to the logits")
