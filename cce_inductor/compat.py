@@ -5,6 +5,7 @@ No version number is compared; each function looks for what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 
 def set_config(config: ModuleType, name: str, value: Any) -> Callable[[], None]:
@@ -205,6 +208,27 @@ def _wrap_method(
     return restore
 
 
+def guarded_dictionaries() -> Iterator[dict[Any, Any]]:
+    """Those that the function reads that Dynamo is about to compile, as its guards name them."""
+    from torch._dynamo.output_graph import OutputGraph
+
+    code = inspect.unwrap(OutputGraph.call_user_compiler).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is None:
+        return
+    graph = frame.f_locals["self"]
+    scope = {"L": graph.local_scope, "G": graph.global_scope}
+    for guard in list(graph.guards):
+        try:
+            value = eval(guard.name, scope)
+        except Exception:  # not every name can be told without Dynamo's own functions
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
 def forbid_memory(tensor: torch.Tensor) -> None:
     """Lets code that reads the memory of a tensor without any raise an error, not crash."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
@@ -225,3 +249,34 @@ def gathered_parameters() -> Iterator[tuple[torch.Tensor, bool]]:
                 gathered = getattr(parameter, "_unsharded_param", None)
                 if gathered is not None:
                     yield gathered, group.post_forward_mesh_info is not None
+
+
+@contextlib.contextmanager
+def in_this_thread(mode: TorchDispatchMode) -> Iterator[None]:
+    """What ``with mode`` does for this thread alone.
+
+    PyTorch's own tells every thread that there is a mode. Each of two threads restores what it
+    found, so the last to leave may restore what the first had set, for good: Dynamo may then
+    compile nothing more.
+    """
+    _push_mode(mode)
+    try:
+        yield
+    finally:
+        _pop_mode()
+
+
+class ThreadFakeTensorMode(FakeTensorMode):
+    """A `FakeTensorMode` that only the thread notices which enters it, like `in_this_thread`."""
+
+    def __enter__(self) -> ThreadFakeTensorMode:
+        before = torch._C._unset_dispatch_mode(self._mode_key)
+        self.enter_stack.append((True, before, None))
+        torch._C._set_dispatch_mode(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch._C._unset_dispatch_mode(self._mode_key)
+        _, before, _ = self.enter_stack.pop()
+        if before is not None:
+            torch._C._set_dispatch_mode(before)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from . import compat
 from .patterns import example
 
 UNKNOWN = object()
@@ -106,7 +107,7 @@ def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozense
     """Which of the tensors among the arguments, counted from 0, a function changes."""
     tensors = _tensors(arguments)
     fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
-    mode = FakeTensorMode() if fake is None else fake.fake_mode
+    mode = compat.ThreadFakeTensorMode() if fake is None else fake.fake_mode
     writes = _Writes()
     with contextlib.ExitStack() as stack:
         if mode.shape_env is not None:  # what depends on data makes new symbols, of no use here
@@ -117,7 +118,7 @@ def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozense
             # What the call does to a tensor's shape must not reach the graph's own examples.
             aliases: dict[int, Tensor] = {id(tensor): _alias(tensor) for tensor in tensors}
             args, kwargs = tree_map_only(Tensor, lambda t: aliases[id(t)], arguments)
-            with writes:
+            with compat.in_this_thread(writes):
                 function(*args, **kwargs)
         except Exception:  # of any kind: the call cannot be asked what it writes
             return frozenset(range(len(tensors)))

@@ -41,8 +41,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..compat import in_this_thread
 
 OPERAND_KINDS = "rcsb"
 _CONSTANTS = {"inf": math.inf, "nan": math.nan}
@@ -513,7 +515,7 @@ def record(
         for name, tensor in zip(inputs, tensors, strict=True):
             recorder.set(tensor, name)
         try:
-            with recorder.active():
+            with in_this_thread(recorder):
                 made = function(*tensors)
         except Exception:
             if recorder.error is None:
@@ -550,15 +552,6 @@ class _Recorder(TorchDispatchMode):
         self._values: dict[int, Any] = {}
         self._storages: list[Any] = []  # kept, so that no other storage gets the same address
         self._detached: set[int] = set()
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """What ``with self`` does, but that tells all threads that there is a mode."""
-        _push_mode(self)
-        try:
-            yield
-        finally:
-            _pop_mode()
 
     def set(self, tensor: Tensor, value: Any) -> None:
         """Says that a tensor holds a value: a name or a number."""
@@ -600,7 +593,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in self._decompositions:
-            with self.active():
+            with in_this_thread(self):
                 return self._decompositions[func](*args, **kwargs)
         with self._own_errors():
             if _base(func) == "_local_scalar_dense" and not isinstance(self.value(args[0]), Name):

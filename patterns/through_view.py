@@ -15,7 +15,7 @@ from torch.fx import Node
 from .algebra import call
 from .expression import COLUMN, Apply, Operand
 from .logits import Logits, Row, Statistic, parts
-from .rules import Site, tensor_example
+from .rules import Site, is_symbol, tensor_example
 
 
 def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Logits:
@@ -50,7 +50,7 @@ def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Lo
         return one_a_row(node), value.dtype
 
     here = Apply("eq.Tensor", (COLUMN, one_a_row(entry)))
-    new = _new_value(site, meaning)
+    new = _new_value(site, logits, meaning)
     where = "where.ScalarSelf" if isinstance(new, (int, float)) else "where.self"
     return logits.replace(expression=Apply(where, (here, new, logits.expression)))
 
@@ -63,11 +63,13 @@ def _entry_of(site: Site, row: Row) -> Any:
     return found[0].index
 
 
-def _new_value(site: Site, meaning: Any) -> Any:
+def _new_value(site: Site, logits: Logits, meaning: Any) -> Any:
     node = site.node
     if node.target is not operator.setitem:
-        return site.captured(site.function, node.args, node.kwargs, meaning)
+        return site.captured(site.function, node.args, node.kwargs, logits, meaning)
     _, index, value = node.args
     if index not in (slice(None), Ellipsis):
         site.unsupported("it assigns to some of the rows")
+    if is_symbol(value):
+        return site.number(value, logits)
     return meaning(value)[0] if isinstance(value, Node) else value

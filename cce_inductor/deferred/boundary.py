@@ -32,6 +32,7 @@ from .operation import Operation, strided
 from .sharded import is_freed_after_forward, is_sharded
 from .stale import StaleLogitsError
 from .tensor import DeferredLogits, defer, with_strides
+from .type_tables import join_type_tables
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def compile_with_deferral(
         module: what Dynamo captured.
         example_inputs: its inputs.
     """
+    join_type_tables()
     if _some_deferred(example_inputs):
         return _compiled_for_tensors(compiler, module, example_inputs)
     compiled = _compiled_with_outputs(compiler, module, example_inputs)

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from .. import compat
 from ..kernels.surprise import surprised
 from ..mutation import storage_of
 from ..options import Options
 from ..patterns import example, loss, reduction
 from ..returned import ARRIVED, Deferral, DeferredOutput
 from ..rewrite import computing_examples, reduce_all, rewrite
-from .fake import ThreadFakeTensorMode
 from .lazy import spelled
 from .operation import Operation, product
 from .stale import Guarded
@@ -305,7 +305,7 @@ def _graph(
     """A graph that ends with the last call, and what makes its result of the graph's."""
     graph = Graph()
     nodes = []
-    with ThreadFakeTensorMode():
+    with compat.ThreadFakeTensorMode():
         for number, tensor in enumerate(tensors):
             nodes.append(graph.placeholder(f"tensor_{number}"))
             nodes[-1].meta["example_value"] = torch.empty_strided(

@@ -5,6 +5,7 @@ Each is known by the spelling that `patterns` has rules for, as Dynamo would hav
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from collections.abc import Callable
@@ -103,6 +104,49 @@ def can_wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and not schema.is_mutable
         and [str(result.type) for result in schema.returns] == ["Tensor"]
     )
+
+
+def numbers_as_tensors(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A call of a pointwise operator with its numbers as tensors without dimensions, which have no
+    say in the result's dtype either: what is compiled, or kept, for the call then fits others
+    with other numbers."""
+    tensors = _with_tensors(func) or func
+    wanted = [str(argument.type) for argument in tensors._schema.arguments]
+    names = [argument.name for argument in tensors._schema.arguments]
+
+    def given(value: Any, kind: str) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or "Tensor" not in kind:
+            return value
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+
+    new_args = tuple(given(value, kind) for value, kind in zip(args, wanted, strict=False))
+    kinds = dict(zip(names, wanted, strict=True))
+    return tensors, new_args, {k: given(value, kinds[k]) for k, value in kwargs.items()}
+
+
+@functools.cache
+def _with_tensors(func: Any) -> Any | None:
+    """The overload of an operator that takes tensors where `func` takes numbers."""
+    if func._schema.name == "aten::pow":  # exact where the exponent is the number 2, say
+        return None
+    packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::"))
+    arguments = func._schema.arguments
+    for name in packet.overloads():
+        found = getattr(packet, name)
+        others = found._schema.arguments
+        if found is not func and len(others) == len(arguments):
+            pairs = list(zip(arguments, others, strict=True))
+            same_names = all(mine.name == other.name for mine, other in pairs)
+            kinds = [(_kind(mine), _kind(other)) for mine, other in pairs]
+            if same_names and all(a == b or (a, b) == ("Scalar", "Tensor") for a, b in kinds):
+                return found
+    return None
+
+
+def _kind(argument: Any) -> str:
+    return str(argument.type).removeprefix("Optional[").removesuffix("]").replace("number", "Scalar")
 
 
 def depends_on_sizes(operation: Operation) -> bool:

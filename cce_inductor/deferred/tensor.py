@@ -354,6 +354,8 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return NotImplemented
         one_args, one_kwargs = tree_map_only(Tensor, _one, (args, kwargs))
         func(*one_args, **one_kwargs)  # raises what it has to say about dtypes
+        if all(logits.is_floating_point() and logits.dim() for logits in given):
+            func, args, kwargs = lazy.numbers_as_tensors(func, args, kwargs)
     elif first is not given[0] or len(given) > 1:
         return NotImplemented
     differentiable = torch.is_grad_enabled() and func is not aten.detach.default

@@ -484,13 +484,6 @@ def made_of_a_constant(x, y):
     return constant * y + x
 
 
-def copied_over(x, y):
-    result = torch.empty_like(x)
-    result.copy_(y)
-    y.neg_()
-    return result * x
-
-
 RECORDED = {
     "in place": (lambda x, y: x.clone().mul_(2.0).add_(y), "t0 = mul.Tensor(z, 2.0); t1 = add.Tensor(t0, s0)"),
     "alias": (written_to_its_alias, "t0 = add.Tensor(z, s0); t1 = mul.Tensor(t0, 2)"),
@@ -498,7 +491,6 @@ RECORDED = {
     "one tensor twice": (lambda x, y: x.add_(x) * y, "t0 = add.Tensor(z, z); t1 = mul.Tensor(t0, s0)"),
     "accumulated": (accumulated, "t0 = add.Tensor(0.0, z); t1 = addcmul(t0, z, s0)"),
     "a constant": (made_of_a_constant, "t0 = add.Tensor(3.0, 1); t1 = mul.Tensor(t0, s0); t2 = add.Tensor(t1, z)"),
-    "copied": (copied_over, "t0 = mul.Tensor(s0, z)"),
     "a number of a constant": (lambda x, y: x * torch.tensor(3.0).item(), "t0 = mul.Tensor(z, 3.0)"),
     "not needed": (lambda x, y: (x.exp() + 1, y.neg())[1], "t0 = neg(s0)"),
     "a mask": (lambda x, y: torch.where(torch.zeros_like(x, dtype=torch.bool), x, y), "t0 = where.self(False, z, s0)"),
@@ -544,6 +536,7 @@ MIXED = {
     "a comparison in place": lambda x: x.clone().gt_(0) + x,
     "bits": lambda x: x.view(torch.int64) + 1,
     "out": lambda x: torch.add(x, 1, out=torch.zeros((), dtype=torch.float64)),
+    "overwritten": lambda x: torch.empty_like(x).copy_(x),
     "dimensions": lambda x: x + torch.zeros(3),
     "a matrix": lambda x: x.expand(2, 2),
     "no tensor": lambda x: x.dim(),

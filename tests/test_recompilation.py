@@ -1,0 +1,228 @@
+"""As many compilations with the pass as without, whatever changes from call to call."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cce_inductor
+from cce_inductor.backends import cce_inductor_eager
+
+torch.manual_seed(0)
+INPUT, WEIGHT = torch.randn(6, 8), torch.randn(50, 8)
+TARGET = torch.tensor([3, 0, 49, -100, 7, 7])
+FLOATS = (0.5, 0.7, 1.5, 2.0, 3.0)
+INTEGERS = (2, 3, 4, 5)
+
+
+def of_logits(use, numbers=FLOATS, target=TARGET):
+    """A function of logits and a number, and the arguments of its calls."""
+    return (
+        lambda input, weight, target, number: use(F.linear(input, weight), target, number),
+        [(INPUT, WEIGHT, target, number) for number in numbers],
+    )
+
+
+class Schedule(torch.nn.Module):
+    temperature = 1.0
+
+    def forward(self, input, weight, target):
+        return F.cross_entropy(F.linear(input, weight) / self.temperature, target)
+
+
+SCHEDULE = Schedule()
+
+
+def attribute(input, weight, target, number):
+    SCHEDULE.temperature = number
+    return SCHEDULE(input, weight, target)
+
+
+def assigned(logits, target, number):
+    logits[..., -1] = -number
+    return F.cross_entropy(logits, target)
+
+
+def changed_in_place(logits, target, number):
+    logits *= number
+    return F.cross_entropy(logits, target)
+
+
+def distillation(logits, target, number):
+    teacher = (logits.detach() * 2).div(number).softmax(-1)
+    return F.kl_div((logits / number).log_softmax(-1), teacher, reduction="batchmean") * number**2
+
+
+def focal(logits, target, number):
+    chosen = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None])
+    return (-((1 - chosen.exp()) ** number) * chosen).mean()
+
+
+def batches(use):
+    """A function of two batches of embeddings, as large as each other, of several sizes."""
+    return use, [(torch.randn(n, 8), torch.randn(n, 8)) for n in (12, 14, 16, 18)]
+
+
+def symmetric(first, second):
+    logits, target = first @ second.t(), torch.arange(first.shape[0])
+    return F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)
+
+
+def without_diagonal(first, second):
+    logits = first @ second.t()
+    logits.fill_diagonal_(-1e4)
+    return logits.logsumexp(1).mean() - (first * second).sum(1).mean()
+
+
+def margin_on_the_diagonal(first, second):
+    logits = first @ second.t()
+    logits.diagonal().sub_(0.2)
+    return F.cross_entropy(logits, torch.arange(first.shape[0]))
+
+
+REWRITTEN = {
+    "divided": of_logits(lambda z, y, t: F.cross_entropy(z / t, y)),
+    "scaled loss": of_logits(lambda z, y, t: F.cross_entropy(z / t, y) * t**2),
+    "softcap": of_logits(lambda z, y, t: F.cross_entropy(t * torch.tanh(z / t), y)),
+    "two bounds": of_logits(lambda z, y, t: F.cross_entropy(torch.clamp(z, -t, t), y)),
+    "one bound": of_logits(lambda z, y, t: F.cross_entropy(z.clamp(max=t), y)),
+    "a bound and a constant": of_logits(lambda z, y, t: F.cross_entropy(z.clamp(-3, t), y)),
+    "integer factor": of_logits(lambda z, y, n: F.cross_entropy(z * n, y), INTEGERS),
+    "integer divisor": of_logits(lambda z, y, n: F.cross_entropy(z / n, y), INTEGERS),
+    "power": of_logits(lambda z, y, t: F.cross_entropy(z.abs() ** t, y)),
+    "attribute": (attribute, of_logits(None)[1]),
+    "in place": of_logits(changed_in_place),
+    "masked fill": of_logits(
+        lambda z, y, t: F.cross_entropy(z.masked_fill(torch.arange(50) % 3 == 2, -t), y)
+    ),
+    "where": of_logits(
+        lambda z, y, t: F.cross_entropy(torch.where(torch.arange(50) % 3 == 2, -t, z), y)
+    ),
+    "assignment": of_logits(assigned, target=TARGET.clamp(max=48)),
+    "label smoothing": of_logits(
+        lambda z, y, t: F.cross_entropy(z, y, label_smoothing=t), (0.1, 0.2, 0.3)
+    ),
+    "ignored class": of_logits(
+        lambda z, y, n: F.cross_entropy(z, y, ignore_index=n), (3, 0, 7, 49), TARGET.clamp(min=0)
+    ),
+    "function of a number": of_logits(lambda z, y, t: F.cross_entropy(z / (t**0.5 + 1), y)),
+    "one-hot margin": of_logits(
+        lambda z, y, t: F.cross_entropy(z - t * F.one_hot(y.clamp(min=0), 50), y)
+    ),
+    "half precision": of_logits(lambda z, y, t: F.cross_entropy(z.bfloat16() / t, y)),
+    "double precision": of_logits(lambda z, y, t: F.cross_entropy(z.double() / t, y)),
+    "z-loss": of_logits(
+        lambda z, y, t: F.cross_entropy(z, y) + t * z.logsumexp(-1).square().mean()
+    ),
+    "focal": of_logits(focal),
+    "distillation": of_logits(distillation),
+    "rows": (
+        lambda input, weight, target: F.cross_entropy(F.linear(input, weight), target),
+        [(torch.randn(n, 8), WEIGHT, torch.arange(n)) for n in (12, 14, 16)],
+    ),
+    "batch": batches(lambda a, b: F.cross_entropy(a @ b.t(), torch.arange(a.shape[0]))),
+    "symmetric": batches(symmetric),
+    "diagonal": batches(lambda a, b: ((a @ b.t()).logsumexp(1) - (a @ b.t()).diagonal()).mean()),
+    "filled diagonal": batches(without_diagonal),
+    "changed diagonal": batches(margin_on_the_diagonal),
+}
+
+LEFT_ALONE = {
+    "slope": of_logits(lambda z, y, t: F.cross_entropy(F.leaky_relu(z, t), y)),
+    "hardtanh": of_logits(lambda z, y, t: F.cross_entropy(F.hardtanh(z, -t, t), y)),
+    "alpha": of_logits(
+        lambda z, y, t: F.cross_entropy(torch.add(z, torch.arange(50) / 50, alpha=t), y)
+    ),
+    "end of a slice": of_logits(
+        lambda z, y, n: F.cross_entropy(z[:, :n], y), (20, 30, 40, 45), TARGET.clamp(max=10)
+    ),
+    "greatest": of_logits(lambda z, y, k: z.logsumexp(1).sum() - z.topk(k)[0].sum(), INTEGERS),
+}
+
+
+def count(fn, calls, backend, **compile_args):
+    """How many graphs are compiled, and the results and gradients of all calls."""
+    compiled = []
+
+    def counting(module, example_inputs):
+        compiled.append(module)
+        return backend(module, example_inputs)
+
+    torch._dynamo.reset()
+    compiled_fn = torch.compile(fn, backend=counting, **compile_args)
+    found = []
+    for arguments in calls:
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        leaves = {id(tensor): tensor.clone().requires_grad_() for tensor in tensors}
+        result = compiled_fn(*[leaves.get(id(a), a) for a in arguments])
+        found.append([result.detach(), *torch.autograd.grad(result, list(leaves.values()))])
+    return len(compiled), found
+
+
+def plain(module, example_inputs):
+    return module.forward
+
+
+def rewriting(module, example_inputs):
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    return cce_inductor_eager(module, example_inputs, options=options)
+
+
+def assert_no_more_compilations(fn, calls, **compile_args):
+    expected, numbers = count(fn, calls, plain, **compile_args)
+    cce_inductor.clear_reports()
+    graphs, found = count(fn, calls, rewriting, **compile_args)
+    assert graphs == expected
+    for each, wanted in zip(found, numbers, strict=True):
+        coarse = any(w.dtype == torch.bfloat16 for w in wanted)
+        torch.testing.assert_close(
+            each, wanted, rtol=0.02 if coarse else 1e-4, atol=0.02 if coarse else 1e-5
+        )
+    return cce_inductor.reports()
+
+
+@pytest.mark.parametrize(("fn", "calls"), REWRITTEN.values(), ids=REWRITTEN)
+def test_rewritten(fn, calls):
+    reports = assert_no_more_compilations(fn, calls)
+    assert reports
+    assert all(report.rewritten for report in reports), "\n".join(map(str, reports))
+
+
+DYNAMIC = ("divided", "softcap", "integer factor", "ignored class", "batch", "changed diagonal")
+
+
+@pytest.mark.parametrize(("fn", "calls"), [REWRITTEN[n] for n in DYNAMIC], ids=DYNAMIC)
+def test_rewritten_with_dynamic_shapes(fn, calls):
+    reports = assert_no_more_compilations(fn, calls, dynamic=True)
+    assert all(report.rewritten for report in reports), "\n".join(map(str, reports))
+
+
+@pytest.mark.parametrize(("fn", "calls"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone(fn, calls):
+    """The first graph is compiled for constants, the second for all other numbers."""
+    left = [r for r in assert_no_more_compilations(fn, calls) if not r.rewritten]
+    assert left
+    for report in left:
+        assert report.reason.endswith(": it takes a number that may be another in the next call")
+
+
+def test_inductor_compiles_a_schedule_twice():
+    fn, calls = REWRITTEN["softcap"]
+    with cce_inductor.installed(min_logits_bytes=0, on_error="raise"):
+        from torch._inductor.compile_fx import compile_fx
+
+        graphs, found = count(fn, calls, compile_fx)
+    assert graphs == 2
+    _, expected = count(fn, calls, plain)
+    for each, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_full_graph_with_more_numbers_than_the_recompile_limit():
+    fn, _ = REWRITTEN["divided"]
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend="cce_inductor_eager", options=options)
+    for step in range(20):
+        temperature = 1.0 + step / 10
+        result = compiled(INPUT, WEIGHT, TARGET, temperature)
+        torch.testing.assert_close(result, fn(INPUT, WEIGHT, TARGET, temperature))
