@@ -285,7 +285,9 @@ def test_index_out_of_bounds(wrong, rows):
     options = {"min_logits_bytes": 0}
     with pytest.raises(IndexError) as ours:
         torch.compile(fn, backend="cce_inductor_eager", options=options)(INPUT, WEIGHT, index)
-    assert str(ours.value) == str(eager.value)
+    # Reading and writing by the same index name different dimensions in torch 2.15.
+    said, expected = (str(error.value).partition(" for ")[0] for error in (ours, eager))
+    assert said == expected == f"index {wrong} is out of bounds"
 
 
 def changed_rows():
