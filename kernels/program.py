@@ -680,7 +680,10 @@ def _functional(operator: Any) -> Any:
 
     Raises:
         NotPointwiseError: there is none.
+        RandomError: it draws random numbers.
     """
+    if torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ()):
+        raise RandomError(str(operator))
     schema = getattr(operator, "_schema", None)
     if schema is None or operator.namespace != "aten":
         raise NotPointwiseError(str(operator))

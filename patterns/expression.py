@@ -199,7 +199,12 @@ def _masked_fill(input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 
 _UNTAGGED = {
     **get_decompositions(
-        [torch.ops.aten.log_sigmoid_forward, torch.ops.aten.hardswish, torch.ops.aten.hardswish_]
+        [
+            torch.ops.aten.log_sigmoid_forward,
+            torch.ops.aten.hardswish,
+            torch.ops.aten.hardswish_,
+            torch.ops.aten.rsub,
+        ]
     ),
     torch.ops.aten.masked_fill.Tensor: _masked_fill,
 }

@@ -146,7 +146,9 @@ def _with_tensors(func: Any) -> Any | None:
 
 
 def _kind(argument: Any) -> str:
-    return str(argument.type).removeprefix("Optional[").removesuffix("]").replace("number", "Scalar")
+    return (
+        str(argument.type).removeprefix("Optional[").removesuffix("]").replace("number", "Scalar")
+    )
 
 
 def depends_on_sizes(operation: Operation) -> bool:

@@ -1,0 +1,139 @@
+"""Deferred logits cost no compilation that stored ones would not."""
+
+import einops
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cce_inductor.backends import cce_inductor_eager
+from cce_inductor.deferred.tensor import DeferredLogits
+
+torch.manual_seed(0)
+INPUT = torch.randn(6, 8, requires_grad=True)
+WEIGHT = torch.randn(50, 8, requires_grad=True)
+TARGET = torch.tensor([3, 0, 49, 1, 7, 7])
+OPTIONS = {"min_logits_bytes": 0, "on_error": "raise", "defer_logits": "always"}
+
+
+class Counting:
+    """A backend that counts what it compiles, with the pass or without."""
+
+    def __init__(self, rewriting):
+        self.rewriting = rewriting
+        self.graphs = 0
+
+    def __call__(self, module, example_inputs):
+        self.graphs += 1
+        if not self.rewriting:
+            return module.forward
+        return cce_inductor_eager(module, example_inputs, options=OPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled():
+    torch._dynamo.reset()
+
+
+SCHEDULES = {
+    "temperature": lambda z, t: z / t,
+    "softcap": lambda z, t: t * torch.tanh(z / t),
+    "bounds": lambda z, t: z.clamp(-t, t),
+    "lower bound": lambda z, t: z.clamp_min(-t),
+    "masked fill": lambda z, t: z.masked_fill(torch.arange(50) % 3 == 2, -t),
+    "where": lambda z, t: torch.where(z > t, z, t * z),
+    "difference": lambda z, t: t - z,
+    "power": lambda z, t: torch.sigmoid(z) * t + z,
+}
+
+
+@pytest.mark.parametrize("scale", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("compiled_loss", [True, False], ids=["compiled loss", "eager loss"])
+def test_schedule_between_head_and_loss(scale, compiled_loss):
+    backend = Counting(rewriting=True)
+    head = torch.compile(F.linear, backend=backend)
+    loss = torch.compile(F.cross_entropy, backend=backend) if compiled_loss else F.cross_entropy
+    for number in (0.5, 0.7, 1.5, 2.0):
+        logits = scale(head(INPUT, WEIGHT), number)
+        assert isinstance(logits, DeferredLogits)
+        found = loss(logits, TARGET)
+        assert logits.is_deferred
+        expected = F.cross_entropy(scale(F.linear(INPUT, WEIGHT), number), TARGET)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, [INPUT, WEIGHT]),
+            torch.autograd.grad(expected, [INPUT, WEIGHT]),
+        )
+    assert backend.graphs == 1 + compiled_loss
+
+
+def test_a_number_keeps_the_dtype():
+    head = torch.compile(F.linear, backend=Counting(rewriting=True))
+    logits = head(INPUT.bfloat16(), WEIGHT.bfloat16())
+    for scaled in (logits / 0.7, logits * 3, 2.0 - logits, logits.clamp(-0.5, 0.5)):
+        assert isinstance(scaled, DeferredLogits)
+        assert scaled.dtype == torch.bfloat16
+
+
+class Model(torch.nn.Module):
+    def __init__(self, rearrange):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 8)
+        self.head = torch.nn.Linear(8, 50, bias=False)
+        self.rearrange = rearrange
+
+    def forward(self, tokens):
+        hidden = self.rearrange(self.embedding(tokens), "b s (h d) -> b s h d", h=2)
+        return self.head(self.rearrange(hidden, "b s h d -> b s (h d)"))
+
+
+def loss_of(rearrange):
+    def loss(logits, target):
+        return F.cross_entropy(
+            rearrange(logits, "b s v -> (b s) v"), rearrange(target, "b s -> (b s)")
+        )
+
+    return loss
+
+
+def count(rewriting, rearrange, compiled_loss):
+    torch._dynamo.reset()
+    backend = Counting(rewriting)
+    model = torch.compile(Model(rearrange), backend=backend)
+    loss = loss_of(rearrange)
+    if compiled_loss:
+        loss = torch.compile(loss, backend=backend)
+    for _ in range(3):
+        loss(model(torch.randint(50, (2, 6))), torch.randint(50, (2, 6))).backward()
+    return backend.graphs
+
+
+KNOWN_TYPES = {}
+
+
+def rearranged(tensor, pattern, **sizes):
+    """What einops does, with another table of the types of tensors that it has met."""
+    kind = type(tensor)
+    if kind not in KNOWN_TYPES:
+        KNOWN_TYPES[kind] = kind.__name__
+    assert len(list(KNOWN_TYPES)) > 0
+    return einops.rearrange(tensor, pattern, **sizes)
+
+
+@pytest.mark.parametrize("rearrange", [einops.rearrange, rearranged], ids=["einops", "another"])
+@pytest.mark.parametrize("compiled_loss", [True, False], ids=["compiled loss", "eager loss"])
+def test_table_of_tensor_types(rearrange, compiled_loss):
+    KNOWN_TYPES.clear()
+    rearrange(torch.zeros(2, 2), "a b -> (a b)")
+    expected = count(False, rearrange, compiled_loss)
+    assert count(True, rearrange, compiled_loss) == expected
+
+
+def test_other_dictionaries_stay_as_they_are():
+    handlers = {"tensor": torch.Tensor, torch.Tensor: 1}
+
+    @torch.compile(backend=Counting(rewriting=True))
+    def head(input, weight):
+        return F.linear(input, weight) * len(handlers)
+
+    head(INPUT, WEIGHT)
+    assert handlers == {"tensor": torch.Tensor, torch.Tensor: 1}
