@@ -610,7 +610,8 @@ class _Recorder(TorchDispatchMode):
             if self._keeps_detach and _base(func) == "detach":
                 result = self._detach(args[0])
             else:
-                self.set(result, _converted(value, made.dtype if dtype is None else dtype, result))
+                dtype = made.dtype if dtype is None else dtype
+                self.set(result, self._converted(value, dtype, result))
         return result
 
     @contextlib.contextmanager
@@ -646,6 +647,27 @@ class _Recorder(TorchDispatchMode):
         named = tuple((key, self._argument(value)) for key, value in kwargs.items())
         self._steps.append(Step(name, target, values, named))
         return name
+
+    def _converted(self, value: Any, dtype: torch.dtype, holder: Tensor) -> Any:
+        """A value of a dtype as a tensor holds it that may have another.
+
+        Raises:
+            NotPointwiseError: no step rounds it so.
+        """
+        to = holder.dtype
+        if not isinstance(value, Name):
+            kind = bool if to == torch.bool else float if to.is_floating_point else int
+            return value if type(value) is kind else holder.item()
+        if _kind(dtype) == _kind(to):
+            return value
+        if to == torch.bool:
+            return self._add("ne.Scalar", (value, 0), {})
+        if dtype == torch.bool:
+            number = float if to.is_floating_point else int
+            return self._add("where.Scalar", (value, number(1), number(0)), {})
+        if to.is_floating_point:
+            return self._add("div.Tensor", (value, 1), {})
+        raise NotPointwiseError(f"it converts {dtype} to {to}")
 
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
@@ -695,20 +717,6 @@ def _functional(operator: Any) -> Any:
     if found is None or found._schema.is_mutable:
         raise NotPointwiseError(str(operator))
     return found
-
-
-def _converted(value: Any, dtype: torch.dtype, holder: Tensor) -> Any:
-    """A value of a dtype as a tensor holds it that may have another.
-
-    Raises:
-        NotPointwiseError: it would have to be computed.
-    """
-    if isinstance(value, Name):
-        if dtype != holder.dtype and not (dtype.is_floating_point and holder.is_floating_point()):
-            raise NotPointwiseError(f"it converts {dtype} to {holder.dtype}")
-        return value
-    kind = bool if holder.dtype == torch.bool else float if holder.is_floating_point() else int
-    return value if type(value) is kind else holder.item()
 
 
 def _is_pointwise(target: Any) -> bool:

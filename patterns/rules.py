@@ -324,7 +324,7 @@ class Site:
         except NotPointwiseError:
             raise UnsupportedError(CHANGING) from None
 
-    def number(self, argument: Node, logits: Logits) -> Operand:
+    def number(self, argument: Node | int, logits: Logits) -> Operand:
         """A Python number that may be another in the next call, as an operand. Dynamo keeps its
         sum with a tensor symbolic."""
         device = tensor_example(logits.projection.node).device
@@ -394,7 +394,6 @@ class Site:
             self.unsupported("it moves its elements")
         by_method = node.op == "call_method"
         function = getattr(torch.Tensor, node.target) if by_method else node.target
-        meanings: dict[Node, Expression] = {}
 
         def meaning(argument: Node) -> tuple[Expression, torch.dtype]:
             made = self._made_of_smaller(argument, logits, shape)
@@ -402,38 +401,17 @@ class Site:
                 made = self.operand(argument, logits, shape)
                 if argument in self._values or made.kind == "b":
                     self.unsupported("it is made of something as large")
-            meanings[argument] = made
             return made, tensor_example(argument).dtype
 
         expression = self.captured(function, node.args, node.kwargs, logits, meaning)
         if not isinstance(expression, (Apply, Operand)):
             self.unsupported("it is a constant")
-        for argument, same in meanings.items():
-            if same is expression:
-                return self._converted(argument, expression)
-        return expression
+        return _simplified(expression)
 
     def _moves(self, argument: Node) -> bool:
         """Whether the node may be a view of an argument with its elements in other places."""
         before, after = tensor_example(argument), self.example
         return before.numel() == after.numel() and before.stride() != after.stride()
-
-    def _converted(self, argument: Node, expression: Expression) -> Expression:
-        """What a node makes of an argument whose elements it only copies."""
-        before, after = tensor_example(argument), self.example
-        if before.dtype == after.dtype or (
-            before.dtype.is_floating_point and after.dtype.is_floating_point
-        ):
-            return expression
-        if after.dtype == torch.bool:
-            return Apply("ne.Scalar", (expression, 0))
-        number = float if after.dtype.is_floating_point else int
-        if before.dtype == torch.bool:
-            return Apply("where.Scalar", (expression, number(1), number(0)))
-        if isinstance(expression, Apply) and expression.target == "where.Scalar":
-            condition, *numbers = expression.args
-            return Apply("where.Scalar", (condition, *map(number, numbers)))
-        return self.unsupported("it converts it to another dtype")
 
     def _compute_dtype(self, node: Node) -> torch.dtype | None:
         return self.logits(node).compute_dtype if self.is_logits(node) else None
@@ -521,6 +499,16 @@ def _is_random(function: Callable[..., Any]) -> bool:
 def _sources(expression: Any) -> list[Any]:
     operands = [leaf for leaf in leaves(expression) if isinstance(leaf, Operand)]
     return [part for operand in operands for part in parts(operand.source)]
+
+
+def _simplified(expression: Expression) -> Expression:
+    """One of two numbers, converted to a floating dtype, is one of two others."""
+    if isinstance(expression, Apply) and expression.target == "div.Tensor":
+        chosen, divisor = expression.args
+        if isinstance(chosen, Apply) and chosen.target == "where.Scalar" and divisor == 1:
+            condition, *numbers = chosen.args
+            return Apply("where.Scalar", (condition, *map(float, numbers)))
+    return expression
 
 
 def _requires_grad(source: Any) -> bool:

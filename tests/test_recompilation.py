@@ -42,6 +42,11 @@ def assigned(logits, target, number):
     return F.cross_entropy(logits, target)
 
 
+def assigned_range(logits, target, number):
+    logits[..., number:] = -5.0
+    return F.cross_entropy(logits, target)
+
+
 def changed_in_place(logits, target, number):
     logits *= number
     return F.cross_entropy(logits, target)
@@ -98,6 +103,13 @@ REWRITTEN = {
         lambda z, y, t: F.cross_entropy(torch.where(torch.arange(50) % 3 == 2, -t, z), y)
     ),
     "assignment": of_logits(assigned, target=TARGET.clamp(max=48)),
+    "assigned range": of_logits(
+        assigned_range, (20, 30, -8, 45), torch.tensor([3, 0, 9, -100, 7, 7])
+    ),
+    "end of a slice": of_logits(
+        lambda z, y, n: F.cross_entropy(z[:, :n], y), (20, 30, 40, 45), TARGET.clamp(max=10)
+    ),
+    "start of a slice": of_logits(lambda z, y, n: z[..., n:].logsumexp(1).mean(), (20, 30, 40, 45)),
     "label smoothing": of_logits(
         lambda z, y, t: F.cross_entropy(z, y, label_smoothing=t), (0.1, 0.2, 0.3)
     ),
@@ -131,9 +143,6 @@ LEFT_ALONE = {
     "hardtanh": of_logits(lambda z, y, t: F.cross_entropy(F.hardtanh(z, -t, t), y)),
     "alpha": of_logits(
         lambda z, y, t: F.cross_entropy(torch.add(z, torch.arange(50) / 50, alpha=t), y)
-    ),
-    "end of a slice": of_logits(
-        lambda z, y, n: F.cross_entropy(z[:, :n], y), (20, 30, 40, 45), TARGET.clamp(max=10)
     ),
     "greatest": of_logits(lambda z, y, k: z.logsumexp(1).sum() - z.topk(k)[0].sum(), INTEGERS),
 }

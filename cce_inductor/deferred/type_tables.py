@@ -1,9 +1,9 @@
 """Tables of tensor types that libraries keep, and compiled functions depend on.
 
-einops, for one, remembers for each type of tensor that it has met what to do with it. A type that is
-new to such a table changes its size, which Dynamo guards on: whatever reads the table would be
-compiled once more. What is right for a tensor is right for `DeferredLogits`, which the table is
-told before a function is compiled that reads it.
+einops, for one, remembers for each type of tensor that it has met what to do with it. A type that
+is new to such a table changes its size, which Dynamo guards on: whatever reads the table would be
+compiled once more. What is right for a tensor is right for `DeferredLogits`, so it is added to a
+table before a function is compiled that reads it.
 """
 
 from __future__ import annotations

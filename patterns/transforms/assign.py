@@ -3,16 +3,18 @@ place."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from ..algebra import call, vocabulary_of
 from ..entries import among, at_index, overwritten, takes_one_of_each_row, value_of_rows
-from ..expression import COLUMN, Apply
+from ..expression import COLUMN, Apply, Operand
 from ..logits import Logits
-from ..rules import Site, constant, is_tensor, tensor_example, transform
+from ..rules import Site, constant, is_symbol, is_tensor, tensor_example, transform
 from .select import without_ellipsis
 
 
@@ -48,6 +50,8 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
             here = Apply("eq.Scalar", (COLUMN, int(constant(at)) % site.fixed_vocabulary(logits)))
             inside = here if inside is None else Apply("logical_or", (inside, here))
         return logits if inside is None else _assigned(site, input, inside, value)
+    if isinstance(entry, slice) and any(map(is_symbol, (entry.start, entry.stop))):
+        return _assigned(site, input, _in_changing_range(site, logits, entry), value)
     start, stop = _range(site, logits, entry)
     inside = Apply("ge.Scalar", (COLUMN, start))
     if stop < logits.vocabulary:
@@ -85,6 +89,27 @@ def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:
         return start, max(start, stop)
     at = int(constant(entry)) % site.fixed_vocabulary(logits)
     return at, at + 1
+
+
+def _in_changing_range(site: Site, logits: Logits, entries: slice) -> Apply:
+    """Where the vocabulary's entry is in a range whose ends may be others in the next call."""
+    if entries.step not in (None, 1):
+        site.unsupported("it assigns to every other entry")
+    bounds = ((entries.start, 0, "ge.Tensor"), (entries.stop, None, "lt.Tensor"))
+    found = [
+        Apply(compare, (COLUMN, _from_the_front(site, logits, default if at is None else at)))
+        for at, default, compare in bounds
+        if at is not None or default is not None
+    ]
+    return found[0] if len(found) == 1 else Apply("logical_and", tuple(found))
+
+
+def _from_the_front(site: Site, logits: Logits, at: Any) -> Operand:
+    """A place in the vocabulary as an operand, which counts from the end if it is negative."""
+    place = site.number(at, logits)
+    from_the_end = call(torch.add, place.source, vocabulary_of(logits))
+    counted = call(torch.where, call(torch.lt, place.source, 0), from_the_end, place.source)
+    return dataclasses.replace(place, source=counted)
 
 
 def _where(site: Site, input: Node, mask: Node, value: Any) -> Logits:

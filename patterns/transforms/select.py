@@ -9,13 +9,14 @@ import torch
 from torch.fx import Node
 
 from ..expression import COLUMN, Apply, Expression, Operand, leaves
-from ..logits import HERE, Logits, Projection, TensorOperation
+from ..logits import HERE, Logits, Projection, TensorOperation, size_hint
 from ..rules import (
     Site,
     UnsupportedError,
     constant,
     dimension,
     example,
+    is_symbol,
     is_tensor,
     tensor_example,
     transform,
@@ -40,7 +41,8 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
         if source == logits.vocabulary_dim and entry is not None:
             if not isinstance(entry, slice):
                 site.unsupported("it selects one entry of the vocabulary")
-            logits = vocabulary_range(site, logits, entry)
+            size = site.example.shape[result]
+            logits = vocabulary_range(site, logits, entry, size)
             entries = (*entries[:place], slice(None), *entries[place + 1 :])
             moved = result
         source += entry is not None
@@ -55,23 +57,34 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
     return logits.with_row_operation(operator.getitem, HERE, index, vocabulary_dim=moved)
 
 
-def vocabulary_range(site: Site, logits: Logits, entries: slice) -> Logits:
-    """The logits of a range of the vocabulary: of a range of the weight's rows."""
+def vocabulary_range(
+    site: Site, logits: Logits, entries: slice, size: int | torch.SymInt
+) -> Logits:
+    """The logits of a range of the vocabulary: of a range of the weight's rows.
+
+    Args:
+        size: of the range.
+    """
     if entries == slice(None):
         return logits
-    parts = (entries.start, entries.stop, entries.step)
-    numbers = (None if part is None else int(constant(part)) for part in parts)
-    start, stop, step = slice(*numbers).indices(site.fixed_vocabulary(logits))
-    if (start, stop, step) == (0, logits.vocabulary, 1):
-        return logits
-    if step != 1 or stop <= start:
-        site.unsupported("it selects some entries of the vocabulary")
+    if any(map(is_symbol, (entries.start, entries.stop))) or not isinstance(logits.vocabulary, int):
+        if entries.step not in (None, 1):
+            site.unsupported("it selects some entries of the vocabulary")
+    else:
+        parts = (entries.start, entries.stop, entries.step)
+        numbers = (None if part is None else int(constant(part)) for part in parts)
+        start, stop, step = slice(*numbers).indices(logits.vocabulary)
+        if (start, stop, step) == (0, logits.vocabulary, 1):
+            return logits
+        if step != 1 or stop <= start:
+            site.unsupported("it selects some entries of the vocabulary")
+        entries, size = slice(start, stop), stop - start
     for leaf in leaves(logits.expression):
         if isinstance(leaf, Operand) and not isinstance(leaf.source, Node):
             site.unsupported("it selects some entries of a softmax over the vocabulary")
     if _depends_on_column(logits.expression):
         site.unsupported("it selects some entries of the vocabulary after a mask or bias")
-    return _narrowed(logits, start, stop)
+    return _narrowed(logits, entries, size)
 
 
 def _depends_on_column(expression: Expression) -> bool:
@@ -81,14 +94,14 @@ def _depends_on_column(expression: Expression) -> bool:
     )
 
 
-def _narrowed(logits: Logits, start: int, stop: int) -> Logits:
+def _narrowed(logits: Logits, entries: slice, size: int | torch.SymInt) -> Logits:
     projection = logits.projection
-    entries = TensorOperation(operator.getitem, (HERE, slice(start, stop)))
+    chosen = TensorOperation(operator.getitem, (HERE, entries))
     projection = projection.replace(
-        weight_operations=(*projection.weight_operations, entries),
-        bias_operations=(*projection.bias_operations, entries),
+        weight_operations=(*projection.weight_operations, chosen),
+        bias_operations=(*projection.bias_operations, chosen),
     )
-    return logits.replace(projection=projection, vocabulary=stop - start)
+    return logits.replace(projection=projection, vocabulary=size)
 
 
 def in_vocabulary(logits: Logits, changed: Logits, expression: Expression) -> Expression | None:
@@ -120,11 +133,13 @@ def _range_in(whole: Projection, part: Projection) -> slice | None:
     differ."""
     count = len(whole.weight_operations)
     ranges = part.weight_operations[count:]
-    start, stop = 0, whole.vocabulary
+    start, stop = 0, size_hint(whole.vocabulary)
     for operation in ranges:
         if operation.target is not operator.getitem or not isinstance(operation.args[1], slice):
             return None
         entries = operation.args[1]
+        if not isinstance(entries.start, int) or not isinstance(entries.stop, int):
+            return None
         start, stop = start + entries.start, start + entries.stop
     same = part.replace(
         weight_operations=part.weight_operations[:count],
@@ -177,7 +192,7 @@ def narrow(site: Site, input: Any, dim: Any, start: Any, length: Any) -> Logits:
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
         start, length = int(constant(start)), int(constant(length))
-        return vocabulary_range(site, logits, slice(start, start + length))
+        return vocabulary_range(site, logits, slice(start, start + length), length)
     return logits.with_row_operation(torch.narrow, HERE, dim, start, length)
 
 

@@ -485,6 +485,18 @@ def made_of_a_constant(x, y):
 
 
 RECORDED = {
+    "a comparison in place": (
+        lambda x, y: x.clone().gt_(0) * y,
+        "t0 = gt.Scalar(z, 0); t1 = where.Scalar(t0, 1.0, 0.0); t2 = mul.Tensor(t1, s0)",
+    ),
+    "an integer as a float": (
+        lambda x, y: (x > y).long().double() - y,
+        "t0 = gt.Tensor(z, s0); t1 = where.Scalar(t0, 1, 0); t2 = div.Tensor(t1, 1); t3 = sub.Tensor(t2, s0)",
+    ),
+    "a number as a mask": (
+        lambda x, y: torch.where(x.bool(), x, y),
+        "t0 = ne.Scalar(z, 0); t1 = where.self(t0, z, s0)",
+    ),
     "in place": (lambda x, y: x.clone().mul_(2.0).add_(y), "t0 = mul.Tensor(z, 2.0); t1 = add.Tensor(t0, s0)"),
     "alias": (written_to_its_alias, "t0 = add.Tensor(z, s0); t1 = mul.Tensor(t0, 2)"),
     "what has an alias": (written_to_what_it_is_an_alias_of, "t0 = mul.Tensor(z, s0); t1 = add.Tensor(t0, 1)"),
@@ -533,7 +545,7 @@ MIXED = {
     "random, not used": lambda x: (torch.rand(()), x + 1)[1],
     "dropout": lambda x: F.dropout(x, 0.5),
     "an integer": lambda x: x.to(torch.int64) + x,
-    "a comparison in place": lambda x: x.clone().gt_(0) + x,
+    "rounding to an integer": lambda x: x.to(torch.int64) + x,
     "bits": lambda x: x.view(torch.int64) + 1,
     "out": lambda x: torch.add(x, 1, out=torch.zeros((), dtype=torch.float64)),
     "overwritten": lambda x: torch.empty_like(x).copy_(x),
@@ -560,7 +572,7 @@ def test_an_error_of_the_function():
         Program.parse("t0 = bitwise_and.Tensor(z, z); sum(t0)").backward([])
 
 
-@pytest.mark.parametrize("place", ["_is_pointwise", "_functional", "_converted", "_constant_of"])
+@pytest.mark.parametrize("place", ["_is_pointwise", "_functional", "_constant_of"])
 def test_an_error_of_the_recorder(place, monkeypatch):
     """It is no property of the function, even if the function catches it."""
 

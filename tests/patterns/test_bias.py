@@ -200,7 +200,7 @@ return (cross_entropy_1,)
 
 LEFT_ALONE = {
     "more logits": (lambda x, b: (x + torch.ones(2, 1, 1, 50))[0], "more dimensions"),
-    "larger logits": (lambda x, b: x[:, :1] + torch.ones(3, 1), "a larger shape"),
+    "larger logits": (lambda x, b: x[:, :1] + torch.ones(3, 1), "does not broadcast to the logits"),
     "a matrix with a gradient": (lambda x, b: x + b.expand(3, 50), "requires a gradient"),
 }
 

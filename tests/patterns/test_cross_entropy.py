@@ -426,5 +426,6 @@ def test_other_loss_is_left_alone():
         logits = F.linear(input, weight)
         return F.multi_margin_loss(logits, target) + F.cross_entropy(logits, target)
 
-    reason = reason_against(fn, INPUT, WEIGHT, TARGET.abs() % 50)
-    assert reason.startswith("the logits are used by multi_margin_loss at ")
+    margin, cross_entropy = reports_of(fn, INPUT, WEIGHT, TARGET.abs() % 50)
+    assert margin.loss == "linear > multi_margin_loss"
+    assert cross_entropy.reason.startswith("the logits are used by multi_margin_loss at ")

@@ -109,7 +109,7 @@ LEFT_ALONE = {
     "the smallest": (
         lambda x, t: x.topk(3, largest=False).values,
         "topk",
-        "it takes the smallest, or more than 1024",
+        "it takes the smallest",
     ),
     "min": (lambda x, t: x.min(-1).values, "min", f"{OTHER} (aten.min.dim)"),
     "amin": (lambda x, t: x.amin(-1), "amin", f"{OTHER} (aten.amin.default)"),

@@ -83,10 +83,10 @@ IN_PLACE = {
     "relu": lambda x: F.relu(x, inplace=True),
     "relu_": lambda x: torch.relu_(x),
     "tanh_": lambda x: x.tanh_(),
+    "zero_": lambda x: x.zero_(),
 }
 OVERWRITTEN = {
     "copy_": lambda x: x.copy_(torch.ones(x.shape)),
-    "zero_": lambda x: x.zero_(),
 }
 in_place = pytest.mark.parametrize(("name", "change"), IN_PLACE.items(), ids=IN_PLACE)
 

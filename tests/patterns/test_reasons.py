@@ -413,7 +413,7 @@ def some_rows(z, y):
 @pytest.mark.parametrize(
     ("assign", "which"),
     [
-        (first_entry, "entries that rows and vocabulary are indexed for together"),
+        (first_entry, "entries that an index names by row and by class"),
         (some_rows, "some of the rows"),
     ],
 )

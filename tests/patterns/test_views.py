@@ -217,8 +217,8 @@ def some_rows(z, diagonal, margin):
 
 NOT_FOLLOWED = {
     view_of_a_view: "it changes logits in place that are also read as a view",
-    copied_into: "it is not a pointwise function (aten.copy_.default)",
-    by_another_view: "it is not a pointwise function",
+    copied_into: "it is not a pointwise function (aten.copy.default)",
+    by_another_view: "it is not a pointwise function (aten.as_strided.default)",
     sub_matrix: "it changes a part of the logits in place",
     hidden_from_the_gradient: "it changes them in place, hidden from their gradient",
     through_detach: "it changes logits in place that are also read as a view",
