@@ -24,6 +24,7 @@ from .patterns import (
     Statistic,
     TensorOperation,
     example,
+    is_reduced,
     leaves,
     parts,
 )
@@ -207,7 +208,7 @@ class _Planner:
             return None
         operands = [leaf for v in statistic.values for leaf in leaves(v)]
         if anchor is not consumer.place and any(
-            isinstance(leaf, Operand) and not isinstance(leaf.source, Node) for leaf in operands
+            isinstance(leaf, Operand) and is_reduced(leaf.source) for leaf in operands
         ):
             return None
         hoisted: list[Node] = []

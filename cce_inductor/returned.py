@@ -24,6 +24,7 @@ from .patterns import (
     Statistic,
     all_logits,
     example,
+    is_reduced,
     leaves,
 )
 from .walk import Walk
@@ -160,7 +161,7 @@ def _reason_to_store(node: Node, found: Walk, deferral: Deferral) -> str | None:
     operands = [leaf for leaf in leaves(returned.expression) if isinstance(leaf, Operand)]
     if any(operand.kind == "b" for operand in operands):
         return "what they were combined with is as large"
-    if not all(isinstance(operand.source, Node) for operand in operands):
+    if any(is_reduced(operand.source) for operand in operands):
         return "what they were combined with is computed from them"
     if not _is_contiguous(value, logits.vocabulary_dim) and not _is_static(value):
         return "their strides are not known before the function runs"

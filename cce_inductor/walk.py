@@ -154,9 +154,9 @@ class Walk:
             if isinstance(part, Statistic):
                 for node, reader in part.reads:
                     reads.append((node, here if reader is None else self.position[reader]))
-            elif isinstance(part, AtRows) and isinstance(part.operand.source, Node):
-                operand = part.operand
-                reads.append((operand.source, self.position[operand.reader]))
+            elif isinstance(part, AtRows):
+                read = [each for each in parts(part.operand.source) if isinstance(each, Node)]
+                reads += [(node, self.position[part.operand.reader]) for node in read]
         return reads
 
     def mutation_between(self, node: Node, first: float, last: float) -> Node | None:

@@ -298,6 +298,11 @@ def parts(row: Any) -> list[Any]:
     return list(found.values())
 
 
+def is_reduced(source: Any) -> bool:
+    """Whether a value of rows is made of reductions of logits."""
+    return any(isinstance(part, Statistic) for part in parts(source))
+
+
 def _operands(expressions: tuple[Expression, ...]) -> list[Operand]:
     found = [leaf for each in expressions for leaf in leaves(each)]
     return [leaf for leaf in found if isinstance(leaf, Operand)]

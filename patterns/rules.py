@@ -452,7 +452,7 @@ def _swapped(logits: Logits) -> Logits | None:
     if (
         input.dim() != 2
         or projection.linear_bias is not None
-        or logits.vocabulary != projection.vocabulary
+        or not same_size(logits.vocabulary, projection.vocabulary)
         or any(operation.target is not torch.permute for operation in logits.row_operations)
         or any(isinstance(leaf, Operand) and leaf.kind != "s" for leaf in leaves(logits.expression))
         or COLUMN in leaves(logits.expression)

@@ -84,7 +84,52 @@ def margin_on_the_diagonal(first, second):
     return F.cross_entropy(logits, torch.arange(first.shape[0]))
 
 
+def momentum_contrast(query, key, queue, temperature):
+    positive = (query * key).sum(1, keepdim=True)
+    logits = torch.cat([positive, query @ queue.t()], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(query.shape[0], dtype=torch.int64))
+
+
+def hard_negatives(query, key, negatives):
+    logits = torch.cat([query @ key.t(), query @ negatives.t()], 1) * 20
+    return F.cross_entropy(logits, torch.arange(query.shape[0]))
+
+
+def adapter(input, weight, target, scale):
+    first, second = weight[:4], weight[:, :4]
+    logits = F.linear(input, weight) + F.linear(F.linear(input, first), second) * scale
+    return F.cross_entropy(logits, target)
+
+
+def additive_angular_margin(input, weight, target, margin):
+    cosine = F.normalize(input) @ F.normalize(weight).t()
+    shifted = torch.cos(torch.acos(cosine.clamp(-0.99, 0.99)) + margin)
+    chosen = torch.zeros_like(cosine).scatter_(1, target[:, None], 1.0)
+    return F.cross_entropy(30 * (chosen * shifted + (1 - chosen) * cosine), target)
+
+
+def negatives(count):
+    return torch.randn(count, 8)
+
+
 REWRITTEN = {
+    "momentum contrast, temperature": (
+        momentum_contrast,
+        [(INPUT, INPUT.flip(0), WEIGHT, number) for number in FLOATS],
+    ),
+    "momentum contrast, batch": (
+        momentum_contrast,
+        [(negatives(n), negatives(n), WEIGHT, 0.5) for n in (6, 8, 9)],
+    ),
+    "hard negatives, batch": (
+        hard_negatives,
+        [(negatives(n), negatives(n), negatives(2 * n)) for n in (6, 8, 9)],
+    ),
+    "scale of an adapter": (adapter, [(INPUT, WEIGHT, TARGET, number) for number in FLOATS]),
+    "angular margin": (
+        additive_angular_margin,
+        [(INPUT, WEIGHT, TARGET.clamp(min=0), number) for number in FLOATS],
+    ),
     "divided": of_logits(lambda z, y, t: F.cross_entropy(z / t, y)),
     "scaled loss": of_logits(lambda z, y, t: F.cross_entropy(z / t, y) * t**2),
     "softcap": of_logits(lambda z, y, t: F.cross_entropy(t * torch.tanh(z / t), y)),

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..expression import LOGIT
 from ..logits import Logits
 from ..product import COMPUTE_DTYPES
-from ..rules import Site, is_tensor, tensor_example, transform
+from ..rules import Site, is_tensor, same_size, tensor_example, transform
 from .join import summed
 
 
@@ -42,12 +42,12 @@ def _is_bias(site: Site, logits: Logits, logits_node: Node, bias: Node) -> bool:
     return (
         logits.expression is LOGIT
         and logits.projection.linear_bias is None
-        and logits.vocabulary == logits.projection.vocabulary
+        and same_size(logits.vocabulary, logits.projection.vocabulary)
         and site.example.dtype != torch.float64
         and value.dtype in COMPUTE_DTYPES
         and logits.vocabulary_dim == before.dim() - 1
         and site.example.shape == before.shape
         and value.dim() > 0
-        and tuple(value.shape[-1:]) == (logits.vocabulary,)
-        and value.numel() == logits.vocabulary
+        and same_size(value.shape[-1], logits.vocabulary)
+        and same_size(value.numel(), logits.vocabulary)
     )

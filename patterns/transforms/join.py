@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ..algebra import call
 from ..expression import COLUMN, LOGIT, Apply, Operand, leaves
-from ..logits import Call, Logits, Projection, applied
+from ..logits import Call, Logits, Projection, applied, is_reduced
 from ..rules import Site, dimension, is_tensor, same_size, tensor_example, transform
 
 
@@ -53,7 +53,7 @@ def _rows(site: Site, parts: list[Logits], dim: int) -> Logits:
             and projection.weight_operations == first.weight_operations
             and projection.linear_bias is first.linear_bias
             and projection.bias_operations == first.bias_operations
-            and part.vocabulary == parts[0].vocabulary
+            and same_size(part.vocabulary, parts[0].vocabulary)
         )
         if not same_weight or not _same(site, part.expression, parts[0].expression):
             site.unsupported("it joins logits of several weights")
@@ -93,6 +93,8 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
         else:
             _check_column(site, tensor, tensors, first)
             weights.append(None)
+            if not isinstance(place, int):
+                site.unsupported("it joins a column after a vocabulary that may change its size")
             columns.append((place, tensor))
             place += 1
     filled = next(weight for weight in weights if weight is not None)
@@ -130,7 +132,7 @@ def _is_of_logit_alone(expression: Any) -> bool:
     """Whether it does not depend on the place in the vocabulary, nor on what is over it."""
     return all(
         leaf is LOGIT
-        or (isinstance(leaf, Operand) and leaf.kind in "rs" and isinstance(leaf.source, Node))
+        or (isinstance(leaf, Operand) and leaf.kind in "rs" and not is_reduced(leaf.source))
         for leaf in leaves(expression)
     )
 
@@ -163,7 +165,7 @@ def summed(site: Site, first: Logits, second: Logits) -> Logits | None:
         len(factors) != len(parts)
         or first.row_operations != second.row_operations
         or first.vocabulary_dim != second.vocabulary_dim
-        or first.vocabulary != second.vocabulary
+        or not same_size(first.vocabulary, second.vocabulary)
         or first.compute_dtype != second.compute_dtype
         or any(part.projection.linear_bias is not None for part in parts)
         or any(not isinstance(part.projection.input, Node) for part in parts)
@@ -228,7 +230,7 @@ def _factor(expression: Any) -> tuple[Any, Any] | None:
         if x is LOGIT and isinstance(factor, (int, float)):
             return factor, _FACTORS[expression.target]
         is_scalar = isinstance(factor, Operand) and factor.kind == "s"
-        if x is LOGIT and is_scalar and isinstance(factor.source, Node):
+        if x is LOGIT and is_scalar and not is_reduced(factor.source):
             return factor.source, _FACTORS[expression.target]
     return None
 

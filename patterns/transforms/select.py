@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..expression import COLUMN, Apply, Expression, Operand, leaves
-from ..logits import HERE, Logits, Projection, TensorOperation, size_hint
+from ..logits import HERE, Logits, Projection, TensorOperation, is_reduced, size_hint
 from ..rules import (
     Site,
     UnsupportedError,
@@ -80,7 +80,7 @@ def vocabulary_range(
             site.unsupported("it selects some entries of the vocabulary")
         entries, size = slice(start, stop), stop - start
     for leaf in leaves(logits.expression):
-        if isinstance(leaf, Operand) and not isinstance(leaf.source, Node):
+        if isinstance(leaf, Operand) and is_reduced(leaf.source):
             site.unsupported("it selects some entries of a softmax over the vocabulary")
     if _depends_on_column(logits.expression):
         site.unsupported("it selects some entries of the vocabulary after a mask or bias")
