@@ -188,7 +188,7 @@ class _Walker:
         self.kept = self.found.kept
         # Node made from logits by an operation without a rule -> why, the vocabulary's size, and
         # that operation; transforms of its result count as it.
-        self.lost: dict[Node, tuple[str, object, Node]] = {}
+        self.lost: dict[Node, tuple[str, int | None, Node]] = {}
         # Node computed from a reduction -> the projections of what was reduced.
         self.reduced: dict[Node, set[Node]] = {}
         # Every node that holds a tensor of a storage, in order.
@@ -474,7 +474,7 @@ class _Walker:
                 if position[found.place] < position[user] <= last
                 and user not in self.found.assignments
             ]
-            if not read:
+            if not read and found.logits is not None:
                 del self.found.losses[number]
                 self.found.assignments.setdefault(found.node, found.logits)
 

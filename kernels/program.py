@@ -732,7 +732,7 @@ def _is_pointwise(target: Any) -> bool:
     if name.endswith("_backward") and hasattr(torch.ops.aten, name.removesuffix("_backward")):
         forward = getattr(torch.ops.aten, name.removesuffix("_backward"))
         return any(_is_pointwise(getattr(forward, o)) for o in forward.overloads())
-    return torch.Tag.pointwise in tags
+    return torch.Tag.pointwise in tags or name == "leaky_relu"  # which has the tag from 2.12
 
 
 def _constant_of(base: str, args: tuple[Any, ...]) -> Any:

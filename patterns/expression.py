@@ -197,18 +197,19 @@ def _masked_fill(input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, input)
 
 
+_MAY_BE_UNTAGGED = (
+    torch.ops.aten.hardswish,
+    torch.ops.aten.hardswish_,
+    torch.ops.aten.log_sigmoid_forward,
+    torch.ops.aten.rsub,
+)
 _UNTAGGED = {
-    **get_decompositions(
-        [
-            torch.ops.aten.log_sigmoid_forward,
-            torch.ops.aten.hardswish,
-            torch.ops.aten.hardswish_,
-            torch.ops.aten.rsub,
-        ]
-    ),
-    torch.ops.aten.masked_fill.Tensor: _masked_fill,
+    operator: function
+    for operator, function in get_decompositions(_MAY_BE_UNTAGGED).items()
+    if torch.Tag.pointwise not in operator.tags
 }
-"""Pointwise operators that ATen does not call so, by others."""
+_UNTAGGED[torch.ops.aten.masked_fill.Tensor] = _masked_fill
+"""Pointwise operators that ATen does not call so in every version, by others."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -299,6 +299,7 @@ class Site:
         Raises:
             UnsupportedError: it is not pointwise.
         """
+        args, kwargs = torch.fx.map_arg((args, kwargs), _with_fixed_number)
         numbers: list[Node] = []
 
         def operand_of(node: Node) -> tuple[Any, torch.dtype]:
@@ -567,6 +568,15 @@ def _fixed(value: torch.SymInt | torch.SymFloat) -> int | float | None:
     is_int = isinstance(value, torch.SymInt)
     number: int | float | None = node.maybe_as_int() if is_int else node.maybe_as_float()
     return number
+
+
+def _with_fixed_number(node: Node) -> Any:
+    """A node, or the number that it holds if that is the same in every call."""
+    value = example(node)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        fixed = _fixed(value)
+        return node if fixed is None else fixed
+    return value if isinstance(value, (int, float)) else node
 
 
 def constant(argument: Any) -> float:
