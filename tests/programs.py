@@ -4,6 +4,8 @@ A program is built line by line, and each line is run as it is added: a line tha
 cannot run is left out, and the shapes of what the lines before it made are known. A rule adds
 lines; rules are drawn until there are enough. The first rule of a table is the simplest one, to
 which Hypothesis shrinks.
+
+Some programs are called several times, with other numbers and other batch sizes in each call.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import linecache
+import operator
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -21,33 +25,60 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 _number = itertools.count()
-_NAMES = {"torch": torch, "F": F}
+_LIBRARY = torch.library.Library("cce_inductor_programs", "DEF")
+_LIBRARY.define("halve(Tensor(a!) x) -> ()")
+
+
+@torch.library.impl(_LIBRARY, "halve", "CompositeExplicitAutograd")
+def _halve(x: Tensor) -> None:
+    x.mul_(0.5)
+
+
+_NAMES = {
+    "torch": torch,
+    "F": F,
+    "operator": operator,
+    "halve": torch.ops.cce_inductor_programs.halve,
+}
+_BATCH = 11
+"""The batch size of the first call, a number that nothing else in a program can be."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function in source code, and its arguments as expressions."""
+    """A function in source code, and its arguments.
+
+    Attributes:
+        seed: of the first argument.
+        arguments: the tensors, as expressions.
+        numbers: what further arguments are in each of the calls.
+        sizes: what the variable `size` of the expressions is in each of the calls.
+        lines: the function's body.
+        dynamic: whether the row dimensions are marked as dynamic.
+    """
 
     seed: int
     arguments: dict[str, str]
+    numbers: dict[str, tuple[float, ...]]
+    sizes: tuple[int, ...]
     lines: tuple[str, ...]
     dynamic: bool
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                *(
-                    f"torch.manual_seed({self.seed + number}); {name} = {text}"
-                    for number, (name, text) in enumerate(self.arguments.items())
-                ),
-                *(
-                    f"torch._dynamo.maybe_mark_dynamic({name}, {dim})"
-                    for name, dim in self.dynamic_dims()
-                ),
-                "",
-                self.source,
-            ]
-        )
+        tensors = [
+            f"torch.manual_seed({self.seed + number}); {name} = {text}"
+            for number, (name, text) in enumerate(self.arguments.items())
+        ]
+        marks = [
+            f"torch._dynamo.maybe_mark_dynamic({name}, {dim})" for name, dim in self.dynamic_dims()
+        ]
+        if self.calls == 1:
+            return "\n".join([*tensors, *marks, "", self.source])
+        names = ["size", *self.numbers]
+        values = list(zip(self.sizes, *self.numbers.values(), strict=True))
+        call = f"program({', '.join([*self.arguments, *self.numbers])})"
+        loop = textwrap.indent("\n".join([*tensors, *marks, call]), "    ")
+        return f"{self.source}\nfor {', '.join(names)} in {values}:\n{loop}\n"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """How Hypothesis shows a failing example."""
@@ -59,7 +90,7 @@ class Program:
         """The row dimensions of inputs, targets and masks, where some are dynamic."""
         if not self.dynamic:
             return []
-        values = zip(self.arguments, self.inputs(), strict=True)
+        values = zip(self.arguments, self.tensors(), strict=True)
         return [
             (name, dim)
             for name, value in values
@@ -70,7 +101,12 @@ class Program:
     @property
     def source(self) -> str:
         body = textwrap.indent("\n".join(self.lines), "    ")
-        return f"def program({', '.join(self.arguments)}):\n{body}\n"
+        return f"def program({', '.join([*self.arguments, *self.numbers])}):\n{body}\n"
+
+    @property
+    def calls(self) -> int:
+        """How many calls differ from each other."""
+        return len(self.sizes)
 
     @property
     def exact(self) -> bool:
@@ -86,14 +122,18 @@ class Program:
         exec(compile(self.source, filename, "exec"), namespace)
         return namespace["program"]
 
-    def inputs(self) -> list[Tensor]:
-        texts = self.arguments.values()
-        return [_evaluate(text, self.seed + number) for number, text in enumerate(texts)]
+    def tensors(self, call: int = 0) -> list[Tensor]:
+        texts, size = self.arguments.values(), self.sizes[call]
+        return [_evaluate(text, self.seed + number, size) for number, text in enumerate(texts)]
+
+    def inputs(self, call: int = 0) -> list[Any]:
+        """The arguments of one of the calls."""
+        return [*self.tensors(call), *(values[call] for values in self.numbers.values())]
 
 
-def _evaluate(text: str, seed: int) -> Tensor:
+def _evaluate(text: str, seed: int, size: int = _BATCH) -> Tensor:
     torch.manual_seed(seed)
-    return eval(text, dict(_NAMES))
+    return eval(text, {**_NAMES, "size": size})
 
 
 class _CannotRunError(Exception):
@@ -113,13 +153,17 @@ class _Builder:
         self.draw = draw
         self.seed = draw(st.integers(0, 3))
         self.arguments: dict[str, str] = {}
+        self.numbers: dict[str, tuple[float, ...]] = {}
         self.lines: list[str] = []
         self.results: list[str] = []
         self.logits: list[_Logits] = []
+        self.views: list[str] = []
         self.namespace: dict[str, Any] = dict(_NAMES)
         self.names = itertools.count()
         self.indent = ""
         self.dtype = "torch.float64"
+        self.symbolic = False
+        self.batched = False
 
     # Choices.
 
@@ -130,11 +174,29 @@ class _Builder:
         return self.draw(st.integers(0, one_of - 1)) == one_of - 1
 
     def number(self) -> str:
-        return self.choose("2", "0.5", "-1.5", "3.0", "1", "0.25")
+        """A factor or an offset."""
+        number = self.choose("2", "0.5", "-1.5", "3.0", "1", "0.25")
+        if self.rarely():
+            return self.varying(number, *self.choose((2, 3, 4), (-2, 0, 5)))
+        return self.varying(number, 0.75, 1.5, 3.0)
+
+    def varying(self, constant: object, *values: float) -> str:
+        """A constant; in a symbolic program often a number that is another in each call."""
+        if not self.symbolic or self.rarely(3):
+            return str(constant)
+        name = f"n{next(self.names)}"
+        self.numbers[name] = values
+        self.namespace[name] = values[0]
+        return name
 
     # Code.
 
+    def sized(self, text: str) -> str:
+        """The text with the batch size as a variable, where it is another in each call."""
+        return re.sub(rf"\b{_BATCH}\b", "size", text) if self.batched else text
+
     def line(self, text: str) -> None:
+        text = self.sized(text)
         with torch.enable_grad() if not self.indent else torch.no_grad():
             try:
                 exec(text, self.namespace)
@@ -150,6 +212,7 @@ class _Builder:
 
     def argument(self, expression: str, prefix: str = "a") -> str:
         name = f"{prefix}{next(self.names)}"
+        expression = self.sized(expression)
         self.namespace[name] = _evaluate(expression, self.seed + len(self.arguments))
         self.arguments[name] = expression
         return name
@@ -170,8 +233,30 @@ class _Builder:
             rule(self, *args)
         except _CannotRunError:
             vars(self).update(saved, indent=indent)
+            self._run_again()
             return False
         return True
+
+    def _run_again(self) -> None:
+        """Makes all values anew, for a line that failed may have changed some."""
+        self.namespace = dict(_NAMES)
+        for number, (name, text) in enumerate(self.arguments.items()):
+            self.namespace[name] = _evaluate(text, self.seed + number)
+        self.namespace.update((name, values[0]) for name, values in self.numbers.items())
+        body = [*self.lines, f"{self.indent}pass"]
+        exec("\n".join(body), self.namespace)
+
+    def require_gradients(self) -> None:
+        """Eager's backward must accept what was changed in place."""
+        names = dict.fromkeys([*self.results, *self.views, *(z.name for z in self.logits)])
+        values = [self.value(name) for name in names]
+        leaves = [x for x in map(self.value, self.arguments) if x.requires_grad]
+        try:
+            roots = [value.double().sum() for value in values if value.requires_grad]
+            if roots and leaves:
+                torch.autograd.grad(roots, leaves, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise _CannotRunError from error
 
     # What is known of a variable.
 
@@ -219,6 +304,8 @@ class _Builder:
         return self.new(f"{logits.name}.{moved}"), self.vocabulary(logits)
 
     def target(self, shape: tuple[int, ...], vocabulary: int, ignored: int | None = None) -> str:
+        if shape == (vocabulary,) and self.rarely(2):
+            return self.new(f"torch.arange({vocabulary})", "t")
         text = f"torch.randint({vocabulary}, {shape})"
         if ignored is not None and self.rarely(2):
             which = self.choose(f"torch.rand({shape}) < 0.4", "torch.tensor(True)")
@@ -231,7 +318,7 @@ class _Builder:
         return name
 
 
-_STATE = ("arguments", "lines", "results", "logits", "namespace")
+_STATE = ("arguments", "numbers", "lines", "results", "logits", "views")
 
 
 # Projections.
@@ -310,18 +397,18 @@ WEIGHTS = (
 )
 
 
-def _change_operand(b: _Builder, name: str) -> None:
-    """Changes what a projection has read, as `_projection` made possible."""
-    how = b.choose("{}.mul_(2)", "{}.add_(1)", "{}.detach().zero_()", "{}[0] = 3", "{}.t().neg_()")
-    b.line(how.format(name))
-
-
 def _projection(b: _Builder) -> None:
     hidden = b.draw(st.integers(1, 5))
     vocabulary = b.draw(st.integers(2, 9))
     tokens = b.draw(st.sampled_from([3, 1, 2, 4, 5, 6, 0]))
     leading = b.choose((tokens,), (tokens,), (2, tokens), (1, tokens), (2, 1, tokens))
+    if b.batched or b.rarely(5):  # every row has a class of its own
+        vocabulary = _BATCH if b.batched else vocabulary
+        leading = (vocabulary,)
     x = b.tensor((*leading, hidden), "x")
+    if b.batched and not b.lines:
+        b.lines.append(f"size = {x}.shape[0]")
+        b.namespace["size"] = _BATCH
     w = b.tensor((vocabulary, hidden), "w")
     if b.rarely(3):
         x = b.new(b.choose(*INPUTS).format(x=x))
@@ -340,7 +427,7 @@ def _projection(b: _Builder) -> None:
         _linear(b, x, w, vocabulary)
     b.indent = ""
     if changed is not None:
-        b.attempt(_change_operand, changed)
+        b.attempt(_write_operand, changed)
 
 
 # Between projection and loss.
@@ -365,6 +452,8 @@ POINTWISE = (
     "{z} * torch.rsqrt({z}.square() + 4)",
     "{z}.clamp(-1, 1.5)",
     "{z}.clamp(max=0.5)",
+    "{z}.clamp(min={c})",
+    "torch.clamp({z}, -{c}, {d})",
     "F.softplus({z})",
     "torch.exp({z} * 0.1)",
     "{z}.abs()",
@@ -375,8 +464,12 @@ POINTWISE = (
     "F.silu({z})",
     "F.hardtanh({z})",
     "F.leaky_relu({z}, 0.1)",
+    "F.leaky_relu({z}, {c})",
+    "F.hardtanh({z}, -{c}, 4.0)",
     "torch.where({z} > 0, {z}, {z} * 0.5)",
-    "torch.where({z} > 0, {z}, 0.25)",
+    "torch.where({z} > 0, {z}, {c})",
+    "torch.where({z} > {c}, {z} * {d}, {z})",
+    "{z}.abs() ** {c}",
     "torch.maximum({z}, {z} * 2)",
     "torch.lerp({z}, {z} * {z}, 0.5)",
     "{z}.nan_to_num()",
@@ -519,12 +612,14 @@ def _scale(b: _Builder, z: _Logits) -> None:
 def _fewer_columns(b: _Builder, z: _Logits) -> None:
     vocabulary = b.vocabulary(z)
     b.require(vocabulary > 2)
-    which = b.choose(f":{vocabulary - 1}", ":-1", "1:", ":2")
+    which = b.choose(f":{vocabulary - 1}", ":-1", "1:", ":2", ":{n}", "{n}:")
+    if "{n}" in which:
+        which = which.format(n=b.varying(1, 1, 2, 3))
     b.add_logits(z.name + b.columns(z, which), z.vocabulary_dim)
 
 
 def _mask_columns(b: _Builder, z: _Logits) -> None:
-    fill = b.choose("-torch.inf", "-1e4", "0.0", f"torch.finfo({z.name}.dtype).min")
+    fill = b.choose("-torch.inf", "-1e4", "0.0", f"torch.finfo({z.name}.dtype).min", b.number())
     shape = b.along_vocabulary(z)
     mask = f"torch.rand({shape}) < 0.3"
     if "finfo" in fill:  # no sum holds the loss of a row of nothing else: a limit in the README
@@ -537,6 +632,24 @@ def _mask_columns(b: _Builder, z: _Logits) -> None:
         "{z} + torch.zeros(()).to({z}.dtype).masked_fill({m}, {f})",
     )
     b.add_logits(how.format(z=z.name, m=mask, f=fill), z.vocabulary_dim)
+
+
+MARGINS = (
+    "{z} - {c} * F.one_hot({t}, {v})",
+    "torch.where({t}[..., None] == torch.arange({v}), {z} - {c}, {z})",
+    "torch.where(F.one_hot({t}, {v}).bool(), {z} * {c}, {z})",
+    "{z}.scatter(-1, {t}[..., None], {c})",
+    "{z}.scatter(-1, {t}[..., None], {z}.gather(-1, {t}[..., None]) - {c})",
+    "{c} * ({z} - F.one_hot({t}, {v}).to({z}.dtype) * {d})",
+)
+
+
+def _margin(b: _Builder, z: _Logits) -> None:
+    """Another value for one entry of each row."""
+    last, vocabulary = b.last(z)
+    target = b.target(tuple(b.value(last).shape[:-1]), vocabulary)
+    text = b.choose(*MARGINS).format(z=last, t=target, v=vocabulary, c=b.number(), d=b.number())
+    b.add_logits(text, -1)
 
 
 def _detach(b: _Builder, z: _Logits) -> None:
@@ -596,6 +709,7 @@ BETWEEN = (
     _fewer_columns,
     _mask_columns,
     _rearrange_rows,
+    _margin,
     _without_gradient,
     _detach,
     _combine,
@@ -604,53 +718,229 @@ BETWEEN = (
 )
 _USUAL = BETWEEN.index(_without_gradient)
 
-IN_PLACE = (
-    "{z}.mul_({c})",
-    "{z}.div_({c})",
-    "{z} *= {c}",
-    "{z} /= {c}",
-    "{z} += {c}",
-    "{z}.add_(1)",
-    "{z}.tanh_()",
-    "{z}.clamp_(-1, 1)",
-    "{z}.div_(3).tanh_().mul_(3)",
-    "F.relu({z}, inplace=True)",
-    "{z}.neg_()",
-    "{z}.zero_()",
-    "{z}.copy_({z} * 2)",
-    "torch.tanh({z}, out={z})",
+# Views, and changes in place.
+
+VIEWS = (
+    "{z}.diagonal()",
+    "{z}[..., 1:]",
+    "{z}[1:]",
+    "{z}[0]",
+    "{z}[..., 0]",
+    "{z}.detach()",
+    "{z}.view(-1)",
+    "{z}.unsqueeze(0)",
+    "{z}.t()",
+    "{z}.transpose(0, -1)",
+    "{z}.narrow(-1, 0, 2)",
+    "{z}.narrow(0, 1, 2)",
+    "{z}.select(-1, {n})",
+    "{z}[:, :{n}]",
+    "{z}.t().diagonal()",
+    "{z}.diagonal(1)",
+    "{z}[1:, 1:].diagonal()",
+    "torch.diagonal({z}, 0, -1, -2)",
+    "{z}.expand(2, *{z}.shape)",
+    "{z}.expand(1, *{z}.shape)[0]",
+    "{z}.split(2, -1)[0]",
+    "{z}.unbind(0)[0]",
+    "{z}.unbind(-1)[1]",
+    "{z}.chunk(2)[1]",
+    "{z}.tensor_split(2, -1)[1]",
+    "{z}.as_strided((2,), (1,))",
+    "{z}.as_strided({z}.shape, {z}.stride())",
+    "{z}.reshape(-1)",
+    "{z}.flatten()",
+    "{z}.contiguous()",
+    "{z}.to({z}.dtype)",
+    "{z}.data",
+    "{z}.view_as({z})",
+    "{z}.view({z}.dtype)",
+    "{z}.movedim(0, -1)",
+    "{z}.unfold(-1, 2, 1)",
+    "{z}.squeeze()",
+    "{z}[..., ::2]",
+    "{z}[None, ..., 1]",
+    "{z}.diag()",
 )
+READS = (
+    "{u}.sum()",
+    "({u} * {c}).square().mean()",
+    "{u}.clone()",
+    "{u} * {c}",
+    "{u}.logsumexp(-1)",
+    "({z}.logsumexp(-1) - {u}).mean()",
+    "{u}.detach().exp()",
+    "F.relu({z} - {u}[:, None] + {c}).sum(-1)",
+    "{u}.log_softmax(-1).sum()",
+    "{u}",
+)
+THROUGH = (
+    "{}",
+    "{}.detach()",
+    "{}.diagonal()",
+    "{}[..., 1:]",
+    "{}.clone()",
+    "{}.view(-1)",
+    "{}[1:]",
+    "{}.mT",
+    "{}.data",
+    "{}[None]",
+    "{}[..., 0]",
+    "{}.double()",
+    "{}.select(0, -1)",
+    "{}.contiguous()",
+    "{}.as_strided((2,), (1,))",
+    "{}.expand(1, *{}.shape)",
+)
+WRITES = (
+    "{u}.mul_({c})",
+    "{u}.sub_({c})",
+    "{u}.fill_({c})",
+    "{u} -= {c}",
+    "{u} *= {c}",
+    "{u} /= {c}",
+    "{u} += {c}",
+    "{u}.zero_()",
+    "{u}[...] = {c}",
+    "{u}[:] = {a}",
+    "{u}.copy_({a})",
+    "{u}.sub_({a})",
+    "{u}.mul_({a}.exp())",
+    "{u}[0] = {c}",
+    "{u}[..., -1] = {c}",
+    "{u}[..., :1] += {c}",
+    "{u}[..., {n}:] = -1e4",
+    "{u}.tanh_()",
+    "{u}.div_(3).tanh_().mul_(3)",
+    "{u}.neg_()",
+    "{u}.exp_()",
+    "{u}.clamp_(-1, {c})",
+    "{u}.clamp_(max={c})",
+    "F.relu({u}, inplace=True)",
+    "F.leaky_relu({u}, 0.1, True)",
+    "torch.relu_({u})",
+    "{u}.copy_({u} * 2)",
+    "{u}.sub_({u} * 0.5)",
+    "{u}.add_({u}.detach(), alpha={c})",
+    "torch.tanh({u}, out={u})",
+    "torch.add({u}.detach(), 1, out={u}.detach())",
+    "{u}.masked_fill_({m}, {c})",
+    "{u}[{m}] = {c}",
+    "{u}.masked_fill_({u} > 0, {c})",
+    "{u}[{u} < 0] = {c}",
+    "{u}.fill_diagonal_({c})",
+    "{u}.index_fill_(0, {i}, {c})",
+    "{u}.index_fill_(-1, {i}, {c})",
+    "{u}.index_put_(({i},), torch.zeros((), dtype={u}.dtype))",
+    "{u}[{i}] = {c}",
+    "{u}[{i}, {i}] -= {c}",
+    "{u}.scatter_(-1, {k}, {c})",
+    "{u}.scatter_add_(-1, {k}, {a})",
+    "{u}.index_copy_(0, {i}[:1], {a}[:1])",
+    "operator.imul({u}, {c})",
+    "{u}.__isub__({c})",
+    "torch._foreach_mul_([{u}], 2)",
+    "halve({u})",
+    "{u}.addcmul_({u}.detach(), {a}, value={c})",
+    "{u}.lerp_({a}, 0.5)",
+    "{u}.nan_to_num_()",
+    "F.dropout({u}, 0.0, inplace=True)",
+    "{u}.set_({a})",
+    "{u}.t_()",
+    "{u}.squeeze_()",
+)
+WRITES_TO_OPERANDS = (
+    "{a}.mul_(2)",
+    "{a}.zero_()",
+    "{a}[0] = 3",
+    "{a}.t().neg_()",
+    "{a}.copy_({a} * 2)",
+    "{a}.__imul__(2)",
+    "halve({a})",
+    "torch.add({a}, 1, out={a})",
+    "F.embedding(torch.tensor([0]), {a}, max_norm=0.1)",
+    "F.batch_norm({a}.clone(), {a}[0], {a}[-1], training=True)",
+    "torch._foreach_neg_([{a}])",
+    "F.relu({a}, inplace=True)",
+)
+WRITES_TO_INDICES = (
+    "{a}.clamp_(max=0)",
+    "{a}.zero_()",
+    "{a}[0] = 0",
+    "{a}[:1].fill_(1)",
+    "{a}.copy_({a}.flip(0))",
+    "{a} %= 2",
+)
+WRITES_TO_MASKS = ("{a}.logical_not_()", "{a}.fill_(True)", "{a}[...] = False", "{a} |= True")
 
 
-def _change(b: _Builder, z: _Logits) -> None:
-    """Changes logits, perhaps through a view, by a statement without users."""
-    name = z.name
+def _view(b: _Builder, z: _Logits) -> None:
+    """Another name of the memory of logits, or of a part of it."""
+    of = b.choose(z.name, z.name, *b.views)
+    b.views.append(b.new(b.choose(*VIEWS).format(z=of, n=b.varying(1, 1, 2, 0)), "u"))
+
+
+def _read(b: _Builder, z: _Logits) -> None:
+    """What a view holds now is a result."""
+    u = b.choose(*reversed(b.views), z.name)
+    b.result(b.choose(*READS).format(u=u, z=z.name, c=b.number()))
+
+
+def _add_view(b: _Builder, z: _Logits) -> None:
+    u = b.choose(*reversed(b.views), f"{z.name}.diagonal()")
+    how = b.choose("{z} - {u}[:, None]", "{z} * {u}[:, None]", "{z} - {u}", "{z} + {u}.detach()")
+    b.add_logits(how.format(z=z.name, u=u), z.vocabulary_dim)
+
+
+def _write(b: _Builder, z: _Logits) -> None:
+    """Changes logits in place, by any name of theirs, or a copy of them."""
+    u = b.choose(z.name, *reversed(b.views), *(other.name for other in b.logits))
     if b.rarely(3):
-        alias = b.choose(
-            "{}.view(-1)", "{}[1:]", "{}.detach()", "{}.double()", "{}.mT", "{}[None]", "{}[..., 0]"
-        )
-        b.line(
-            b.choose("{z}.mul_({c})", "{z}.tanh_()", "{z}.fill_({c})").format(
-                z=alias.format(name), c=b.number()
-            )
-        )
-    elif b.rarely(2):
-        mask = b.argument(f"torch.rand({b.along_vocabulary(z)}) < 0.3", "m")
-        bias = b.tensor(b.along_vocabulary(z), "b")
-        fill = b.choose("-torch.inf", "-1e4", "0.0")
-        text = b.choose(
-            f"{name}.masked_fill_({mask}, {fill})",
-            f"{name} += {bias}",
-            f"{name}.add_({bias})",
-            f"{name}{b.columns(z, '-1')} = {fill}",
-            f"{name}{b.columns(z, '2:')} = {fill}",
-            f"{name}[..., 1:] = {fill}",
-            f"{name}[0] = {fill}",
-            f"{name}{b.columns(z, ':1')} += 1",
-        )
-        b.line(text)
+        u = b.choose(*THROUGH).replace("{}", u)
+    text = b.choose(*WRITES)
+    values = {"u": u, "c": b.number(), "n": b.varying(1, 1, 2, 0)}
+    try:
+        value = eval(u, b.namespace)
+    except Exception as error:
+        raise _CannotRunError from error
+    shape = tuple(value.shape)
+    if "{a}" in text:
+        values["a"] = b.tensor(shape, "a")
+    if "{m}" in text:
+        values["m"] = b.argument(f"torch.rand({shape}) < 0.3", "m")
+    if "{i}" in text:
+        b.require(bool(shape) and min(shape) > 0)
+        values["i"] = b.argument(f"torch.randint({min(shape)}, (2,))", "i")
+    if "{k}" in text:
+        b.require(bool(shape) and shape[-1] > 0)
+        values["k"] = b.argument(f"torch.randint({shape[-1]}, {(*shape[:-1], 1)})", "k")
+    if b.rarely():
+        b.lines.append("with torch.no_grad():")
+        b.indent = "    "
+    b.line(text.format(**values))
+    b.indent = ""
+    b.require_gradients()
+
+
+def _write_operand(b: _Builder, name: str) -> None:
+    """Changes a tensor that a program was given or has computed: a weight, a target, a mask."""
+    value = b.value(name)
+    if value.is_floating_point():
+        how = b.choose(*WRITES_TO_OPERANDS)
+        name += b.choose("", "", ".detach()", ".data", "[:]")
     else:
-        b.line(b.choose(*IN_PLACE).format(z=name, c=b.number()))
+        how = b.choose(*(WRITES_TO_MASKS if value.dtype == torch.bool else WRITES_TO_INDICES))
+        name += b.choose("", "", "[:]", ".view(-1)")
+    if b.rarely(3):
+        b.lines.append("with torch.no_grad():")
+        b.indent = "    "
+    b.line(how.format(a=name))
+    b.indent = ""
+    b.require_gradients()
+
+
+def _write_argument(b: _Builder, z: _Logits) -> None:
+    _write_operand(b, b.choose(*reversed(b.arguments)))
 
 
 # Losses.
@@ -672,11 +962,12 @@ def _cross_entropy(b: _Builder, z: _Logits) -> None:
     options = []
     ignored = b.choose(-100, -100, 0, vocabulary - 1, vocabulary + 2, -1)
     if ignored != -100:
-        options.append(f"ignore_index={ignored}")
+        options.append(f"ignore_index={b.varying(ignored, ignored, 1, -1)}")
     if b.rarely(2):
         options.append(f"reduction={b.choose('mean', 'sum', 'none')!r}")
     if b.rarely():
-        options.append(f"label_smoothing={b.choose(0.1, 0.0, 1.0)}")
+        smoothing = b.varying(b.choose(0.1, 0.0, 1.0), 0.1, 0.3, 0.2)
+        options.append(f"label_smoothing={smoothing}")
     if b.rarely():
         options.append(
             f"weight={b.argument(f'torch.rand({vocabulary}, dtype={b.dtype_of(name)})', 'c')}"
@@ -847,6 +1138,28 @@ def _kl_div(b: _Builder, z: _Logits) -> None:
         b.result(f"F.kl_div({_log_softmax(b, last)}, {teacher}, reduction={reduction!r})")
 
 
+def _contrastive(b: _Builder, z: _Logits) -> None:
+    """The loss of square logits of which the diagonal is the target."""
+    text = b.choose(
+        "{z}.logsumexp(1) - {z}.diagonal()",
+        "F.cross_entropy({z}, torch.arange({n})) + F.cross_entropy({z}.t(), torch.arange({n}))",
+        "F.cross_entropy({z}.t(), torch.arange({n}))",
+        "-{z}.log_softmax(-1).diagonal()",
+        "-torch.diag({z}.log_softmax(1))",
+        "F.relu({c} + {z} - {z}.diagonal()[:, None]).sum(1)",
+        "-{z}.log_softmax(-1)[torch.arange({n}), torch.arange({n})]",
+    )
+    b.require(len(b.shape(z)) == 2 and len(set(b.shape(z))) == 1)
+    text = text.format(z=z.name, n=b.vocabulary(z), c=b.number())
+    b.result(_reduced(b, f"({text})"))
+
+
+def _largest(b: _Builder, z: _Logits) -> None:
+    last, _ = b.last(z)
+    text = b.choose("{z}.topk({k}).values.sum(-1)", "{z}.logsumexp(-1) - {z}.topk({k})[0].sum(-1)")
+    b.result(_reduced(b, f"({text.format(z=last, k=b.varying(1, 1, 2, 2))})"))
+
+
 def _escape(b: _Builder, z: _Logits) -> None:
     """The logits, or something of all of them, are a result too."""
     how = b.choose("", ".detach()", ".softmax(-1)")
@@ -867,6 +1180,7 @@ LOSSES = (
     _entropy,
     _accuracy,
     _kl_div,
+    _largest,
 )
 
 
@@ -874,7 +1188,8 @@ def _loss(b: _Builder, z: _Logits) -> None:
     if b.rarely(12):
         b.lines.append("with torch.no_grad():")
         b.indent = "    "
-    b.choose(*LOSSES)(b, z)
+    square = len(b.shape(z)) == 2 and len(set(b.shape(z))) == 1
+    b.choose(*LOSSES, *[_contrastive] * 8 * square)(b, z)
     b.indent = ""
 
 
@@ -884,35 +1199,33 @@ def _change_loss(b: _Builder, z: _Logits) -> None:
     auxiliary = b.choose(*b.arguments)
     text = b.choose(
         "{r} += 1",
+        "{r} = {r} * {c}",
         "{r} += {a}.sum()",
         "{r}.mul_(2)",
         "{r}.detach().zero_()",
         "{r} = {r} * {a}.sum()",
     )
-    b.line(text.format(r=loss, a=auxiliary))
+    b.line(text.format(r=loss, a=auxiliary, c=b.number()))
 
 
-def _change_argument(b: _Builder, z: _Logits) -> None:
-    """Changes an argument of the program: a target, a weight, an index."""
-    name = b.choose(*reversed(b.arguments))
-    if b.value(name).is_floating_point():
-        b.line(f"{name}{b.choose('', '.detach()')}.mul_(2)")
-    elif b.value(name).dtype == torch.bool:
-        b.line(f"{name}.logical_not_()")
-    else:
-        b.line(f"{name}.clamp_(max=0)")
-
-
-HAZARDS = (_change, _loss, _change, _change_loss, _escape, _change_argument)
+HAZARDS = (_write, _loss, _write, _change_loss, _escape, _write_argument)
+ALIASES = (_view, _write, _read, _write, _write_argument, _view, _write, _add_view, _read)
+KINDS = (
+    ((), BETWEEN[:_USUAL]),
+    (HAZARDS, BETWEEN),
+    (ALIASES, (*ALIASES, *BETWEEN[:_USUAL])),
+)
+"""Of a program: the rules that may change or keep logits, and all that come before its loss."""
 
 
 @st.composite
 def programs(draw: Callable[..., Any]) -> Program:
-    """Programs with one projection or two, and at least one loss; half of them without hazards."""
+    """Programs with one projection or two, and at least one loss; a third without hazards."""
     b = _Builder(draw)
     b.dtype = b.choose(*["torch.float64"] * 8, "torch.float32", "torch.bfloat16")
+    b.symbolic, b.batched = b.rarely(5), b.rarely(12)
     _projection(b)
-    hazards, between = (HAZARDS, BETWEEN) if b.rarely(2) else ((), BETWEEN[:_USUAL])
+    hazards, between = b.choose(*KINDS)
     for _ in range(b.choose(0, 1, 2, 3, 4, 6)):
         z = b.logits[-1] if not b.rarely(6) else b.choose(*b.logits)
         b.attempt(b.choose(*hazards) if hazards and b.rarely(3) else b.choose(*between), z)
@@ -924,4 +1237,5 @@ def programs(draw: Callable[..., Any]) -> Program:
     if not b.results:
         b.attempt(_logsumexp, b.logits[0])
     b.lines.append(f"return ({''.join(f'{name}, ' for name in dict.fromkeys(b.results))})")
-    return Program(b.seed, b.arguments, tuple(b.lines), b.rarely(8))
+    sizes = (_BATCH, 13, 16) if b.batched else (_BATCH,) * (3 if b.numbers else 1)
+    return Program(b.seed, b.arguments, b.numbers, sizes, tuple(b.lines), b.rarely(8))
