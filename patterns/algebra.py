@@ -123,9 +123,8 @@ class Algebra:
             return call(operator.mul, self.row(x), vocabulary_of(self.logits))
         if isinstance(x, Apply) and x.target == "exp" and LOGIT in leaves(x):
             return call(torch.exp, self.logsumexp(x.args[0]))
-        if not self._late(x):
+        if not self._late(x) or not isinstance(x, Apply):
             return self._statistic("sum", x)
-        assert isinstance(x, Apply), "a late value that varies over the row is made of others"
         if x.target in (_ADD, _SUB) and not x.kwargs:
             return Call(overload(x.target), tuple(self.sum(a) for a in x.args))
         if x.target == "neg":

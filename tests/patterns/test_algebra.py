@@ -222,3 +222,27 @@ def test_sum_of_another_softmax_is_left_alone():
     fn = loss_of(lambda x, t, p: (x.softmax(0) * x.log_softmax(-1)).sum(-1))
     for report in reports_of(fn, INPUT, WEIGHT, TARGET, TEACHER):
         assert report.reason.endswith(": it reduces over the rows, not over the vocabulary")
+
+
+TRANSPOSED_LATE_VALUES = {
+    "mean": lambda z: (z.logsumexp(-1) - z).mean(),
+    "sum of a row": lambda z: (2 * z.logsumexp(-1) - z).sum(-1),
+    "negated": lambda z: -(z.amax(-1) - 2 * z).mean(-1) + z.logsumexp(-1),
+    "product": lambda z: (z * z.logsumexp(-1)).sum(-1),
+    "quotient": lambda z: (z / z.logsumexp(-1)).mean(),
+    "logsumexp": lambda z: (z - z.logsumexp(-1)).logsumexp(-1),
+    "mean under a softmax": lambda z: (z.softmax(-1) * (z - z.logsumexp(-1))).sum(-1),
+    "one column": lambda z: (z.logsumexp(-1) - z).log_softmax(-1).gather(1, TARGET[:, None] % 6),
+}
+
+
+@pytest.mark.parametrize("reduce", TRANSPOSED_LATE_VALUES.values(), ids=TRANSPOSED_LATE_VALUES)
+def test_value_of_a_row_that_is_broadcast_over_the_rows_of_square_logits(reduce):
+    """What was reduced from row j is then subtracted from column j."""
+
+    def fn(input, weight):
+        return reduce(input @ weight[:6].t()) + F.cross_entropy(input @ weight[6:].t(), TARGET % 6)
+
+    for report in reports_of(fn, INPUT, WEIGHT):
+        assert report.rewritten
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, slack=5)
