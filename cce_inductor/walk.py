@@ -643,8 +643,13 @@ def _has_rows_of(part: Node, whole: Node, values: dict[Node, Any]) -> bool:
     """Whether a view of logits has all of their rows."""
     if not all(isinstance(values.get(node), Logits) for node in (part, whole)):
         return False
-    rows = [example(node).numel() // values[node].vocabulary for node in (part, whole)]
+    rows = [_rows(example(node), values[node].vocabulary_dim) for node in (part, whole)]
     return statically_known_true(rows[0] == rows[1])
+
+
+def _rows(value: torch.Tensor, vocabulary_dim: int) -> Any:
+    """How many rows logits have, also where the vocabulary is empty."""
+    return math.prod(size for dim, size in enumerate(value.shape) if dim != vocabulary_dim)
 
 
 def _seen_as(old: Any, before: Logits, value: Logits, is_whole: bool) -> Logits:

@@ -319,3 +319,18 @@ return (cross_entropy_1,)
 def test_no_report_of_a_view_that_is_only_changed():
     (report,) = reports_of(WRITTEN_THROUGH["sub_"], QUERY, KEY, MARGIN)
     assert report.loss == "matmul > sub_(0.2) > mul(2) > cross_entropy"
+
+
+def test_change_of_logits_without_rows():
+    def fn(weight, query):
+        logits = weight @ query.t()  # [vocabulary, rows], and there are no rows
+        chosen = logits.t().log_softmax(-1).sum()
+        logits.mul_(2)
+        return chosen + logits.sum()
+
+    empty = torch.empty(0, 8, dtype=torch.float64, requires_grad=True)
+    expected = value_and_gradients(fn, KEY, empty)
+    torch._dynamo.reset()
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    compiled = torch.compile(fn, backend="cce_inductor_eager", options=options)
+    torch.testing.assert_close(value_and_gradients(compiled, KEY, empty), expected)
