@@ -629,7 +629,7 @@ class _Recorder(TorchDispatchMode):
         base = _base(function)
         if base in _COPIES:
             return self.value(args[0]), args[0].dtype
-        if base == "fill":
+        if base in ("fill", "copy"):
             filler = args[1]
             if isinstance(filler, Tensor):
                 return self.value(filler), filler.dtype

@@ -197,6 +197,10 @@ def _masked_fill(input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
     return torch.where(mask, value, input)
 
 
+def _masked_fill_(input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    return input.copy_(_masked_fill(input, mask, value))
+
+
 _MAY_BE_UNTAGGED = (
     torch.ops.aten.hardswish,
     torch.ops.aten.hardswish_,
@@ -209,6 +213,7 @@ _UNTAGGED = {
     if torch.Tag.pointwise not in operator.tags
 }
 _UNTAGGED[torch.ops.aten.masked_fill.Tensor] = _masked_fill
+_UNTAGGED[torch.ops.aten.masked_fill_.Tensor] = _masked_fill_
 """Pointwise operators that ATen does not call so in every version, by others."""
 
 

@@ -144,6 +144,9 @@ REWRITTEN = {
     "masked fill": of_logits(
         lambda z, y, t: F.cross_entropy(z.masked_fill(torch.arange(50) % 3 == 2, -t), y)
     ),
+    "masked fill in place": of_logits(
+        lambda z, y, t: F.cross_entropy(z.masked_fill_(torch.arange(50) % 3 == 2, -t), y)
+    ),
     "where": of_logits(
         lambda z, y, t: F.cross_entropy(torch.where(torch.arange(50) % 3 == 2, -t, z), y)
     ),

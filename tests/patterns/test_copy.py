@@ -56,6 +56,7 @@ SPELLINGS = {
     "half of it detached": lambda x: x + x.detach() / 2,
     "torch.detach of a half": lambda x: torch.detach(x) / 2 + x,
     "twice": lambda x: x.clone().contiguous().clone(),
+    "copy_": lambda x: torch.zeros_like(x).copy_(x),
 }
 
 
@@ -100,7 +101,6 @@ def test_detached_logits(detach, scale):
 
 LEFT_ALONE = {
     "repeat": (lambda x: x.repeat(1, 1, 1), "repeat"),
-    "copy_": (lambda x: torch.zeros_like(x).copy_(x), "copy_"),
     "dropout": (lambda x: F.dropout(x, 0.5), "dropout"),
     "torch.dropout": (lambda x: torch.dropout(x, 0.5, True), "dropout"),
     "Dropout": (lambda x: torch.nn.Dropout(0.5)(x), "dropout"),

@@ -51,6 +51,13 @@ WRITTEN_THROUGH = {
     "imul method": diagonal_then(lambda d, margin: d.__imul__(2)),
     "setitem": diagonal_then(assign_all),
     "setitem of a tensor": diagonal_then(assign_margin),
+    "copy_": diagonal_then(lambda d, margin: d.copy_(margin)),
+    "copy_ of what has no gradient": diagonal_then(lambda d, margin: d.copy_(margin.detach())),
+    "copy_ of itself": diagonal_then(lambda d, margin: d.copy_(d * margin.detach())),
+    "copy_ of logits": of_matrix(lambda z, margin: (z.copy_(z * 2), loss(z))[1]),
+    "copy_ of a value of each row": of_matrix(
+        lambda z, margin: (z[:, 8:].copy_(margin[:, None]), loss(z))[1]
+    ),
     "fill_": diagonal_then(lambda d, margin: d.fill_(-1e4)),
     "twice": diagonal_then(lambda d, margin: d.mul_(2).sub_(margin)),
     "by itself": diagonal_then(lambda d, margin: d.sub_(d * 0.5)),
@@ -174,11 +181,6 @@ def view_of_a_view(z, diagonal, margin):
     return loss(z) + other.sum()
 
 
-def copied_into(z, diagonal, margin):
-    diagonal.copy_(margin.detach())
-    return loss(z)
-
-
 def by_another_view(z, diagonal, margin):
     z.as_strided((SIZE,), (SIZE + 1,)).sub_(0.4)
     return loss(z) + diagonal.sum()
@@ -217,7 +219,6 @@ def some_rows(z, diagonal, margin):
 
 NOT_FOLLOWED = {
     view_of_a_view: "it changes logits in place that are also read as a view",
-    copied_into: "it is not a pointwise function (aten.copy.default)",
     by_another_view: "it is not a pointwise function (aten.as_strided.default)",
     sub_matrix: "it changes a part of the logits in place",
     hidden_from_the_gradient: "it changes them in place, hidden from their gradient",
