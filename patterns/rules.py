@@ -269,13 +269,16 @@ class Site:
             return self.read(node, logits, shape), tensor_example(node).dtype
 
         expression = self.captured(function, args, kwargs, logits, meaning)
-        if isinstance(expression, (int, float)):  # `zeros_like`, say
-            number = expression
-            expression = Apply("full_like", (LOGIT, float(number)))
-            if tensor_example(self.node).requires_grad:  # which is 0, but there is one
-                always = Apply("ne.Scalar", (Apply("full_like", (LOGIT, 1.0)), 0))
-                expression = Apply("where.ScalarSelf", (always, number, logits.expression))
-            elif getattr(example(self.node), "dtype", None) == torch.bool:
+        is_number = isinstance(expression, (int, float))
+        has_gradient = getattr(example(self.node), "requires_grad", False)
+        if has_gradient and LOGIT not in leaves(expression):
+            # What was there has a gradient of 0, but it has one.
+            always = Apply("ne.Scalar", (Apply("full_like", (LOGIT, 1.0)), 0))
+            where = "where.ScalarSelf" if is_number else "where.self"
+            expression = Apply(where, (always, expression, logits.expression))
+        elif is_number:  # `zeros_like`, say
+            expression = Apply("full_like", (LOGIT, float(expression)))
+            if getattr(example(self.node), "dtype", None) == torch.bool:
                 expression = Apply("ne.Scalar", (expression, 0))
         result = example(self.node)  # none for an assignment
         if getattr(result, "dtype", None) == torch.float64 or torch.float64 in dtypes:
