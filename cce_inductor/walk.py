@@ -671,8 +671,10 @@ def _seen_as(old: Any, before: Logits, value: Logits, is_whole: bool) -> Logits:
         if isinstance(leaf, Operand) and leaf not in known and leaf.kind in "rb"
     ]
     is_derived = old.row_operations[: len(before.row_operations)] == before.row_operations
-    if not is_derived and (new or not is_whole):
+    if not is_derived and not is_whole:
         raise UnsupportedError("it changes a part of the logits in place")
+    if not is_derived and new:  # whose rows are those of the name that was changed
+        raise UnsupportedError("it changes logits in place that are also read as a view")
     expression = in_vocabulary(old, before, value.expression)
     if expression is None:
         raise UnsupportedError("it changes a part of the logits in place")

@@ -77,7 +77,7 @@ IN_PLACE = {
     "itruediv": divide_by_statement,
     "add_": lambda x: x.add_(torch.arange(x.shape[-1])),
     "clamp_": lambda x: x.clamp_(-0.1, 0.1),
-    "copy_": lambda x: x.copy_(torch.ones(x.shape)),
+    "copy_": lambda x: x.copy_(torch.ones(x.shape[-1])),
     "div_": lambda x: x.div_(3),
     "masked_fill_": lambda x: x.masked_fill_(torch.arange(x.shape[-1]) % 2 == 0, -1.0),
     "mul_": lambda x: x.mul_(3),
