@@ -610,7 +610,9 @@ class _Recorder(TorchDispatchMode):
             if self._keeps_detach and _base(func) == "detach":
                 result = self._detach(args[0])
             else:
-                dtype = made.dtype if dtype is None else dtype
+                if dtype is None:
+                    dtype = made.dtype
+                    _check_range(function, value, dtype)
                 self.set(result, self._converted(value, dtype, result))
         return result
 
@@ -658,10 +660,12 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(value, Name):
             kind = bool if to == torch.bool else float if to.is_floating_point else int
             return value if type(value) is kind else holder.item()
-        if _kind(dtype) == _kind(to):
+        if dtype == to or (_kind(dtype) == _kind(to) and to not in _NARROW):
             return value
         if to == torch.bool:
             return self._add("ne.Scalar", (value, 0), {})
+        if to in _NARROW and dtype != torch.bool:
+            raise NotPointwiseError(f"it converts {dtype} to {to}, whose numbers wrap around")
         if dtype == torch.bool:
             number = float if to.is_floating_point else int
             return self._add("where.Scalar", (value, number(1), number(0)), {})
@@ -684,6 +688,25 @@ class _Recorder(TorchDispatchMode):
         self.set(result, self._add("detach", (tensor,), {}) if isinstance(value, Name) else value)
         self._detached |= {_address(tensor), _address(result)}
         return result
+
+
+_NARROW = (torch.uint8, torch.int8, torch.int16)
+_STAY_IN_RANGE = frozenset(
+    [
+        *("where", "maximum", "minimum", "clamp", "clamp_min", "clamp_max"),
+        *("bitwise_and", "bitwise_or", "bitwise_xor"),
+    ]
+)
+
+
+def _check_range(operator: Any, value: Any, dtype: torch.dtype) -> None:
+    """A program computes with wide integers, which do not wrap around where narrow ones do.
+
+    Raises:
+        NotPointwiseError: the result may have wrapped around.
+    """
+    if isinstance(value, Name) and dtype in _NARROW and _base(operator) not in _STAY_IN_RANGE:
+        raise NotPointwiseError(f"{operator} of {dtype} may wrap around")
 
 
 def _address(tensor: Tensor) -> int:
@@ -711,12 +734,18 @@ def _functional(operator: Any) -> Any:
         raise NotPointwiseError(str(operator))
     if not schema.is_mutable:
         return operator
-    base = _base(operator)
-    packet = getattr(torch.ops.aten, base.removesuffix("_"), None)
-    found = getattr(packet, operator._overloadname, None)
-    if found is None or found._schema.is_mutable:
-        raise NotPointwiseError(str(operator))
-    return found
+    if str(schema.arguments[0].type) != "Tensor":
+        raise NotPointwiseError(f"{operator} changes several tensors")
+    packet = getattr(torch.ops.aten, _base(operator).removesuffix("_"), None)
+    overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+    for found in overloads:  # pow_.Scalar is the in-place form of pow.Tensor_Scalar
+        if not found._schema.is_mutable and _signature(found) == _signature(operator):
+            return found
+    raise NotPointwiseError(str(operator))
+
+
+def _signature(operator: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
 
 
 def _is_pointwise(target: Any) -> bool:

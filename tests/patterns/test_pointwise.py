@@ -31,6 +31,34 @@ def loss_after(change):
     return fn
 
 
+def to_a_power_by_statement(logits):
+    logits **= 2
+    return logits
+
+
+IN_PLACE_BY_ANOTHER_OVERLOAD = {
+    "pow_": lambda logits: logits.pow_(2),
+    "ipow": to_a_power_by_statement,
+    "pow_ of a tensor": lambda logits: logits.pow_(torch.tensor(2.0)),
+    "float_power_": lambda logits: logits.double().float_power_(2.0),
+}
+
+
+@pytest.mark.parametrize(
+    "change", IN_PLACE_BY_ANOTHER_OVERLOAD.values(), ids=IN_PLACE_BY_ANOTHER_OVERLOAD
+)
+def test_in_place_function_whose_overload_has_another_name(change):
+    assert_as_accurate_as_eager(loss_after(change), INPUT, WEIGHT, TARGET)
+
+
+def test_mask_in_bytes_that_wrap_around():
+    def change(logits):
+        return logits * (1 - 2 * (logits > 0).byte())
+
+    reason = reason_against(loss_after(change), INPUT, WEIGHT, TARGET)
+    assert reason.endswith("(aten.mul.Tensor of torch.uint8 may wrap around)")
+
+
 def test_graph_of_a_scale():
     assert_expected_inline(
         rewritten_graph(loss_after(lambda logits: logits * 0.5), INPUT, WEIGHT, TARGET),
