@@ -81,11 +81,16 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _kind(node: Node, arguments: Any) -> object:
     """What decides which tensors a call writes: the function, the constants among its arguments,
-    and of a tensor everything but its sizes and numbers."""
+    and of a tensor everything but its numbers; of one that PyTorch's own functions are given also
+    not its sizes, which only a function that somebody has allowed in graphs may ask for."""
+    module = getattr(node.target, "__module__", None) or "torch"
+    by_sizes = node.op == "call_function" and module.split(".")[0] not in ("torch", "_operator")
 
     def kind_of(leaf: Any) -> str:
         if isinstance(leaf, Tensor):
-            return f"{type(leaf).__name__} {leaf.dtype} {leaf.device.type} {leaf.dim()}"
+            kind = f"{type(leaf).__name__} {leaf.dtype} {leaf.device.type} {leaf.dim()}"
+            sizes = f"{leaf.shape} {leaf.stride()} {leaf.requires_grad}"
+            return f"{kind} {sizes}" if by_sizes else kind
         return type(leaf).__name__ if isinstance(leaf, _SYMBOLS) else repr(leaf)
 
     leaves, structure = torch.utils._pytree.tree_flatten(arguments)

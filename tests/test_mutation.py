@@ -106,6 +106,23 @@ def test_writes_nothing(fn):
     assert written_arguments(fn) == ""
 
 
+@torch._dynamo.allow_in_graph
+def increased_if_contiguous(x):
+    return x.reshape(-1).add_(1)
+
+
+@torch._dynamo.allow_in_graph
+def increased_if_long(x):
+    return x.add_(1) if len(x) > 4 else x + 1
+
+
+def test_what_a_function_writes_may_depend_on_strides_and_sizes():
+    assert written_arguments(lambda x, a, b: increased_if_contiguous(x.t())) == ""
+    assert written_arguments(lambda x, a, b: increased_if_contiguous(x)) == "x"
+    assert written_arguments(lambda x, a, b: increased_if_long(a)) == ""
+    assert written_arguments(lambda x, a, b: increased_if_long(x.view(-1))) == "x"
+
+
 def test_shape_of_an_example_stays_as_it_is():
     def fn(x, a, b):
         return x.unsqueeze_(0).sum() + a.sum()
