@@ -25,6 +25,7 @@ from .patterns import (
     Statistic,
     UnsupportedError,
     all_logits,
+    begins_vocabulary,
     changed_through_view,
     detach_row,
     detached,
@@ -195,8 +196,10 @@ class _Walker:
         self.sharing: dict[object, list[Node]] = {}
         # Every name of a view of logits that is a value of rows -> the reduction that made it.
         self.views: dict[Node, Node] = {}
-        # The storages that the node which is being visited changes.
+        # The storages that the node which is being visited changes, and those of them whose logits
+        # have their new values.
         self.written: frozenset[object] = frozenset()
+        self.assigned: set[object] = set()
         # How many of each are open, by what they are called.
         self.open = dict.fromkeys(_OPENED, 0)
         derivatives = (node for node in graph.nodes if node.target is torch.autograd.grad)
@@ -211,6 +214,7 @@ class _Walker:
                 gradient_mode = node.args[0]
             self._count_open(node)
             self.written = mutated_storages(node)
+            self.assigned = set()
             used = [a for a in node.all_input_nodes if a in self.found.values]
             changed_views = [a for a in node.all_input_nodes if self._changes_view(a)]
             if loss.get(node) is not None:
@@ -221,6 +225,7 @@ class _Walker:
                 self._visit_change_of_view(node, changed_views)
             else:
                 self._visit_other(node)
+            self._keep_changed(node)
             self.found.mutations += [(position, storage, node) for storage in self.written]
             for storage in storages_of(node):
                 self.sharing.setdefault(storage, []).append(node)
@@ -401,8 +406,17 @@ class _Walker:
                 old = self.found.values.get(name)
                 updated[name] = _seen_as(old, before, value, is_whole)
         self.found.values.update(updated)
+        self.assigned.add(storage_of(changed))
         for name in views:
             self._read_again(name, after=node)
+
+    def _keep_changed(self, node: Node) -> None:
+        """Keeps the logits whose memory the node changes in a way that was not followed: through
+        a view of a view that is a value of rows, say."""
+        for storage in self.written - self.assigned:
+            names = [n for n in self.sharing.get(storage, ()) if n in self.found.values]
+            reason = f"{operation(node)}{at(node)} changes logits in place through a view of them"
+            self._keep(names, reason)
 
     def _is_read_after(self, name: Node, node: Node) -> bool:
         return any(self._is_after(user, node) for user in name.users)
@@ -440,8 +454,9 @@ class _Walker:
         values = self.found.values
         if not _has_rows_of(argument, first, values) or example(first).dim() != 2:
             return argument
-        same_entries = values[first].expression is values[argument].expression
-        return first if same_entries else argument
+        same_values = values[first].expression is values[argument].expression
+        same_places = begins_vocabulary(values[argument], values[first])
+        return first if same_values and same_places else argument
 
     def _row_of(self, view: Node) -> Row:
         """What a view that is a value of rows holds now."""

@@ -46,7 +46,7 @@ for _folder in (projections, transforms, reductions, losses):
 
 from .losses.unfused import is_unfused  # noqa: E402
 from .through_view import changed_through_view  # noqa: E402
-from .transforms.select import in_vocabulary  # noqa: E402
+from .transforms.select import begins_vocabulary, in_vocabulary  # noqa: E402
 from .transforms.stack import through_stack  # noqa: E402
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "UnsupportedError",
     "Value",
     "all_logits",
+    "begins_vocabulary",
     "changed_through_view",
     "detach_row",
     "detached",

@@ -90,6 +90,54 @@ def is_constant_over_row(expression: Any) -> bool:
     return not any(isinstance(leaf, Leaf) or leaf.kind in ("c", "b") for leaf in leaves(expression))
 
 
+def where(inside: Any, new: Any, old: Any) -> Apply:
+    """A logit that is `new`, a function of `old` or a number, where `inside` is true, else `old`.
+
+    Nobody computes `new` elsewhere: there its derivative, which may be infinite or NaN, is that at
+    a number that hardly any function minds.
+    """
+    if isinstance(new, (int, float)):
+        return Apply("where.ScalarSelf", (inside, new, old))
+    return Apply("where.self", (inside, only_where(inside, new, old), old))
+
+
+def only_where(inside: Any, function: Any, argument: Any) -> Any:
+    """A function of `argument` that is read only where `inside` is true."""
+    if _is_polynomial(function, argument):
+        return function
+    return _substituted(function, argument, Apply("where.ScalarOther", (inside, argument, 0.5)))
+
+
+_RING = ("add.Tensor", "sub.Tensor", "mul.Tensor", "neg")
+
+
+def _is_polynomial(function: Any, argument: Any) -> bool:
+    """Whether it is finite, and its derivative too, wherever `argument` is."""
+    if function is argument or not isinstance(function, Apply):
+        return True
+    parts = function.args
+    if function.target == "div.Tensor" and isinstance(parts[1], (int, float, Operand)):
+        parts = parts[:1]
+    elif function.target not in _RING:
+        return False
+    return all(_is_polynomial(part, argument) for part in parts)
+
+
+def _substituted(expression: Any, old: Any, new: Any) -> Any:
+    """The same with `new` in the place of `old`."""
+    made: dict[int, Any] = {id(old): new}
+
+    def visit(item: Any) -> Any:
+        if id(item) in made or not isinstance(item, Apply):
+            return made.get(id(item), item)
+        args = tuple(map(visit, item.args))
+        named = tuple((key, visit(value)) for key, value in item.kwargs)
+        made[id(item)] = Apply(item.target, args, named)
+        return made[id(item)]
+
+    return visit(expression)
+
+
 def capture(
     function: Callable[..., Any],
     args: tuple[Any, ...],

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from .algebra import call
-from .expression import COLUMN, Apply, Operand
+from .expression import COLUMN, Apply, Operand, where
 from .logits import Logits, Row, Statistic, parts
 from .rules import Site, is_symbol, tensor_example
 
@@ -51,8 +51,7 @@ def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Lo
 
     here = Apply("eq.Tensor", (COLUMN, one_a_row(entry)))
     new = _new_value(site, logits, meaning)
-    where = "where.ScalarSelf" if isinstance(new, (int, float)) else "where.self"
-    return logits.replace(expression=Apply(where, (here, new, logits.expression)))
+    return logits.replace(expression=where(here, new, logits.expression))
 
 
 def _entry_of(site: Site, row: Row) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from ..algebra import call
-from ..expression import COLUMN, LOGIT, Apply, Operand, leaves
+from ..expression import COLUMN, LOGIT, Apply, Operand, leaves, only_where
 from ..logits import Call, Logits, Projection, applied, is_reduced
 from ..rules import Site, dimension, is_tensor, same_size, tensor_example, transform
 
@@ -106,15 +106,17 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
         call(torch.cat, tuple(zeros if w is None else w for w in weights), 0),
         hidden=first.projection.hidden,
         vocabulary=place,
-    ).replace(expression=first.expression)
+    )
     if site.example.dtype == torch.float64:
         logits = logits.replace(compute_dtype=torch.float64)
-    for place, column in columns:
-        value = site.read(column, logits, tuple(site.example.shape))
-        here = Apply("eq.Scalar", (COLUMN, place))
-        joined = Apply("where.self", (here, value, logits.expression))
-        logits = logits.replace(expression=joined)
-    return logits
+    values = [site.read(column, logits, tuple(site.example.shape)) for _, column in columns]
+    places = [Apply("eq.Scalar", (COLUMN, place)) for place, _ in columns]
+    joined = first.expression
+    for here in places:
+        joined = only_where(Apply("logical_not", (here,)), joined, LOGIT)
+    for here, value in zip(places, values, strict=True):
+        joined = Apply("where.self", (here, value, joined))
+    return logits.replace(expression=joined)
 
 
 def _check_column(site: Site, tensor: Node, tensors: Any, logits: Logits) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..expression import COLUMN, Apply, Expression, Operand, leaves
+from ..expression import COLUMN, Apply, Expression, Operand, leaves, where
 from ..logits import HERE, Logits, Projection, TensorOperation, is_reduced, size_hint
 from ..rules import (
     Site,
@@ -125,7 +125,16 @@ def in_vocabulary(logits: Logits, changed: Logits, expression: Expression) -> Ex
         return None
     inside = Apply("ge.Scalar", (COLUMN, entries.start))
     inside = Apply("logical_and", (inside, Apply("lt.Scalar", (COLUMN, entries.stop))))
-    return Apply("where.self", (inside, expression, logits.expression))
+    return where(inside, expression, logits.expression)
+
+
+def begins_vocabulary(part: Logits, whole: Logits) -> bool:
+    """Whether each entry of the vocabulary of `part` has the same place in that of `whole`, whose
+    memory it has."""
+    if part.projection == whole.projection:
+        return True
+    entries = _range_in(whole.projection, part.projection)
+    return entries is not None and entries.start == 0
 
 
 def _range_in(whole: Projection, part: Projection) -> slice | None:

@@ -40,6 +40,27 @@ return (cross_entropy_1,)
     )
 
 
+FUNCTIONS_WITHOUT_A_DERIVATIVE_AT_0 = {
+    "root": lambda z: z.abs().sqrt(),
+    "logarithm": lambda z: z.abs().add(0.0).log(),
+    "reciprocal": lambda z: (1 / z).clamp(-9, 9),
+}
+
+
+@pytest.mark.parametrize(
+    "function",
+    FUNCTIONS_WITHOUT_A_DERIVATIVE_AT_0.values(),
+    ids=FUNCTIONS_WITHOUT_A_DERIVATIVE_AT_0,
+)
+def test_columns_beside_a_function_that_has_no_derivative_at_0(function):
+    def fn(input, weight, column, target):
+        logits = function(input @ weight.t())
+        column = column[:, None]
+        return F.cross_entropy(torch.cat([column, logits, column * 2], 1), target)
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, COLUMN, TARGET)
+
+
 def test_graph_of_a_column_in_front():
     def fn(input, column, queue):
         logits = torch.cat([column[:, None], input @ queue], 1) / 0.07

@@ -217,6 +217,40 @@ def some_rows(z, diagonal, margin):
     return loss(z) + diagonal.sum()
 
 
+CHANGED_BY_A_VIEW_OF_A_VIEW = {
+    "a part": lambda z, diagonal, margin: diagonal[2:].mul_(2),
+    "all of it": lambda z, diagonal, margin: diagonal[:].mul_(2),
+    "as a matrix": lambda z, diagonal, margin: diagonal.view(3, 4)[1].fill_(-3.0),
+    "with a dimension more": lambda z, diagonal, margin: diagonal.unsqueeze(1).sub_(0.3),
+    "detached": lambda z, diagonal, margin: diagonal.detach().sub_(0.3),
+    "data": lambda z, diagonal, margin: diagonal.data.sub_(0.3),
+    "a list": lambda z, diagonal, margin: torch._foreach_mul_([diagonal[:]], 2.0),
+}
+
+
+@pytest.mark.parametrize(
+    "change", CHANGED_BY_A_VIEW_OF_A_VIEW.values(), ids=CHANGED_BY_A_VIEW_OF_A_VIEW
+)
+def test_left_alone_where_a_view_of_a_view_is_changed(change):
+    fn = read_after(lambda z, diagonal, margin: (change(z, diagonal, margin), loss(z))[1])
+    reports = assert_same_numbers(fn, value_and_gradients(fn, QUERY, KEY, MARGIN))
+    assert reports
+    for report in reports:
+        assert not report.rewritten
+        assert report.reason.endswith(" changes logits in place through a view of them")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_diagonal_of_a_range_that_does_not_begin_with_the_vocabulary(turned):
+    def fn(query, key, margin):
+        logits = query @ torch.cat([key, key.flip(0)]).t()
+        part = logits[:, 5 : 5 + SIZE]
+        (part.t() if turned else part).diagonal().sub_(margin)
+        return loss(logits)
+
+    assert_same_numbers(fn, value_and_gradients(fn, QUERY, KEY, MARGIN))
+
+
 NOT_FOLLOWED = {
     view_of_a_view: "it changes logits in place that are also read as a view",
     by_another_view: "it is not a pointwise function (aten.as_strided.default)",
@@ -237,6 +271,25 @@ def test_left_alone(use):
     for report in reports:
         assert not report.rewritten
         assert report.reason.endswith(f": {NOT_FOLLOWED[use]}")
+
+
+def root_of_the_diagonal(query, key, margin):
+    logits = query @ query.t()
+    logits.diagonal().sqrt_()
+    return loss(logits)
+
+
+def root_of_a_range(query, key, margin):
+    signs = torch.where(torch.arange(SIZE) < 4, -1.0, 1.0)
+    logits = query.exp() @ (key.exp() * signs[:, None]).t()
+    logits[:, 4:].sqrt_()
+    return loss(logits / 9)
+
+
+@pytest.mark.parametrize("fn", [root_of_the_diagonal, root_of_a_range])
+def test_function_that_has_no_derivative_at_the_other_entries(fn):
+    reports = assert_same_numbers(fn, value_and_gradients(fn, QUERY, KEY, MARGIN))
+    assert all(report.rewritten for report in reports)
 
 
 def test_margin_that_is_changed_after_it_was_subtracted():
