@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -348,7 +348,7 @@ class Site:
         shape = self.shape_of(logits) if shape is None else shape
         if self.is_logits(argument):
             other = self.logits(argument)
-            if alike(other, logits) and tuple(tensor_example(argument).shape) == shape:
+            if alike(other, logits) and same_shape(tensor_example(argument).shape, shape):
                 return other.expression
             if set(other.projection.origins) & set(logits.projection.origins):
                 self.unsupported("it combines logits with other rows of the same logits")
@@ -370,8 +370,11 @@ class Site:
         """What makes a tensor as large as the logits, by `block` rules and pointwise functions of
         smaller tensors, which are read where it is made; None if there is no such thing."""
         value = tensor_example(argument)
-        fits = value.dim() == len(shape) and all(map(same_size, value.shape, shape))
-        if not fits or argument in self._values or self.is_changed(argument):
+        if (
+            not same_shape(value.shape, shape)
+            or argument in self._values
+            or self.is_changed(argument)
+        ):
             return None
         if argument not in self._made:
             site = Site(argument, self._values, self._is_late, self.is_changed)
@@ -530,6 +533,11 @@ def _is(size: Any, number: int) -> bool:
 def same_size(first: Any, second: Any) -> bool:
     """Whether two sizes are known to be equal, of which nothing new is guarded."""
     return statically_known_true(first == second)
+
+
+def same_shape(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """The same of two shapes."""
+    return len(first) == len(second) and all(map(same_size, first, second))
 
 
 def example(argument: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.fx import Node
 from .algebra import call
 from .expression import COLUMN, Apply, Operand, where
 from .logits import Logits, Row, Statistic, parts
-from .rules import Site, is_symbol, tensor_example
+from .rules import Site, is_symbol, same_shape, tensor_example
 
 
 def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Logits:
@@ -45,7 +45,7 @@ def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Lo
             site.unsupported("it combines a view of the logits with other logits")
         if value.numel() == 1:
             return Operand("s", node, logits.row_operations, dim, site.node), value.dtype
-        if tuple(value.shape) != tuple(tensor_example(view).shape):
+        if not same_shape(value.shape, tensor_example(view).shape):
             site.unsupported("it is broadcast to a larger shape")
         return one_a_row(node), value.dtype
 

@@ -253,6 +253,27 @@ def test_rewritten_with_dynamic_shapes(fn, calls):
     assert all(report.rewritten for report in reports), "\n".join(map(str, reports))
 
 
+def diagonal_of_a_rectangle(first, second):
+    logits = first @ second.t()
+    return logits.logsumexp(1).sum() - logits.diagonal().sum()
+
+
+def gathered_from_some_rows(first, second):
+    logits = first @ second.t()
+    target = torch.arange(second.shape[0] - first.shape[0])
+    return logits.logsumexp(1).sum() - logits.gather(1, target[:, None]).sum()
+
+
+@pytest.mark.parametrize("fn", [diagonal_of_a_rectangle, gathered_from_some_rows])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_that_are_not_always_different(fn, dynamic):
+    sizes = ((12, 18), (14, 21), (16, 32), (18, 29))
+    if fn is diagonal_of_a_rectangle:
+        sizes = ((12, 18), (14, 21), (16, 16), (18, 14))
+    calls = [(torch.randn(rows, 8), torch.randn(columns, 8)) for rows, columns in sizes]
+    assert_no_more_compilations(fn, calls, dynamic=dynamic)
+
+
 @pytest.mark.parametrize(("fn", "calls"), LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_left_alone(fn, calls):
     """The first graph is compiled for constants, the second for all other numbers."""

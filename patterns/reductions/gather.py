@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..algebra import Algebra, without_vocabulary
 from ..entries import is_index, places_of_rows, takes_one_of_each_row, wrapped
 from ..logits import HERE, Logits, Row
-from ..rules import Site, dimension, reduction, tensor_example
+from ..rules import Site, dimension, reduction, same_shape, same_size, tensor_example
 
 
 @reduction(torch.take_along_dim, "take_along_dim")
@@ -38,7 +38,7 @@ def _taken(site: Site, input: Any, dim: Any, index: Any, read: Callable[..., Any
     taken = tensor_example(index).shape
     vocabulary_dim = logits.vocabulary_dim
     if len(taken) != len(shape) or any(
-        taken[at] != shape[at] for at in range(len(shape)) if at != vocabulary_dim
+        not same_size(taken[at], shape[at]) for at in range(len(shape)) if at != vocabulary_dim
     ):
         site.unsupported("its index does not have the rows of the logits")
     return Algebra(site, logits).gather(logits.expression, read(logits, index))
@@ -75,7 +75,7 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
     """Of a matrix, whose two dimensions may be named in either order."""
     logits = site.logits(input)
     rows, columns = tensor_example(input).shape[:2]
-    if tensor_example(input).dim() != 2 or offset != 0 or rows != columns:
+    if tensor_example(input).dim() != 2 or offset != 0 or not same_size(rows, columns):
         site.unsupported("it is not the diagonal of a square matrix")
     logits = site.over_vocabulary(logits, logits.vocabulary_dim)
     entries = places_of_rows(site, logits)
@@ -99,12 +99,12 @@ def getitem(site: Site, input: Any, index: Any) -> Row | None:
     if not all(map(is_index, (*rows, column))):
         return None
     result = tensor_example(site.node).shape
-    if tensor_example(column).shape != result:
+    if not same_shape(tensor_example(column).shape, result):
         site.unsupported("its index is broadcast")
     if rows:
         taken, dim = (*rows, slice(None)), len(result)
         logits = logits.with_row_operation(operator.getitem, HERE, taken, vocabulary_dim=dim)
-    if rows and not any(tensor_example(row).shape == result for row in rows):
+    if rows and not any(same_shape(tensor_example(row).shape, result) for row in rows):
         site.unsupported("its index is broadcast")
     found = Algebra(site, logits).gather(logits.expression, column, kind="index")
     return without_vocabulary(found, logits, False)

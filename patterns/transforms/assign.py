@@ -14,7 +14,16 @@ from ..algebra import call, vocabulary_of
 from ..entries import among, at_index, overwritten, takes_one_of_each_row, value_of_rows
 from ..expression import COLUMN, Apply, Operand
 from ..logits import Logits
-from ..rules import Site, constant, is_symbol, is_tensor, tensor_example, transform
+from ..rules import (
+    Site,
+    constant,
+    example,
+    is_symbol,
+    is_tensor,
+    same_shape,
+    tensor_example,
+    transform,
+)
 from .select import without_ellipsis
 
 
@@ -24,7 +33,8 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     logits = site.logits(input)
     shape = tuple(tensor_example(input).shape)
     if isinstance(index, Node) and is_tensor(index):
-        if tensor_example(index).dtype == torch.bool and tensor_example(index).shape == shape:
+        mask = tensor_example(index)
+        if mask.dtype == torch.bool and same_shape(mask.shape, shape):
             return _where(site, input, index, value)
         if len(shape) > 1 or tensor_example(index).dtype != torch.bool:
             site.unsupported("it assigns to some of the rows")
@@ -62,10 +72,10 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
 def _one_of_each_row(site: Site, input: Node, index: Node, value: Any) -> Logits:
     logits = site.logits(input)
     rows = tensor_example(input).shape[:1]
-    if tensor_example(index).shape != rows:
+    if not same_shape(tensor_example(index).shape, rows):
         site.unsupported("its index is broadcast")
     here = at_index(site, logits, index)
-    if not is_tensor(value) or tensor_example(value).shape != rows or site.is_logits(value):
+    if site.is_logits(value) or not is_tensor(value) or not same_shape(example(value).shape, rows):
         return _assigned(site, input, here, value)
     return overwritten(site, logits, input, here, value_of_rows(site, logits, value))
 

@@ -8,7 +8,7 @@ import torch
 
 from ..entries import at_scatter, overwritten
 from ..logits import Logits
-from ..rules import Site, dimension, is_tensor, tensor_example, transform
+from ..rules import Site, dimension, is_tensor, same_shape, same_size, tensor_example, transform
 
 
 @transform("scatter", "scatter_", torch.scatter)
@@ -25,10 +25,10 @@ def scatter(
     if sizes[logits.vocabulary_dim] != 1 or len(sizes) != len(shape):
         site.unsupported("it scatters to several entries of a row")
     rows = [dim for dim in range(len(shape)) if dim != logits.vocabulary_dim]
-    if any(sizes[dim] != shape[dim] for dim in rows):
+    if not all(same_size(sizes[dim], shape[dim]) for dim in rows):
         site.unsupported("its index does not have the rows of the logits")
     if is_tensor(value):
-        if site.is_logits(value) or tensor_example(value).shape != sizes:
+        if site.is_logits(value) or not same_shape(tensor_example(value).shape, sizes):
             site.unsupported("it scatters a tensor that has not one value for each row")
         value = site.read(value, logits)
     return overwritten(site, logits, input, at_scatter(site, logits, index), value)
