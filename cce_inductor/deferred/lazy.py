@@ -113,17 +113,20 @@ def numbers_as_tensors(
     say in the result's dtype either: what is compiled, or kept, for the call then fits others
     with other numbers."""
     tensors = _with_tensors(func) or func
-    wanted = [str(argument.type) for argument in tensors._schema.arguments]
-    names = [argument.name for argument in tensors._schema.arguments]
+    arguments = tensors._schema.arguments
 
     def given(value: Any, kind: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or "Tensor" not in kind:
             return value
         return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
-    new_args = tuple(given(value, kind) for value, kind in zip(args, wanted, strict=False))
-    kinds = dict(zip(names, wanted, strict=True))
-    return tensors, new_args, {k: given(value, kinds[k]) for k, value in kwargs.items()}
+    positional = [argument for argument in arguments if not argument.kwarg_only]
+    # rsub.Scalar takes its alpha by position, rsub.Tensor does not.
+    named = zip(arguments[len(positional) :], args[len(positional) :], strict=False)
+    kwargs = {**kwargs, **{argument.name: value for argument, value in named}}
+    kinds = {argument.name: str(argument.type) for argument in arguments}
+    new_args = tuple(given(v, kinds[a.name]) for a, v in zip(positional, args, strict=False))
+    return tensors, new_args, {name: given(v, kinds[name]) for name, v in kwargs.items()}
 
 
 @functools.cache

@@ -74,6 +74,24 @@ def test_a_number_keeps_the_dtype():
         assert scaled.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("alpha", [1, 2, 0.5])
+@pytest.mark.parametrize("number", [1, 0.7])
+@pytest.mark.parametrize(
+    "function", [torch.rsub, torch.sub, torch.add, torch.ops.aten.sub.Scalar], ids=str
+)
+def test_a_number_and_its_factor(function, number, alpha):
+    def scaled(logits):
+        if function is torch.ops.aten.sub.Scalar:
+            return function(logits, number, alpha)
+        return function(logits, number, alpha=alpha)
+
+    head = torch.compile(F.linear, backend=Counting(rewriting=True))
+    logits = scaled(head(INPUT, WEIGHT))
+    assert isinstance(logits, DeferredLogits)
+    assert logits.is_deferred
+    torch.testing.assert_close(logits + 0, scaled(F.linear(INPUT, WEIGHT)))
+
+
 class Model(torch.nn.Module):
     def __init__(self, rearrange):
         super().__init__()
