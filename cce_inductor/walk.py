@@ -542,7 +542,8 @@ class _Walker:
         found = FoundLoss(node, True)
         rule = loss.get(node)
         assert rule is not None
-        if isinstance(input, Node) and input in self.reduced and not self._has_classes(input):
+        is_of_rows = isinstance(input, Node) and input in self.reduced and input not in self.lost
+        if is_of_rows and not self._has_classes(input):
             return  # of one value a row, not of logits
         if not used and not getattr(rule, "makes_logits", False):
             found.reason = self._reason_without_logits(input)

@@ -116,6 +116,16 @@ def test_first_of_two_uses_is_named():
     )
 
 
+def test_a_loss_of_logits_joined_with_their_own_entries_does_not_vanish():
+    def fn(input, weight, target):
+        logits = F.linear(input, weight)
+        index = target.clamp(min=0)[:, None]
+        others = logits.scatter(1, index, -1e9)
+        return F.cross_entropy(torch.cat([logits.gather(1, index), others], 1), target * 0)
+
+    assert "the logits are used by cat" in reason_against(fn, INPUT, WEIGHT, TARGET)
+
+
 def test_use_after_the_loss_is_named():
     def fn(input, weight, target):
         logits = F.linear(input, weight)
