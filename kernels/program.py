@@ -735,7 +735,7 @@ def _functional(operator: Any) -> Any:
     if not schema.is_mutable:
         return operator
     if str(schema.arguments[0].type) != "Tensor":
-        raise NotPointwiseError(f"{operator} changes several tensors")
+        raise NotPointwiseError(str(operator))  # a list of tensors
     packet = getattr(torch.ops.aten, _base(operator).removesuffix("_"), None)
     overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
     for found in overloads:  # pow_.Scalar is the in-place form of pow.Tensor_Scalar

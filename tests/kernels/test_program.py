@@ -484,7 +484,15 @@ def made_of_a_constant(x, y):
     return constant * y + x
 
 
+def copied_over(x, y):
+    result = torch.empty_like(x)
+    result.copy_(y)
+    y.neg_()
+    return result * x
+
+
 RECORDED = {
+    "copied": (copied_over, "t0 = mul.Tensor(s0, z)"),
     "a comparison in place": (
         lambda x, y: x.clone().gt_(0) * y,
         "t0 = gt.Scalar(z, 0); t1 = where.Scalar(t0, 1.0, 0.0); t2 = mul.Tensor(t1, s0)",
@@ -553,7 +561,6 @@ MIXED = {
     "several tensors in place": lambda x: torch._foreach_mul_([x.clone()], 2.0)[0],
     "bits": lambda x: x.view(torch.int64) + 1,
     "out": lambda x: torch.add(x, 1, out=torch.zeros((), dtype=torch.float64)),
-    "overwritten": lambda x: torch.empty_like(x).copy_(x),
     "dimensions": lambda x: x + torch.zeros(3),
     "a matrix": lambda x: x.expand(2, 2),
     "no tensor": lambda x: x.dim(),

@@ -251,7 +251,25 @@ def test_diagonal_of_a_range_that_does_not_begin_with_the_vocabulary(turned):
     assert_same_numbers(fn, value_and_gradients(fn, QUERY, KEY, MARGIN))
 
 
+def in_a_list(z, diagonal, margin):
+    torch._foreach_mul_([z], 2)
+    return loss(z)
+
+
+def in_a_list_with_another(z, diagonal, margin):
+    torch._foreach_add_([z, margin.clone()], 1.0)
+    return loss(z)
+
+
+def view_in_a_list(z, diagonal, margin):
+    torch._foreach_neg_([diagonal])
+    return loss(z)
+
+
 NOT_FOLLOWED = {
+    in_a_list: "it is not a pointwise function (aten._foreach_mul_.Scalar)",
+    in_a_list_with_another: "it changes another tensor in place",
+    view_in_a_list: "it is not a pointwise function (aten._foreach_neg_.default)",
     view_of_a_view: "it changes logits in place that are also read as a view",
     by_another_view: "it is not a pointwise function (aten.as_strided.default)",
     sub_matrix: "it changes a part of the logits in place",
