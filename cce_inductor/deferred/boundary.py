@@ -67,8 +67,8 @@ def compile_with_deferral(
         module: what Dynamo captured.
         example_inputs: its inputs.
     """
-    join_type_tables()
     if _some_deferred(example_inputs):
+        join_type_tables()
         return _compiled_for_tensors(compiler, module, example_inputs)
     compiled = _compiled_with_outputs(compiler, module, example_inputs)
     return compiled if _is_whole(module) else _with_plain_arguments(compiled)
@@ -88,6 +88,7 @@ def _compiled_with_outputs(
     deferral.arguments = ()  # what is compiled outlives them
     if deferral.outputs is None:
         return compiled
+    join_type_tables()
     _tell_dynamo()
     return _deferring(compiled, deferral.outputs, is_sharded(example_inputs))
 

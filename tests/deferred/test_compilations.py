@@ -155,3 +155,16 @@ def test_other_dictionaries_stay_as_they_are():
 
     head(INPUT, WEIGHT)
     assert handlers == {"tensor": torch.Tensor, torch.Tensor: 1}
+
+
+SCALES = {torch.Tensor: 1.0}
+
+
+def test_table_of_a_function_that_has_no_deferred_logits_stays_as_it_is():
+    def fn(x):
+        return x.sum() * len(SCALES)
+
+    compiled = torch.compile(fn, backend=Counting(rewriting=True))
+    for size in (3, 4, 5):
+        assert compiled(torch.ones(size)) == size
+    assert list(SCALES) == [torch.Tensor]
