@@ -47,10 +47,14 @@ def storage_key(value: object) -> object:
         return UNKNOWN
 
 
-def mutated_storages(node: Node) -> frozenset[object]:
+def mutated_storages(node: Node, *, grad_enabled: bool = True) -> frozenset[object]:
     """The storages that the node changes in place; none for almost every node.
 
     A node whose call cannot be run is taken to change every tensor that it is given.
+
+    Args:
+        node: of a graph.
+        grad_enabled: whether gradients are enabled where it stands.
     """
     if node.op not in ("call_function", "call_method", "call_module"):
         return frozenset()
@@ -60,12 +64,14 @@ def mutated_storages(node: Node) -> frozenset[object]:
         return frozenset()
     if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         return _mutated_by_subgraphs(node, tensors)
-    kind = _kind(node, arguments)
-    if kind not in _observed:
+    kind = (_kind(node, arguments), grad_enabled)
+    positions = _observed.get(kind)
+    if positions is None:
+        with torch.set_grad_enabled(grad_enabled):
+            positions = _mutated_positions(_function(node), arguments)
         if len(_observed) >= _MOST_KINDS:
             _observed.clear()
-        _observed[kind] = _mutated_positions(_function(node), arguments)
-    positions = _observed[kind]
+        _observed[kind] = positions
     return frozenset(storage_key(tensors[at]) for at in positions)
 
 
@@ -117,7 +123,6 @@ def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozense
     with contextlib.ExitStack() as stack:
         if mode.shape_env is not None:  # what depends on data makes new symbols, of no use here
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
-        stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
         try:
             # What the call does to a tensor's shape must not reach the graph's own examples.

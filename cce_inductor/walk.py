@@ -39,6 +39,7 @@ from .patterns import (
     parts,
     projection,
     reduction,
+    same_shape,
     size_hint,
     through_stack,
     transform,
@@ -213,7 +214,8 @@ class _Walker:
             if node.target is torch._C._set_grad_enabled:
                 gradient_mode = node.args[0]
             self._count_open(node)
-            self.written = mutated_storages(node)
+            enabled = gradient_mode is not False
+            self.written = mutated_storages(node, grad_enabled=enabled)
             self.assigned = set()
             used = [a for a in node.all_input_nodes if a in self.found.values]
             changed_views = [a for a in node.all_input_nodes if self._changes_view(a)]
@@ -743,7 +745,7 @@ def _keeps_shape(node: Node) -> bool:
     if projection.get(node) is not None:
         return False
     return isinstance(value, torch.Tensor) and any(
-        isinstance(each, torch.Tensor) and each.shape == value.shape for each in inputs
+        isinstance(each, torch.Tensor) and same_shape(each.shape, value.shape) for each in inputs
     )
 
 

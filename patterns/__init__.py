@@ -1,8 +1,9 @@
 """What people write: every spelling of a projection, of what follows it, and of a loss.
 
-Four folders, one table each: `projections`, `transforms`, `reductions`, `losses`. A file in them
-is found by being there; its rules say which functions and methods they stand for. Nothing here
-changes a graph: rules read it and describe (see `logits`), `cce_inductor.rewrite` acts.
+Four folders: `projections`, `transforms`, `reductions`, `losses`, each with the table of its name
+(and among the transforms `block`: what makes a tensor as large as logits). A file in them is found
+by being there; its rules say which functions and methods they stand for. Nothing here changes a
+graph: rules read it and describe (see `logits`), `cce_inductor.rewrite` acts.
 """
 
 import importlib
@@ -37,6 +38,7 @@ from .rules import (
     loss,
     projection,
     reduction,
+    same_shape,
     transform,
 )
 
@@ -82,6 +84,7 @@ __all__ = [
     "parts",
     "projection",
     "reduction",
+    "same_shape",
     "size_hint",
     "through_stack",
     "transform",

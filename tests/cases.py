@@ -83,6 +83,10 @@ PROGRAMS = {
     "softmax to a power": "t0 = sub.Tensor(z, r3); t1 = exp(t0); t2 = pow.Tensor_Scalar(t1, 1.5); sum(t2); sum(t1); max(t1)",
     "squares": "t0 = mul.Tensor(z, z); sum(t0); sum(z); t1 = abs(z); sum(t1)",
     "everything of one value": "t0 = mul.Tensor(z, c4); logsumexp(t0); sum(t0); mean(t0, t0); mean(t0, z); gather(t0, r1); index(t0, r2); target(t0, r0, -100); max(t0); topk(t0, {k})",
+    "function of one entry": "t0 = eq.Tensor(j, r9); t1 = where.ScalarOther(t0, z, 0.5); t2 = mul.Tensor(t1, t1); t3 = tanh(t2); t4 = where.self(t0, t3, z); logsumexp(t4); target(t4, r0, -100)",
+    "range that changes": "t0 = ge.Tensor(j, s10); t1 = where.self(t0, s5, z); t2 = clamp.Tensor(t1, -2.0, s5); logsumexp(t2); sum(t2)",
+    "power that changes": "t0 = abs(z); t1 = add.Tensor(t0, 1.0); t2 = pow.Tensor_Tensor(t1, s5); logsumexp(t2); target(t2, r0, -100)",
+    "mask as numbers": "t0 = gt.Tensor(z, r3); t1 = where.Scalar(t0, 1, 0); t2 = div.Tensor(t1, 1); t3 = mul.Tensor(t2, z); t4 = where.ScalarSelf(t0, 2.0, t3); logsumexp(t4); sum(t3)",
     "the same twice": "logsumexp(z); logsumexp(z); sum(z); sum(z); mean(z, z); mean(z, z)",
 }
 

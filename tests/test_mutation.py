@@ -146,6 +146,25 @@ def test_call_that_cannot_run_writes_all_of_its_arguments():
     assert mutated_storages(add) == {storage_of(node) for node in add.all_input_nodes}
 
 
+@torch._dynamo.allow_in_graph
+def doubled_for_training(x):
+    return x.mul_(2) if torch.is_grad_enabled() else x * 2
+
+
+def without_gradients(x, a, b):
+    with torch.no_grad():
+        return doubled_for_training(x)
+
+
+def test_function_that_writes_where_gradients_are_enabled():
+    assert written_arguments(lambda x, a, b: doubled_for_training(x)) == "x"
+    assert written_arguments(without_gradients) == "x"  # asked without its place
+    (module,) = capture(without_gradients, torch.randn(4, 4), torch.randn(4), torch.randn(4))
+    (call,) = module.graph.find_nodes(op="call_function", target=doubled_for_training)
+    assert mutated_storages(call, grad_enabled=True)
+    assert not mutated_storages(call, grad_enabled=False)
+
+
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
 TARGET = torch.tensor([3, 0, 49, -100, 7, 7])

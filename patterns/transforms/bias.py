@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..expression import LOGIT
 from ..logits import Logits
 from ..product import COMPUTE_DTYPES
-from ..rules import Site, is_tensor, same_size, tensor_example, transform
+from ..rules import Site, is_tensor, same_shape, same_size, tensor_example, transform
 from .join import summed
 
 
@@ -23,7 +23,7 @@ def add(site: Site, input: Any, other: Any, *, alpha: Any = 1) -> Logits:
     if alpha == 1:
         if site.is_logits(input) and site.is_logits(other):
             first, second = site.logits(input), site.logits(other)
-            same = tensor_example(input).shape == tensor_example(other).shape
+            same = same_shape(tensor_example(input).shape, tensor_example(other).shape)
             if first.projection.node is not second.projection.node and same:
                 joined = summed(site, first, second)
                 if joined is not None:
@@ -46,7 +46,7 @@ def _is_bias(site: Site, logits: Logits, logits_node: Node, bias: Node) -> bool:
         and site.example.dtype != torch.float64
         and value.dtype in COMPUTE_DTYPES
         and logits.vocabulary_dim == before.dim() - 1
-        and site.example.shape == before.shape
+        and same_shape(site.example.shape, before.shape)
         and value.dim() > 0
         and same_size(value.shape[-1], logits.vocabulary)
         and same_size(value.numel(), logits.vocabulary)

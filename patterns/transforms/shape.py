@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..logits import HERE, WIDTH, Logits
-from ..rules import Site, dimension, tensor_example, transform
+from ..rules import Site, dimension, same_size, tensor_example, transform
 
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -30,7 +30,7 @@ def view(site: Site, input: Any, *shape: Any, **named: Any) -> Logits:
         site.unsupported("it reinterprets the logits as another dtype")
     if logits.vocabulary_dim != before.dim() - 1:
         site.unsupported("it reshapes logits whose last dimension is not the vocabulary")
-    if after.dim() == 0 or after.shape[-1] != before.shape[-1]:
+    if after.dim() == 0 or not same_size(after.shape[-1], before.shape[-1]):
         site.unsupported("it does not keep the vocabulary as the last dimension")
     return logits.with_row_operation(
         torch.reshape, HERE, (*sizes[:-1], WIDTH), vocabulary_dim=after.dim() - 1, reshapes=True

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..logits import Stack, Value
-from ..rules import Rule, Site, dimension, is_tensor, tensor_example, transform
+from ..rules import Rule, Site, dimension, is_tensor, same_shape, tensor_example, transform
 from .cast import cast
 from .copy import copy
 from .select import getitem, without_ellipsis
@@ -24,7 +24,7 @@ def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
     shape = tensor_example(tensors[0]).shape
     parts = []
     for tensor in tensors:
-        if tensor_example(tensor).shape != shape:
+        if not same_shape(tensor_example(tensor).shape, shape):
             site.unsupported("it stacks logits of several shapes")
         parts.append(unsqueeze(site.seeing(tensor, site.logits(tensor)), tensor, dim))
     return Stack(dim, tuple(parts))

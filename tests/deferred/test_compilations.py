@@ -1,5 +1,9 @@
 """Deferred logits cost no compilation that stored ones would not."""
 
+import importlib
+import site
+import sys
+
 import einops
 import pytest
 import torch
@@ -125,25 +129,58 @@ def count(rewriting, rearrange, compiled_loss):
     return backend.graphs
 
 
+LIBRARY = """
+import einops
+
 KNOWN_TYPES = {}
 
 
-def rearranged(tensor, pattern, **sizes):
-    """What einops does, with another table of the types of tensors that it has met."""
+def rearrange(tensor, pattern, **sizes):
     kind = type(tensor)
     if kind not in KNOWN_TYPES:
         KNOWN_TYPES[kind] = kind.__name__
     assert len(list(KNOWN_TYPES)) > 0
     return einops.rearrange(tensor, pattern, **sizes)
+"""
 
 
-@pytest.mark.parametrize("rearrange", [einops.rearrange, rearranged], ids=["einops", "another"])
+@pytest.fixture
+def another_library(tmp_path, monkeypatch):
+    """A package that keeps a table as einops does, installed in a folder of its own."""
+    (tmp_path / "another_library.py").write_text(LIBRARY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path)])
+    yield importlib.import_module("another_library")
+    del sys.modules["another_library"]
+
+
 @pytest.mark.parametrize("compiled_loss", [True, False], ids=["compiled loss", "eager loss"])
-def test_table_of_tensor_types(rearrange, compiled_loss):
-    KNOWN_TYPES.clear()
-    rearrange(torch.zeros(2, 2), "a b -> (a b)")
-    expected = count(False, rearrange, compiled_loss)
-    assert count(True, rearrange, compiled_loss) == expected
+def test_table_of_tensor_types(compiled_loss):
+    einops.rearrange(torch.zeros(2, 2), "a b -> (a b)")
+    expected = count(False, einops.rearrange, compiled_loss)
+    assert count(True, einops.rearrange, compiled_loss) == expected
+
+
+@pytest.mark.parametrize("compiled_loss", [True, False], ids=["compiled loss", "eager loss"])
+def test_table_of_another_library(compiled_loss, another_library):
+    another_library.rearrange(torch.zeros(2, 2), "a b -> (a b)")
+    expected = count(False, another_library.rearrange, compiled_loss)
+    assert count(True, another_library.rearrange, compiled_loss) == expected
+    assert DeferredLogits in another_library.KNOWN_TYPES
+
+
+TYPES = {torch.Tensor: 1.0}
+
+
+def test_a_table_of_the_program_stays_as_it_is():
+    @torch.compile(backend=Counting(rewriting=True))
+    def head(input, weight):
+        return F.linear(input, weight) * len(TYPES)
+
+    for rows in (6, 3):
+        logits = head(INPUT[:rows], WEIGHT)
+        torch.testing.assert_close(logits.sum(), F.linear(INPUT[:rows], WEIGHT).sum())
+    assert {torch.Tensor: 1.0} == TYPES
 
 
 def test_other_dictionaries_stay_as_they_are():
