@@ -599,7 +599,8 @@ class _Recorder(TorchDispatchMode):
             if _base(func) == "_local_scalar_dense" and not isinstance(self.value(args[0]), Name):
                 return args[0].item()
             function = _functional(func)
-            if function is not func and _address(args[0]) in self._detached:
+            changed = args[0] if function is not func else None  # a list of them, for some
+            if isinstance(changed, Tensor) and _address(changed) in self._detached:
                 raise NotPointwiseError(f"{func} changes a detached tensor")
             value, dtype = self._recorded(function, args, kwargs)
         made = function(*args, **kwargs)
