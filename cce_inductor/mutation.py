@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
@@ -123,6 +124,8 @@ def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozense
     with contextlib.ExitStack() as stack:
         if mode.shape_env is not None:  # what depends on data makes new symbols, of no use here
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        # As Dynamo does: some kernels in C++ cannot run with symbolic sizes (`diag`).
+        stack.enter_context(enable_python_dispatcher())
         stack.enter_context(mode)
         try:
             # What the call does to a tensor's shape must not reach the graph's own examples.
