@@ -579,9 +579,8 @@ class _Walker:
 
     def _has_classes(self, node: Node) -> bool:
         """Whether what is computed from a reduction is as wide as the logits again."""
-        vocabularies = [example(origin).shape[-1] for origin in self.reduced[node]]
-        sizes = [size for size in example(node).shape if isinstance(size, int)]
-        return any(isinstance(each, int) and each in sizes for each in vocabularies)
+        vocabularies = {size_hint(example(origin).shape[-1]) for origin in self.reduced[node]}
+        return not vocabularies.isdisjoint({*map(size_hint, example(node).shape)} - {None})
 
     def _reason_without_logits(self, input: object) -> str:
         if isinstance(input, Node) and input in self.lost:
