@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..algebra import size_of
-from ..logits import Row
+from ..algebra import call, size_of, vocabulary_of
+from ..logits import Row, applied
 from ..rules import Site, dimension, reduction, tensor_example
 
 
@@ -15,7 +15,12 @@ from ..rules import Site, dimension, reduction, tensor_example
 def size(site: Site, input: Any, dim: Any = None) -> Row:
     logits = site.logits(input)
     if dim is None:
-        site.unsupported("it asks for all of their sizes")
+        # An expanded column of the rows is as large as the logits, and takes no memory.
+        rows = applied(logits.projection.input, logits.row_operations, logits.projection.hidden)
+        column = call(torch.narrow, rows, logits.vocabulary_dim, 0, 1)
+        sizes: list[Any] = [-1] * tensor_example(input).dim()
+        sizes[logits.vocabulary_dim] = vocabulary_of(logits)
+        return call(torch.Tensor.size, call(torch.Tensor.expand, column, tuple(sizes)))
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
         site.unsupported("it asks for the size of their vocabulary")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..logits import HERE, WIDTH, Logits
-from ..rules import Site, dimension, same_size, tensor_example, transform
+from ..rules import Site, dimension, example, same_size, tensor_example, transform
 
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -28,6 +28,10 @@ def view(site: Site, input: Any, *shape: Any, **named: Any) -> Logits:
             site.unsupported("it takes a dynamic shape from another tensor")
     if not sizes or isinstance(sizes[0], torch.dtype):
         site.unsupported("it reinterprets the logits as another dtype")
+    if after.dim() == before.dim() and all(map(same_size, after.shape, before.shape)):
+        return logits
+    if any(isinstance(example(size), torch.Size) for size in sizes):
+        site.unsupported("it takes a dynamic shape from another tensor")
     if logits.vocabulary_dim != before.dim() - 1:
         site.unsupported("it reshapes logits whose last dimension is not the vocabulary")
     if after.dim() == 0 or not same_size(after.shape[-1], before.shape[-1]):
