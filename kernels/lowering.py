@@ -216,6 +216,8 @@ def _scalar_function(
         for name, operand in zip(names, operands, strict=True):
             if name[0] in places:
                 operand = torch.ops.aten.index.Tensor(operand, places[name[0]])
+            elif reads_beside_numbers:  # where Inductor wants what a computation made
+                operand = operand.expand_as(z)
             values[name] = operand.float() if operand.is_floating_point() else operand
         for step in Program.parse(program).steps:
             args = [

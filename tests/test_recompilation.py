@@ -112,6 +112,24 @@ def negatives(count):
     return torch.randn(count, 8)
 
 
+def margin_in_zeros(first, second):
+    logits, target = first @ second.t(), torch.arange(first.shape[0])
+    margin = torch.zeros(logits.size()).scatter_(1, target[:, None], 0.2)
+    return F.cross_entropy((logits - margin) * 20, target)
+
+
+def without_padding(first, second):
+    logits = first @ second.t()
+    padding = (torch.arange(logits.shape[1]) > 10)[None].expand_as(logits)
+    return F.cross_entropy(logits.masked_fill(padding, -1e4), torch.arange(first.shape[0]) % 10)
+
+
+def scattered_diagonal(first, second):
+    logits = first @ second.t()
+    logits = logits.diagonal_scatter(logits.diagonal() - 0.3)
+    return F.cross_entropy(logits * 20, torch.arange(first.shape[0]))
+
+
 REWRITTEN = {
     "momentum contrast, temperature": (
         momentum_contrast,
@@ -184,6 +202,23 @@ REWRITTEN = {
     "diagonal": batches(lambda a, b: ((a @ b.t()).logsumexp(1) - (a @ b.t()).diagonal()).mean()),
     "filled diagonal": batches(without_diagonal),
     "changed diagonal": batches(margin_on_the_diagonal),
+    "diagonal by diag": batches(
+        lambda a, b: ((a @ b.t() / 0.1).logsumexp(1) - (a @ b.t() / 0.1).diag()).mean()
+    ),
+    "all sizes": batches(margin_in_zeros),
+    "first class": batches(
+        lambda a, b: F.cross_entropy(a @ b.t(), (a @ b.t()).new_zeros(len(a), dtype=torch.long))
+    ),
+    "expanded mask": batches(without_padding),
+    "shape of another": (
+        lambda input, weight, target, other: F.cross_entropy(
+            F.linear(input, weight).view(other.size()) + other / 50, target
+        ),
+        [
+            (torch.randn(n, 8), WEIGHT, torch.arange(n), torch.arange(n * 50).view(n, 50))
+            for n in (12, 14, 16)
+        ],
+    ),
 }
 
 LEFT_ALONE = {
@@ -281,6 +316,13 @@ def test_left_alone(fn, calls):
     assert left
     for report in left:
         assert report.reason.endswith(": it takes a number that may be another in the next call")
+
+
+def test_loss_of_what_a_reduction_was_put_into_is_reported():
+    """Also where the number of classes may be another in the next call."""
+    reports = assert_no_more_compilations(*batches(scattered_diagonal))
+    assert len(reports) == 2
+    assert all("diagonal_scatter" in report.reason for report in reports)
 
 
 def test_inductor_compiles_a_schedule_twice():

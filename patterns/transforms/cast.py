@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from ..algebra import call
 from ..expression import Apply
-from ..logits import Logits
+from ..logits import Logits, Row
 from ..product import COMPUTE_DTYPES
-from ..rules import Site, tensor_example, transform
+from ..rules import Site, reduction, tensor_example, transform
 
 
-@transform("float", "double", "half", "bfloat16", "to", "type", "type_as", "bool", "int", "long")
+@transform("float", "double", "half", "bfloat16", "type", "bool", "int", "long")
 def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
     logits = site.logits(input)
     before, after = tensor_example(input), site.example
@@ -29,3 +30,14 @@ def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
     if after.dtype == torch.float64:
         return logits.replace(compute_dtype=torch.float64)
     return logits
+
+
+@reduction("to", "type_as")
+def cast_as(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits | Row:
+    """Logits, or another tensor in whose cast they only name the dtype."""
+    if site.is_logits(input):
+        return cast(site, input)
+    after = site.example
+    if after.dtype == tensor_example(input).dtype:
+        site.unsupported("it may share its memory with what it casts")
+    return call(torch.Tensor.to, input, after.device, after.dtype)

@@ -1,0 +1,57 @@
+"""Tensors made beside logits, with nothing of them but dtype and device: labels that are all
+the first class, as ``logits.new_zeros(len(logits), dtype=torch.long)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..algebra import call, size_of
+from ..logits import Logits, Row
+from ..rules import Site, reduction, same_size, tensor_example
+
+
+@reduction("new_zeros")
+def new_zeros(site: Site, input: Any, *size: Any, **options: Any) -> Logits | Row:
+    return _made(site, torch.zeros, torch.zeros_like, input, size, options)
+
+
+@reduction("new_ones")
+def new_ones(site: Site, input: Any, *size: Any, **options: Any) -> Logits | Row:
+    return _made(site, torch.ones, torch.ones_like, input, size, options)
+
+
+@reduction("new_full")
+def new_full(site: Site, input: Any, size: Any, fill_value: Any, **options: Any) -> Logits | Row:
+    return _made(site, torch.full, torch.full_like, input, (size, fill_value), options)
+
+
+@reduction("expand_as")
+def expand_as(site: Site, input: Any, other: Any) -> Row:
+    if site.is_logits(input):
+        site.unsupported("it repeats them")
+    logits = site.logits(other)
+    if tensor_example(input).numel() == site.example.numel():
+        site.unsupported("what it returns may be changed in the place of its argument")
+    sizes = [size_of(logits, dim, size) for dim, size in enumerate(site.shape_of(logits))]
+    return call(torch.Tensor.expand, input, tuple(sizes))
+
+
+def _made(
+    site: Site,
+    function: Callable[..., Any],
+    like: Callable[..., Any],
+    input: Any,
+    given: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Logits | Row:
+    """What a method of logits makes, in which only its own arguments are."""
+    made, shape = site.example, tensor_example(input).shape
+    if made.dim() == len(shape) and all(map(same_size, made.shape, shape)):
+        filler = given[1:] if function is torch.full else ()
+        return site.pointwise(like, input, *filler, **options)  # a constant, not stored
+    kept = {name: value for name, value in options.items() if name not in ("dtype", "device")}
+    given = tuple(tuple(each) if isinstance(each, (list, tuple)) else each for each in given)
+    return call(function, *given, dtype=made.dtype, device=made.device, **kept)
