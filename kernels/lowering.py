@@ -109,7 +109,9 @@ class _Kernel:
             )
         ]
         function = _scalar_function(str(self.program), root, names, dtypes)
-        found = build_subgraph_module_buffer([*placeholders, *self.captured], function)
+        # An operator that is given one value and numbers must see that it is a tensor.
+        operands = [ir.TensorBox.create(operand) for operand in self.captured]
+        found = build_subgraph_module_buffer([*placeholders, *operands], function)
         buffer = found[0] if isinstance(found, (list, tuple)) else found
         freeze_irnodes(buffer)
         return buffer
@@ -216,8 +218,6 @@ def _scalar_function(
         for name, operand in zip(names, operands, strict=True):
             if name[0] in places:
                 operand = torch.ops.aten.index.Tensor(operand, places[name[0]])
-            elif reads_beside_numbers:  # where Inductor wants what a computation made
-                operand = operand.expand_as(z)
             values[name] = operand.float() if operand.is_floating_point() else operand
         for step in Program.parse(program).steps:
             args = [
