@@ -17,14 +17,13 @@ def test_graph():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, TARGET),
         """\
-reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 'logsumexp(z); target(z, r0, -100)', skip_ignored = True)
+unsqueeze = torch.unsqueeze(l_target_, 1)
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_, unsqueeze], 't0 = eq.Tensor(j, r1); t1 = where.Scalar(t0, 1.0, 0.0); t2 = mul.Tensor(t1, z); logsumexp(z); target(z, r0, -100); sum(t2)')
 getitem = reduce[0]
 getitem_1 = reduce[1]
 cross_entropy_1 = torch.ops.cce_inductor.cross_entropy.default(getitem, getitem_1, None, l_target_, None, 50, 'mean', -100, 0.0, torch.float32)
 one_hot = torch._C._nn.one_hot(l_target_, 50)
-unsqueeze = torch.unsqueeze(l_target_, 1)
-reduce_1 = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [unsqueeze], 't0 = eq.Tensor(j, r0); t1 = where.Scalar(t0, 1.0, 0.0); t2 = mul.Tensor(t1, z); sum(t2)')
-getitem_2 = reduce_1[0]
+getitem_2 = reduce[2]
 squeeze = torch.squeeze(getitem_2, 1)
 to = squeeze.to(torch.float32)
 return (cross_entropy_1, to)
