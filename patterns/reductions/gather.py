@@ -72,11 +72,14 @@ def diagonal(site: Site, input: Any, offset: Any = 0, dim1: Any = 0, dim2: Any =
 
 
 def _diagonal(site: Site, input: Any, offset: Any) -> Row:
-    """Of a matrix, whose two dimensions may be named in either order."""
+    """Of a matrix with an entry of it in each row, whose two dimensions may be named in either
+    order."""
     logits = site.logits(input)
-    rows, columns = tensor_example(input).shape[:2]
-    if tensor_example(input).dim() != 2 or offset != 0 or not same_size(rows, columns):
-        site.unsupported("it is not the diagonal of a square matrix")
+    shape = tensor_example(input).shape
+    if len(shape) != 2 or offset != 0:
+        site.unsupported("it is not the main diagonal of a matrix")
+    if not same_size(site.example.shape[0], shape[1 - logits.vocabulary_dim]):
+        site.unsupported("it may have no entry in some of the rows")
     logits = site.over_vocabulary(logits, logits.vocabulary_dim)
     entries = places_of_rows(site, logits)
     found = Algebra(site, logits).gather(logits.expression, entries, kind="index")
