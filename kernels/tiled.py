@@ -54,6 +54,8 @@ _KINDS = frozenset(["logsumexp", "sum", "mean", "max", *INDEXED])
 
 def reason_against(head: Head) -> str | None:
     """Why a program cannot be computed here, None if it can."""
+    if not isinstance(head.linear_weight.shape[0], int):
+        return "there is no template for a vocabulary whose size changes"
     if head.compute_dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"there is no template for {head.compute_dtype}"
     if all(reduction.kind in INDEXED for reduction in head.program.reductions):

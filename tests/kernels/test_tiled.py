@@ -8,6 +8,8 @@ import torch
 from cases import CROSS_ENTROPY, PROGRAMS, assert_agrees, case, gradients_of, head_of, random
 from cce_inductor.kernels import blockwise, tiled
 from cce_inductor.kernels.program import Program
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 TILE = 128
 TILED = {
@@ -44,6 +46,16 @@ def test_programs_without_a_template(text, why):
 def test_no_template_for_float64():
     _, head = case(CROSS_ENTROPY)
     assert tiled.reason_against(head) == "there is no template for torch.float64"
+
+
+def test_no_template_for_a_vocabulary_that_changes_its_size():
+    _, head = case(CROSS_ENTROPY, dtype=torch.float32)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    symbolic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    weight = mode.from_tensor(head.linear_weight, symbolic_context=symbolic)
+    head = dataclasses.replace(head, linear_weight=weight)
+    why = "there is no template for a vocabulary whose size changes"
+    assert tiled.reason_against(head) == why
 
 
 def test_no_template_for_many_indices():
