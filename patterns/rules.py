@@ -328,7 +328,7 @@ class Site:
         except NotPointwiseError:
             raise UnsupportedError(CHANGING) from None
 
-    def number(self, argument: Node | int, logits: Logits) -> Operand:
+    def number(self, argument: Node | Call | int, logits: Logits) -> Operand:
         """A Python number that may be another in the next call, as an operand. Dynamo keeps its
         sum with a tensor symbolic."""
         device = tensor_example(logits.projection.node).device

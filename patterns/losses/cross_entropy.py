@@ -116,7 +116,11 @@ def _with_probabilities(
     expected = site.read(target, logits)
     if smoothing > 0:
         scaled = Apply("mul.Tensor", (expected, 1.0 - smoothing))
-        expected = Apply("add.Tensor", (scaled, smoothing / site.fixed_vocabulary(logits)))
+        if isinstance(logits.vocabulary, int):
+            share: Any = smoothing / logits.vocabulary
+        else:
+            share = Apply("div.Tensor", (smoothing, site.number(vocabulary_of(logits), logits)))
+        expected = Apply("add.Tensor", (scaled, share))
     if weight is not None:
         expected = Apply("mul.Tensor", (expected, _classes(site, weight, logits)))
     log_probability = Apply("sub.Tensor", (x, late(site, algebra.logsumexp(x), logits)))

@@ -57,14 +57,15 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     if isinstance(entry, (list, tuple)):
         inside = None
         for at in entry:
-            here = Apply("eq.Scalar", (COLUMN, int(constant(at)) % site.fixed_vocabulary(logits)))
+            here = Apply("eq.Scalar", (COLUMN, _place(site, logits, at)))
             inside = here if inside is None else Apply("logical_or", (inside, here))
         return logits if inside is None else _assigned(site, input, inside, value)
-    if isinstance(entry, slice) and any(map(is_symbol, (entry.start, entry.stop))):
+    changes = not isinstance(logits.vocabulary, int)
+    if isinstance(entry, slice) and (changes or any(map(is_symbol, (entry.start, entry.stop)))):
         return _assigned(site, input, _in_changing_range(site, logits, entry), value)
     start, stop = _range(site, logits, entry)
     inside = Apply("ge.Scalar", (COLUMN, start))
-    if stop < logits.vocabulary:
+    if changes or stop < logits.vocabulary:
         inside = Apply("logical_and", (inside, Apply("lt.Scalar", (COLUMN, stop))))
     return _assigned(site, input, inside, value)
 
@@ -97,20 +98,27 @@ def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:
         if step != 1:
             site.unsupported("it assigns to every other entry")
         return start, max(start, stop)
-    at = int(constant(entry)) % site.fixed_vocabulary(logits)
+    at = _place(site, logits, entry)
     return at, at + 1
+
+
+def _place(site: Site, logits: Logits, at: Any) -> int:
+    """A place in the vocabulary, counted from the front."""
+    place = int(constant(at))
+    return place if place >= 0 else place % site.fixed_vocabulary(logits)
 
 
 def _in_changing_range(site: Site, logits: Logits, entries: slice) -> Apply:
     """Where the vocabulary's entry is in a range whose ends may be others in the next call."""
     if entries.step not in (None, 1):
         site.unsupported("it assigns to every other entry")
-    bounds = ((entries.start, 0, "ge.Tensor"), (entries.stop, None, "lt.Tensor"))
-    found = [
-        Apply(compare, (COLUMN, _from_the_front(site, logits, default if at is None else at)))
-        for at, default, compare in bounds
-        if at is not None or default is not None
-    ]
+    found = []
+    for compare, at in (("ge", entries.start or 0), ("lt", entries.stop)):
+        if isinstance(at, int) and at >= 0:
+            found.append(Apply(f"{compare}.Scalar", (COLUMN, at)))
+        elif at is not None:
+            place = _from_the_front(site, logits, at)
+            found.append(Apply(f"{compare}.Tensor", (COLUMN, place)))
     return found[0] if len(found) == 1 else Apply("logical_and", tuple(found))
 
 
