@@ -400,7 +400,7 @@ class _Walker:
         names = self.sharing[storage_of(changed)]
         read = [name for name in names if self._is_read_after(name, node)]
         views = [name for name in read if name in self.views]
-        read += [self.views[name].args[0] for name in views]
+        read += [_viewed(self.views[name]) for name in views]
         updated = {changed: value.replace(path=(*before.path, describe(node)))}
         is_whole = _has_rows_of(changed, names[0], self.found.values)
         for name in dict.fromkeys(read):
@@ -451,7 +451,7 @@ class _Walker:
     def _matrix_of(self, view: Node) -> Node:
         """The logits whose diagonal a view is: the first name of their memory, or the one that
         the view was made of, which may be the transpose of that or a part of it."""
-        argument = view.args[0]
+        argument = _viewed(view)
         first = self.sharing[storage_of(argument)][0]
         values = self.found.values
         if not _has_rows_of(argument, first, values) or example(first).dim() != 2:
@@ -465,12 +465,12 @@ class _Walker:
         rule = reduction.get(view)
         assert rule is not None, "only reductions make values of rows"
         row = self._site(view).apply(rule)
-        return self._row(view, [view.args[0]], row)
+        return self._row(view, [_viewed(view)], row)
 
     def _read_again(self, name: Node, after: Node | None = None) -> None:
         """Gives a name of such a view the value that it has now."""
         made = self.views[name]
-        logits = self.found.values[made.args[0]]
+        logits = self.found.values[_viewed(made)]
         self._record(FoundLoss(name, False, logits, self._row_of(made), after=after))
 
     def _drop_unread_views(self) -> None:
@@ -654,6 +654,12 @@ class _Walker:
             elif found.has_softmax:
                 found.reason = self.kept.reason(found.logits) or _reason_of_router(found.logits)
                 self.found.dropped.append(found)
+
+
+def _viewed(view: Node) -> Node:
+    """The logits that a view which is a value of rows was made of: its one tensor."""
+    (argument,) = view.all_input_nodes
+    return argument
 
 
 def _has_rows_of(part: Node, whole: Node, values: dict[Node, Any]) -> bool:

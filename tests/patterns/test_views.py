@@ -62,6 +62,7 @@ WRITTEN_THROUGH = {
     "twice": diagonal_then(lambda d, margin: d.mul_(2).sub_(margin)),
     "by itself": diagonal_then(lambda d, margin: d.sub_(d * 0.5)),
     "function": of_matrix(lambda z, margin: (torch.diagonal(z).mul_(2), loss(z))[1]),
+    "keyword": of_matrix(lambda z, margin: (torch.diagonal(input=z).mul_(2), loss(z))[1]),
     "of the transpose": of_matrix(lambda z, margin: (z.t().diagonal().sub_(margin), loss(z))[1]),
     "of moved dimensions": of_matrix(
         lambda z, margin: (z.movedim(0, 1).diagonal(0, -1, -2).sub_(0.2), loss(z))[1]
