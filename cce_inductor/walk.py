@@ -657,9 +657,8 @@ class _Walker:
 
 
 def _viewed(view: Node) -> Node:
-    """The logits that a view which is a value of rows was made of: its one tensor."""
-    (argument,) = view.all_input_nodes
-    return argument
+    """The logits that a view which is a value of rows was made of."""
+    return view.all_input_nodes[0]
 
 
 def _has_rows_of(part: Node, whole: Node, values: dict[Node, Any]) -> bool:
