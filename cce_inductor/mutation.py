@@ -198,15 +198,20 @@ def _written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Any) -> li
     return _tensors(written)
 
 
+def called_graphs(node: Node) -> list[GraphModule]:
+    """The graphs that a call is given, or, of a module, is one of; none that is not to be seen."""
+    names = [node] if node.op == "call_module" else node.all_input_nodes
+    attributes = [name for name in names if name.op in ("get_attr", "call_module")]
+    module = node.graph.owning_module
+    found = [getattr(module, str(name.target), None) for name in attributes]
+    return [graph for graph in found if isinstance(graph, GraphModule)]
+
+
 def _mutated_by_subgraphs(node: Node, tensors: list[Tensor]) -> frozenset[object]:
     """What a call of other graphs changes of its own arguments: what they write of what they are
     given. A call whose graphs are not to be seen may change all of them."""
     given = frozenset(map(storage_key, tensors))
-    module = node.graph.owning_module
-    names = [node] if node.op == "call_module" else node.all_input_nodes
-    attributes = [n for n in names if n.op in ("get_attr", "call_module")]
-    found = [getattr(module, str(n.target), None) for n in attributes]
-    graphs = [graph for graph in found if isinstance(graph, GraphModule)]
+    graphs = called_graphs(node)
     if not graphs:
         return given
     changed: set[object] = set()

@@ -11,11 +11,11 @@ import math
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .location import at, describe, operation
-from .mutation import UNKNOWN, mutated_storages, storage_key, storage_of, storages_of
+from .mutation import UNKNOWN, called_graphs, mutated_storages, storage_key, storage_of, storages_of
 from .patterns import (
     AtRows,
     Logits,
@@ -722,15 +722,9 @@ def _reason_of_router(logits: Logits) -> str:
 def _holds_softmax(node: Node, vocabulary: int | None) -> bool:
     """Whether it calls a graph, as an autograd.Function is one, that has a softmax over so many
     classes in it, and no loss that is reported by itself."""
-    module = node.graph.owning_module
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or module is None:
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
-    called = [
-        getattr(module, str(argument.target), None)
-        for argument in node.all_input_nodes
-        if argument.op == "get_attr"
-    ]
-    inner = [n for graph in called if isinstance(graph, GraphModule) for n in graph.graph.nodes]
+    inner = [each for graph in called_graphs(node) for each in graph.graph.nodes]
     if any(loss.get(each) is not None for each in inner):
         return False
     softmaxes = [each for each in inner if operation(each) in _SOFTMAXES]

@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import _reduction
 
 from ..kernels.program import NotPointwiseError, RandomError
-from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves
+from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves, where
 from .logits import HERE, Call, Logits, Stack, Statistic, Value, parts
 
 Spelling = str | Callable[..., Any]
@@ -274,8 +274,7 @@ class Site:
         if has_gradient and LOGIT not in leaves(expression):
             # What was there has a gradient of 0, but it has one.
             always = Apply("ne.Scalar", (Apply("full_like", (LOGIT, 1.0)), 0))
-            where = "where.ScalarSelf" if is_number else "where.self"
-            expression = Apply(where, (always, expression, logits.expression))
+            expression = where(always, expression, logits.expression)
         elif is_number:  # `zeros_like`, say
             expression = Apply("full_like", (LOGIT, float(expression)))
             if getattr(example(self.node), "dtype", None) == torch.bool:
