@@ -7,6 +7,7 @@ there gets an operator of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -25,8 +26,10 @@ from .patterns import (
     TensorOperation,
     example,
     is_reduced,
+    is_sum,
     leaves,
     parts,
+    rest_of,
 )
 from .walk import FoundLoss, Walk
 
@@ -61,9 +64,8 @@ class Group:
     def add(self, statistic: Statistic) -> None:
         self.statistics.append(statistic)
         reduction = self._reduction(statistic)
-        if reduction.kind == "mean":
-            normalizer = Reduction("logsumexp", (reduction.value,))
-            self._reductions.setdefault(str(normalizer), normalizer)
+        if reduction.weights is not None:
+            self._reductions.setdefault(str(reduction.weights), reduction.weights)
         self._reductions.setdefault(str(reduction), reduction)
 
     def output(self, statistic: Statistic) -> int:
@@ -122,8 +124,29 @@ class Group:
     def _step_name(self, value: Apply) -> Name:
         args = tuple(self.name(argument) for argument in value.args)
         kwargs = tuple((name, self.name(argument)) for name, argument in value.kwargs)
-        step = Step(Name(f"t{len(self._steps)}"), value.target, args, kwargs)
+        name = self._step(value.target, args, kwargs)
+        rest = self._rest_of_late(value)
+        if rest is None:
+            return name
+        # The difference of two large numbers must not be that of their roundings.
+        is_subtracted = value.target == "sub.Tensor" and isinstance(value.args[1], Operand)
+        target = "sub.Tensor" if is_subtracted else "add.Tensor"
+        return self._step(target, (name, self.name(rest)), ())
+
+    def _step(self, target: str, args: tuple[Any, ...], kwargs: tuple[Any, ...]) -> Name:
+        step = Step(Name(f"t{len(self._steps)}"), target, args, kwargs)
         return self._steps.setdefault(step.call, step).name
+
+    def _rest_of_late(self, value: Apply) -> Operand | None:
+        """Of a late value that is added or subtracted, what the program's numbers cannot hold."""
+        if self.logits.compute_dtype == torch.float64 or value.kwargs:
+            return None
+        if value.target not in ("add.Tensor", "sub.Tensor"):
+            return None
+        for argument in value.args:
+            if isinstance(argument, Operand) and argument.kind == "r" and is_sum(argument.source):
+                return dataclasses.replace(argument, source=rest_of(argument.source))
+        return None
 
 
 def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bool:

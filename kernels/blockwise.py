@@ -149,7 +149,7 @@ class Workspace:
         blocks = 1
         if not program.is_plain:
             blocks += program.backward(head.operands).peak if backward else program.forward.peak()
-        if any(reduction.kind == "mean" for reduction in program.reductions):
+        if any(reduction.weights is not None for reduction in program.reductions):
             blocks += 3 if backward else 2
         row_bytes = (
             width * head.logit_dtype.itemsize * blocks
@@ -233,7 +233,9 @@ def reduce(input: Tensor, head: Head) -> list[Tensor]:
     workspace = Workspace(head, kept.count, hidden, device, backward=False)
     indices = _indices(head, kept, check=True)
 
-    reducing = accumulators(program, indices, kept.count, tile_count(vocabulary), device)
+    reducing = accumulators(
+        program, indices, kept.count, tile_count(vocabulary), device, head.logit_dtype
+    )
     normalizers = {id(each): each for each in reducing if isinstance(each, LogSumExp)}
 
     for number, tile in head.tiles():
@@ -322,7 +324,7 @@ def reduce_backward(
     by_value = cotangents(program, kept_grads, kept_results, indices, head.logit_dtype)
     skipped = _massless_tiles(head, by_value, kept_results[-1], kept.count)
     only = by_value.get(Z) if program.is_plain else None
-    overwrite = only is not None and not (only.means or only.weights)
+    overwrite = only is not None and not (only.means or only.weights or only.factors)
 
     like_logit = {"dtype": head.logit_dtype, "device": device}
     d_weight = d_bias = None
@@ -446,7 +448,7 @@ def _massless_tiles(
     only = by_value.get(Z) if head.program.is_plain else None
     if only is None or only.lse is None:
         return [False] * tiles
-    if only.grad_sum is not None or only.means or only.weights:
+    if only.grad_sum is not None or only.means or only.weights or only.factors:
         return [False] * tiles
     smallest = torch.finfo(head.logit_dtype).smallest_normal * torch.finfo(head.logit_dtype).eps
     underflow = math.log(smallest) - math.log(2)

@@ -119,16 +119,26 @@ def rescaled(total, old_top, top):
 
 
 @triton.jit
-def shifted(weighted, total, old_top, top):
-    """A sum of masses times their distances, both above `old_top`, as one above `top`."""
-    moved = tl.where(total == 0.0, 0.0, (old_top - finite(top)) * total)
-    return rescaled(weighted + moved, old_top, top)
+def with_mass(y, mass):
+    """`y`, 0 where it has no mass: that counts for nothing, whatever it is."""
+    return tl.where(mass == 0.0, 0.0, y)
 
 
 @triton.jit
-def weighted_sum(mass, y):
-    """Of `y` in each row; what has no mass counts for nothing, whatever it is."""
-    return tl.sum(tl.where(mass == 0.0, 0.0, mass * y), 1)
+def nearer(center, size, weights, y):
+    """A finite number near the weighted mean of `y` in each row, from that of the columns before,
+    whose weights had the sum `size`. The weights are the absolute values."""
+    weights = tl.abs(weights)
+    distance = tl.sum(weights * (y - center[:, None]), 1) / (size + tl.sum(weights, 1))
+    return center + tl.where(tl.abs(distance) < float("inf"), distance, 0.0)
+
+
+@triton.jit
+def moved(center, new_center, total, weights, y):
+    """What to add to the weighted sum of the distances from `center` in the columns before, whose
+    weights had the sum `total`, to have that of these columns, too, from `new_center`."""
+    here = tl.sum(weights * (y - new_center[:, None]), 1)
+    return (center - new_center) * total + here
 
 
 @triton.jit

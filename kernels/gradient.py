@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .base2 import LOG2_E
 from .program import Backward, Name, Program, Reduction, Step
-from .reductions import Cotangent
+from .reductions import Cotangent, in_two_parts
 
 _Z = Name("z")
 
@@ -160,19 +160,19 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
     if of.grad_sum is not None:
         terms.append(gradient(of.grad_sum))
     if of.lse is not None:
-        near, probability = _probability(writer, value, of.lse)
+        probability = _probability(writer, value, of.lse)
         grad_lse = gradient(of.grad_lse)
     for grad_mean, mean, y in of.means:
         assert of.lse is not None, "a mean is under a softmax"
-        if y == of.name:
-            distance = call("sub.Tensor", near, row(mean - _shift(of.lse)))
-        else:
-            distance = call("add.Tensor", row(-mean), made[y])
+        near, rest = in_two_parts(mean, torch.float32)
+        distance = call("add.Tensor", row(-near), made[y])  # which may be a mask
+        distance = call("sub.Tensor", distance, row(rest))
         weighted = call("mul.Tensor", distance, probability)
         terms.append(call("mul.Tensor", weighted, gradient(grad_mean)))
     for grad_mean, lse, x in of.weights:
-        _, probability_of_x = _probability(writer, made[x], lse)
-        terms.append(call("mul.Tensor", probability_of_x, gradient(grad_mean)))
+        terms.append(call("mul.Tensor", _probability(writer, made[x], lse), gradient(grad_mean)))
+    for grad_dot, other in of.factors:
+        terms.append(call("mul.Tensor", made[other], gradient(grad_dot)))
 
     def with_softmax(addends: list[Name]) -> Name:
         """The sum; that of -g and g p, with p near 1, is rounded once."""
@@ -192,17 +192,11 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
     return _Pair(elsewhere, everywhere, tuple(indices))
 
 
-def _shift(lse: Tensor) -> Tensor:
-    """What float32 can hold of a logsumexp."""
-    return lse.to(torch.float32)
-
-
-def _probability(writer: _Writer, value: Name, lse: Tensor) -> tuple[Name, Name]:
-    """``value - shift`` and ``exp(value - lse)`` of each entry: 0 in rows that are not kept."""
-    shift = _shift(lse)
-    rest = (shift - lse) * LOG2_E
+def _probability(writer: _Writer, value: Name, lse: Tensor) -> Name:
+    """``exp(value - lse)`` of each entry: 0 in rows that are not kept."""
+    shift, rest = in_two_parts(lse, torch.float32)
+    rest = rest * -LOG2_E
     if writer.kept is not None:
         rest = torch.where(writer.kept, rest, -math.inf)
-    near = writer.call("sub.Tensor", value, writer.row(shift))
-    exponent = writer.call("addcmul", writer.row(rest), near, LOG2_E)
-    return near, writer.call("exp2", exponent)
+    distance = writer.call("sub.Tensor", value, writer.row(shift))
+    return writer.call("exp2", writer.call("addcmul", writer.row(rest), distance, LOG2_E))

@@ -17,6 +17,7 @@ Reductions, whose results are the operator's, one after another:
 
 - ``logsumexp(x)``, ``sum(x)``: over the vocabulary
 - ``mean(x, y)``: of `y` under the probabilities ``softmax(x)``; `x` is also under a logsumexp
+- ``dot(q, y)``: the sum of ``q * y``; `q` is also under a sum
 - ``gather(x, r0)``: `x` at the indices r0, [rows, k]
 - ``index(x, r0)``: the same for [rows], where a negative index counts from the end
 - ``target(x, r0, ignore_index)``: the same for class indices [rows]; 0 where one is ignored
@@ -49,6 +50,7 @@ from ..compat import in_this_thread
 OPERAND_KINDS = "rcsb"
 _CONSTANTS = {"inf": math.inf, "nan": math.nan}
 _OUTPUTS = {"max": 2, "topk": 2}
+_OF_WEIGHTS = {"mean": "logsumexp", "dot": "sum"}
 TOPK_LIMIT = 1024
 """The largest k of ``topk``."""
 
@@ -103,11 +105,17 @@ class Reduction:
 
     @property
     def values(self) -> tuple[Name, ...]:
-        return self.args[: 2 if self.kind in ("mean", "block") else 1]
+        return self.args[: 2 if self.kind in ("mean", "dot", "block") else 1]
 
     @property
     def outputs(self) -> int:
         return _OUTPUTS.get(self.kind, 1)
+
+    @property
+    def weights(self) -> Reduction | None:
+        """For a weighted sum, the reduction of the weights, which a program has as well."""
+        kind = _OF_WEIGHTS.get(self.kind)
+        return None if kind is None else Reduction(kind, (self.value,))
 
     def __str__(self) -> str:
         return _call_text(self.kind, self.args, ())
@@ -243,7 +251,7 @@ def _parse(text: str) -> Program:
     return Program(tuple(steps), tuple(reductions))
 
 
-REDUCTIONS = ("logsumexp", "sum", "mean", "gather", "index", "target", "max", "topk", "block")
+REDUCTIONS = ("logsumexp", "sum", "mean", "dot", *("gather", "index", "target"), "max", "topk", "block")
 INDEXED = ("gather", "index", "target")
 
 

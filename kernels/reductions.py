@@ -54,6 +54,19 @@ class Block:
     number: int
 
 
+def row_sum(value: Tensor) -> Tensor:
+    """[rows] float64, of [rows, columns]: what float32 rounds are sums of `_PART` columns, so that
+    no block of float64 has to be stored."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    parts, rest = divmod(value.shape[1], _PART)
+    in_parts = value[:, : parts * _PART].unflatten(1, (parts, _PART))
+    total = in_parts.sum(2, dtype=dtype).sum(1, dtype=torch.float64)
+    return total + value[:, parts * _PART :].sum(1, dtype=dtype) if rest else total
+
+
+_PART = 128
+
+
 class Accumulator(abc.ABC):
     """One reduction, which sees every block of its values once."""
 
@@ -75,8 +88,8 @@ class LogSumExp(Accumulator):
     def add(self, at: Block, *values: Tensor) -> None:
         (value,) = values
         shift = _shift(value)
-        total = value.sub_(shift.unsqueeze(1)).exp_().sum(1)
-        self.tiles[at.rows, at.number] = shift.double() + total.double().log()
+        total = row_sum(value.sub_(shift.unsqueeze(1)).exp_())
+        self.tiles[at.rows, at.number] = shift.double() + total.log()
 
     def results(self) -> tuple[Tensor, ...]:
         return (torch.logsumexp(self.tiles, 1),)
@@ -91,29 +104,38 @@ def _shift(value: Tensor) -> Tensor:
 class Mean(Accumulator):
     """Of `y` under softmax(x), in each tile; then of the tiles under theirs."""
 
-    def __init__(self, normalizer: LogSumExp, *, of_itself: bool):
+    def __init__(self, normalizer: LogSumExp):
         self.tiles = torch.empty_like(normalizer.tiles)
         self.normalizer = normalizer
-        self.of_itself = of_itself
 
     def add(self, at: Block, *values: Tensor) -> None:
-        x, y = values
-        shift = _shift(x)
-        distance = x - shift.unsqueeze(1)
-        mass = distance.exp()
-        total = mass.sum(1)
-        # The mean of x itself is near its greatest: only the distance to that is rounded.
-        weighted = mass.mul_(distance if self.of_itself else y).sum(1)
+        x, y = values[0], values[1].to(values[0].dtype)
+        mass = (x - _shift(x).unsqueeze(1)).exp_()
+        total = row_sum(mass)
+        center = center_of(mass, y)
+        rest = row_sum(mass.mul_(y - center.unsqueeze(1))) / total
         # A tile without any mass says 0, and will have no weight.
-        mean = (weighted / total).masked_fill(total == 0, 0.0).double()
-        if self.of_itself:
-            mean += shift
-        self.tiles[at.rows, at.number] = mean
+        self.tiles[at.rows, at.number] = (center.double() + rest).masked_fill(total == 0, 0.0)
 
     def results(self) -> tuple[Tensor, ...]:
         (lse,) = self.normalizer.results()
         weights = (self.normalizer.tiles - lse.unsqueeze(1)).exp()
         return ((weights * self.tiles).sum(1),)
+
+
+def center_of(weights: Tensor, y: Tensor) -> Tensor:
+    """The weighted mean of `y` in each row, as nearly as its dtype holds it; some finite number
+    where that is not.
+
+    A weighted sum of `y` is the product of this number and the sum of the weights, and the weighted
+    sum of `y`'s distances from it, which are small where the weights are not. A loss is often such
+    a sum less the logsumexp of the row, and near 0 where both are large.
+    """
+    return finite_or_zero((weights * y).sum(1) / weights.sum(1))
+
+
+def finite_or_zero(value: Tensor) -> Tensor:
+    return value.where(value.isfinite(), 0.0)
 
 
 class Sum(Accumulator):
@@ -122,7 +144,24 @@ class Sum(Accumulator):
 
     def add(self, at: Block, *values: Tensor) -> None:
         (value,) = values
-        self.total[at.rows] += value.sum(1, dtype=torch.promote_types(value.dtype, torch.float32))
+        self.total[at.rows] += row_sum(value)
+
+    def results(self) -> tuple[Tensor, ...]:
+        return (self.total,)
+
+
+class Dot(Accumulator):
+    """The sum of ``q * y``."""
+
+    def __init__(self, rows: int, device: torch.device, dtype: torch.dtype):
+        self.total = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.dtype = dtype
+
+    def add(self, at: Block, *values: Tensor) -> None:
+        q, y = (value.to(self.dtype) for value in values)
+        center = center_of(q.abs(), y)
+        self.total[at.rows] += center.double() * row_sum(q)
+        self.total[at.rows] += row_sum((y - center.unsqueeze(1)).mul_(q))
 
     def results(self) -> tuple[Tensor, ...]:
         return (self.total,)
@@ -188,7 +227,12 @@ class TopK(Accumulator):
 
 
 def accumulators(
-    program: Program, indices: Mapping[str, Tensor], rows: int, tiles: int, device: torch.device
+    program: Program,
+    indices: Mapping[str, Tensor],
+    rows: int,
+    tiles: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[Accumulator]:
     """One for each of the program's reductions, in order.
 
@@ -198,6 +242,7 @@ def accumulators(
         rows: how many are reduced.
         tiles: how many the vocabulary has.
         device: where the results are.
+        dtype: of the logits.
     """
     normalizers = {
         reduction.value: LogSumExp(reduction.value, rows, tiles, device)
@@ -210,10 +255,11 @@ def accumulators(
             case "logsumexp":
                 return normalizers[reduction.value]
             case "mean":
-                x, y = reduction.values
-                return Mean(normalizers[x], of_itself=x == y)
+                return Mean(normalizers[reduction.value])
             case "sum":
                 return Sum(rows, device)
+            case "dot":
+                return Dot(rows, device, dtype)
             case "max":
                 return Max(rows, device)
             case "topk":
@@ -221,6 +267,15 @@ def accumulators(
         return Gather(indices[str(reduction)], flat=reduction.kind != "gather")
 
     return [made(reduction) for reduction in program.reductions]
+
+
+def in_two_parts(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `dtype` can hold of a float64 tensor, and the rest, in float64; 0 if it is infinite.
+
+    A number near `value` minus the first part is exact.
+    """
+    near = value.to(dtype)
+    return near, finite_or_zero(value - near)
 
 
 class Cotangent:
@@ -232,6 +287,7 @@ class Cotangent:
         grad_lse, grad_sum: float64 [rows].
         means: for each mean under softmax(name): its gradient, the mean, of what.
         weights: for each mean of this value: its gradient, the logsumexp and value of the softmax.
+        factors: for each dot product with this value: its gradient, the other value.
         grad_at: for each reduction at indices: the indices and their gradients, [rows, k].
     """
 
@@ -243,6 +299,7 @@ class Cotangent:
         self.grad_sum: Tensor | None = None
         self.means: list[tuple[Tensor, Tensor, Name]] = []
         self.weights: list[tuple[Tensor, Tensor, Name]] = []
+        self.factors: list[tuple[Tensor, Name]] = []
         self.grad_at: list[tuple[Tensor, Tensor]] = []
 
     def prepare(self) -> None:
@@ -258,9 +315,9 @@ class Cotangent:
                 self.grad_index = torch.stack(sums, 1)
         if self.lse is not None:
             # exp(x - lse) = exp(x - shift) * exp(shift - lse): the first factor is exact where it
-            # matters (x near lse), the second carries what float32 cannot hold of lse.
-            self.shift = self.lse.to(self.dtype)
-            self.residual = (self.shift - self.lse).exp()
+            # matters (x near lse).
+            self.shift, rest = in_two_parts(self.lse, self.dtype)
+            self.residual = rest.neg().exp()
 
     def of_block(
         self, values: Mapping[Name, Tensor], block: slice, tile: slice, *, overwrite: bool
@@ -299,15 +356,15 @@ class Cotangent:
         if self.grad_sum is not None:
             cotangent += self._column(self.grad_sum[block])
         for grad_mean, mean, y in self.means:
-            if y == self.name:  # both are near the logsumexp
-                distance = value - shift
-                distance -= self._column(mean[block] - self.shift[block])
-            else:
-                distance = values[y].to(self.dtype) - self._column(mean[block])
+            near, rest = in_two_parts(mean[block], self.dtype)
+            distance = (values[y].to(self.dtype) - near.unsqueeze(1)).sub_(self._column(rest))
             cotangent += distance.mul_(probability).mul_(self._column(grad_mean[block]))
         for grad_mean, lse, x in self.weights:
-            probability = (values[x] - self._column(lse[block])).exp_()
-            cotangent += probability.mul_(self._column(grad_mean[block]))
+            near, rest = in_two_parts(lse[block], self.dtype)
+            mass = (values[x] - near.unsqueeze(1)).exp_()
+            cotangent += mass.mul_(self._column(grad_mean[block] * rest.neg().exp()))
+        for grad_dot, other in self.factors:
+            cotangent += values[other] * self._column(grad_dot[block])
         return cotangent
 
     def _column(self, row_values: Tensor) -> Tensor:
@@ -357,6 +414,10 @@ def cotangents(
                 of.grad_lse = of.grad_lse + grad
             else:
                 cotangent(y).weights.append((grad, of.lse, reduction.value))
+        elif reduction.kind == "dot":
+            q, y = reduction.values
+            cotangent(q).factors.append((grad, y))
+            cotangent(y).factors.append((grad, q))
         elif reduction.kind == "sum":
             of.grad_sum = grad if of.grad_sum is None else of.grad_sum + grad
         else:

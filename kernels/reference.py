@@ -47,6 +47,8 @@ def reduce(
             results.append(x.sum(1))
         elif reduction.kind == "mean":
             results.append((torch.softmax(x.to(z.dtype), 1) * values[rest[0]]).sum(1))
+        elif reduction.kind == "dot":
+            results.append((x * values[rest[0]]).sum(1))
         elif reduction.kind == "gather":
             results.append(x.gather(1, operands[position(rest[0])]))
         elif reduction.kind == "index":

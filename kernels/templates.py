@@ -95,8 +95,10 @@ def statistics_template(
             lines.max(number, reduction)
         elif reduction.kind == "logsumexp":
             lines.logsumexp(number, reduction)
-        else:
+        elif reduction.kind == "mean":
             lines.mean(number, reduction)
+        else:
+            lines.dot(number, reduction)
     parts = "tl.minimum(column_tiles - tile_of_statistics * PARTS, PARTS)"
     if skip_ignored and lines.targets:
         kept = " | ".join(f"({target} >= 0)" for target in lines.targets)
@@ -141,6 +143,7 @@ class _StatisticsLines:
         self.targets: list[str] = []
         self._has_first = False
         self._softmax: dict[Name, int] = {}
+        self._sum_updates: dict[Name, str] = {}
 
     def _begin(self, name: str, value: str, dtype: str = "float32") -> None:
         self.before.append(f"{name} = tl.full([BLOCK_M], {value}, tl.{dtype})")
@@ -183,7 +186,9 @@ class _StatisticsLines:
     def sum(self, number: int, reduction: Reduction) -> None:
         self._begin(f"sum{number}", "0.0")
         value = self._inside(reduction.value, "0.0")
-        self.updates.append(f"sum{number} += tl.sum({value}, 1)")
+        update = f"sum{number} += tl.sum({value}, 1)"
+        self.updates.append(update)
+        self._sum_updates[reduction.value] = update
         self._store(f"sum{number}", f"SUM{number}")
 
     def max(self, number: int, reduction: Reduction) -> None:
@@ -204,20 +209,57 @@ class _StatisticsLines:
     def mean(self, number: int, reduction: Reduction) -> None:
         x, y = reduction.values
         at = self._softmax_of(number, x)
-        mean, tops = f"mean{number}", f"before{at}, top{at}"
-        self._begin(mean, "0.0")
-        if y == x:
-            moved = f"device.shifted({mean}, total{at}, {tops})"
-            other = f"distance{at}"
-        else:
-            moved = f"device.rescaled({mean}, {tops})"
-            other = self._inside(y, "0.0")
-        # Before the total is updated, which `shifted` wants as it was.
-        self.updates.insert(
-            self.updates.index(self._total_update(at)),
-            f"{mean} = {moved} + device.weighted_sum(mass{at}, {other})",
+        scaled = f"device.rescaled({{}}, before{at}, top{at})"
+        self._weighted_sum(
+            number,
+            before=self._total_update(at),
+            weights=f"mass{at}",
+            y=f"device.with_mass({self._inside(y, '0.0')}, mass{at})",
+            weighted=scaled.format(f"weighted{number}"),
+            total=scaled.format(f"total{at}"),
+            size=scaled.format(f"total{at}"),
         )
-        self._store(mean, f"MEAN{number}")
+
+    def dot(self, number: int, reduction: Reduction) -> None:
+        q, y = reduction.values
+        size, weights = f"size{number}", f"weights{number}"
+        self._begin(size, "0.0")
+        self._weighted_sum(
+            number,
+            before=self._sum_updates[q],
+            weights=self._inside(q, "0.0"),
+            y=self._inside(y, "0.0"),
+            weighted=f"weighted{number}",
+            total=self._sum_updates[q].split()[0],
+            size=size,
+        )
+        self.updates.append(f"{size} += tl.sum(tl.abs({weights}), 1)")
+
+    def _weighted_sum(
+        self, number: int, *, before: str, weights: str, y: str, weighted: str, total: str, size: str
+    ) -> None:
+        """Lines for the two statistics of a weighted sum of `y`.
+
+        Args:
+            number: of the reduction.
+            before: the line that adds to the sum of the weights.
+            weights, y: of this part.
+            weighted: the second statistic, of the parts before.
+            total, size: the sum of the weights of the parts before, and that of their absolutes.
+        """
+        self._begin(f"center{number}", "0.0")
+        self._begin(f"weighted{number}", "0.0")
+        centers = f"center{number}, nearer{number}"
+        part = f"weights{number}, y{number}"
+        place = self.updates.index(before)
+        self.updates[place:place] = [
+            f"{part} = {weights}, {y}",
+            f"nearer{number} = device.nearer(center{number}, {size}, {part})",
+            f"weighted{number} = {weighted} + device.moved({centers}, {total}, {part})",
+            f"center{number} = nearer{number}",
+        ]
+        self._store(f"center{number}", f"CENTER{number}")
+        self._store(f"weighted{number}", f"WEIGHTED{number}")
 
     def _softmax_of(self, number: int, x: Name) -> int:
         """The number of the variables that hold the masses of `x` and what is above them."""
@@ -230,8 +272,7 @@ class _StatisticsLines:
                 f"low{number} = {low}",
                 f"before{number} = top{number}",
                 f"top{number} = tl.maximum(top{number}, tl.max(low{number}, 1))",
-                f"distance{number} = device.above(low{number}, top{number})",
-                f"mass{number} = device.mass_of(distance{number})",
+                f"mass{number} = device.mass_of(device.above(low{number}, top{number}))",
                 self._total_update(number),
             ]
         return self._softmax[x]

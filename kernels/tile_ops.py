@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from .program import INDEXED, Name, Program, Reduction
+from .reductions import center_of
 
 NAMESPACE = "cce_inductor"
 ALIGNMENT = 16
 """Bytes at which what is handed to a kernel begins, and the rows of what it writes."""
 
-_STATISTICS = {"logsumexp": 2, "max": 2}
+_STATISTICS = {"logsumexp": 2, "max": 2, "mean": 2, "dot": 2}
 """How many statistics a reduction leaves of each tile, if not one."""
 
 COLUMN = Name("j")
@@ -88,7 +89,9 @@ def tile_statistics(
         - logsumexp(x): the greatest x, and the sum of the masses ``exp(x - greatest)`` (0 in place
           of a greatest of -inf)
         - sum(x): the sum
-        - mean(x, y): the sum of the masses times y, for y = x times ``x - greatest``
+        - mean(x, y), dot(q, y): a finite number near the weighted mean of y, where the masses of
+          x, or the absolute values of q, are the weights; and the sum of the masses, or of q,
+          times y's distance from that number
         - max(x): the greatest, nan if any is; its first column, int32
         - at indices: the values, [rows, k]; undefined for an index that is not in the vocabulary
     """
@@ -112,6 +115,10 @@ def tile_statistics(
                 output.copy_(torch.where(inside, here, output))
             elif reduction.kind == "sum":
                 output[number] = x.sum(1)
+            elif reduction.kind == "dot":
+                y = values[reduction.values[1]]
+                output[number] = center = center_of(x.abs(), y)
+                next(outputs)[number] = (x * (y - center.unsqueeze(1))).sum(1)
             elif reduction.kind == "max":
                 output[number], where = x.max(1)
                 next(outputs)[number] = where + start
@@ -123,9 +130,10 @@ def tile_statistics(
                     output[number] = top
                     next(outputs)[number] = mass.sum(1)
                 else:
-                    _, y = reduction.values
-                    other = distance if y == reduction.value else values[y]
-                    output[number] = (mass * other).masked_fill(mass == 0.0, 0.0).sum(1)
+                    # What has no mass counts for nothing, whatever it is.
+                    y = values[reduction.values[1]].masked_fill(mass == 0.0, 0.0)
+                    output[number] = center = center_of(mass, y)
+                    next(outputs)[number] = (mass * (y - center.unsqueeze(1))).sum(1)
     return found
 
 

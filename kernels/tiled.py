@@ -49,7 +49,7 @@ STATISTICS_WIDTHS = (TILE, TILE // 2, TILE // 4)
 TILES_ENOUGH = 1024
 """For a device to be busy, of 128 rows each."""
 
-_KINDS = frozenset(["logsumexp", "sum", "mean", "max", *INDEXED])
+_KINDS = frozenset(["logsumexp", "sum", "mean", "dot", "max", *INDEXED])
 
 
 def reason_against(head: Head) -> str | None:
@@ -104,8 +104,9 @@ def reduce(input: Tensor, head: Head, sources: str = "", tile: int | None = None
         (reduction, [next(found) for _ in range(count)])
         for reduction, count in statistics_of(program)
     ]
+    by_reduction = dict(statistics)
     normalizers = {
-        reduction.value: _Normalizer(*each)
+        reduction: _Normalizer(*each)
         for reduction, each in statistics
         if reduction.kind == "logsumexp"
     }
@@ -113,12 +114,14 @@ def reduce(input: Tensor, head: Head, sources: str = "", tile: int | None = None
     of_index = iter(indices)
     for reduction, (first, *rest) in statistics:
         if reduction.kind == "logsumexp":
-            results.append(normalizers[reduction.value].lse)
+            results.append(normalizers[reduction].lse)
         elif reduction.kind == "mean":
-            x, y = reduction.values
-            results.append(normalizers[x].mean(first.double(), of_itself=x == y))
+            results.append(normalizers[reduction.weights].mean(first.double(), rest[0]))
         elif reduction.kind == "sum":
             results.append(first.sum(0, dtype=torch.float64))
+        elif reduction.kind == "dot":
+            of_q = by_reduction[reduction.weights][0].double()
+            results.append((first.double() * of_q + rest[0]).sum(0))
         elif reduction.kind == "max":
             top, where = first.max(0)
             columns = rest[0].gather(0, where.unsqueeze(0)).squeeze(0)
@@ -151,13 +154,11 @@ class _Normalizer:
     def of_tiles(self) -> Tensor:
         return self.shift + self.total.log()
 
-    def mean(self, weighted: Tensor, *, of_itself: bool) -> Tensor:
-        """From the statistic of a mean."""
-        if of_itself:
-            weighted = weighted + self.shift * self.total
+    def mean(self, center: Tensor, weighted: Tensor) -> Tensor:
+        """From the statistics of a mean."""
         # A tile without any mass has no weight, whatever it says.
         share = (self.shift - self.lse).exp().masked_fill(self.total == 0, 0.0)
-        return (share * weighted).sum(0)
+        return (share * (center * self.total + weighted)).sum(0)
 
     def of_wider_tiles(self, tile: int, vocabulary: int) -> Tensor:
         """The logsumexp of each tile of `blockwise`, [rows, tiles]."""

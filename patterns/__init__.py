@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 
 from . import losses, projections, reductions, transforms
-from .algebra import detach_row, vocabulary_of
+from .algebra import detach_row, rest_of, vocabulary_of
 from .expression import Apply, Expression, Leaf, Operand, leaves
 from .logits import (
     AtRows,
@@ -25,6 +25,7 @@ from .logits import (
     all_logits,
     each_logits,
     is_reduced,
+    is_sum,
     nodes_of,
     parts,
     size_hint,
@@ -77,6 +78,7 @@ __all__ = [
     "example",
     "in_vocabulary",
     "is_reduced",
+    "is_sum",
     "is_unfused",
     "leaves",
     "loss",
@@ -84,6 +86,7 @@ __all__ = [
     "parts",
     "projection",
     "reduction",
+    "rest_of",
     "same_shape",
     "size_hint",
     "through_stack",

@@ -166,7 +166,7 @@ class Algebra:
             if self._late(fixed) or not isinstance(late, Apply):
                 continue
             if late.target in (_ADD, _SUB) and not late.kwargs:
-                sums = [self.sum(Apply(_MUL, (fixed, term))) for term in late.args]
+                sums = [self._dot(fixed, term) for term in late.args]
                 return Call(overload(late.target), tuple(sums))
             if late.target == "neg":
                 return call(operator.neg, self.sum(Apply(_MUL, (fixed, late.args[0]))))
@@ -175,6 +175,12 @@ class Algebra:
                 if factor is not None:
                     return factor(self.sum(Apply(_MUL, (fixed, rest))))
         return None
+
+    def _dot(self, fixed: Any, term: Any) -> Row:
+        """The sum of a product, of which only a late value is to be subtracted."""
+        if is_constant_over_row(fixed) or is_constant_over_row(term) or self._late(term):
+            return self.sum(Apply(_MUL, (fixed, term)))
+        return Statistic("dot", self.logits, (fixed, term))
 
     def _mean(self, core: Any, value: Any) -> Row | None:
         """Of `value` under softmax(core); None if it is late in a way that is not linear."""
@@ -249,6 +255,12 @@ def without_vocabulary(row: Row, logits: Logits, keepdim: bool) -> Row:
 def detach_row(row: Row) -> Row:
     """The same value without a gradient."""
     return call(torch.detach, row)
+
+
+def rest_of(row: Row) -> Row:
+    """What float32 cannot hold of a value of rows, without a gradient; 0 of an infinite one."""
+    rest = call(operator.sub, row, call(torch.Tensor.to, row, torch.float32))
+    return call(torch.detach, call(torch.nan_to_num, rest, 0.0, 0.0, 0.0))
 
 
 def ignoring(row: Any, target: Node, ignore_index: int) -> Any:

@@ -303,6 +303,14 @@ def is_reduced(source: Any) -> bool:
     return any(isinstance(part, Statistic) for part in parts(source))
 
 
+def is_sum(source: Any) -> bool:
+    """Whether a value of rows is made of sums over the vocabulary, not of chosen logits only."""
+    return any(isinstance(part, Statistic) and part.kind in _SUMS for part in parts(source))
+
+
+_SUMS = ("logsumexp", "sum", "mean", "dot")
+
+
 def _operands(expressions: tuple[Expression, ...]) -> list[Operand]:
     found = [leaf for each in expressions for leaf in leaves(each)]
     return [leaf for leaf in found if isinstance(leaf, Operand)]

@@ -160,9 +160,10 @@ def _in_eager(program: Program) -> list[Results]:
 
 def _in_float64(program: Program, calls: int) -> list[Results]:
     fn = program.function()
+    inputs = [list(map(_widened, program.inputs(call))) for call in range(calls)]
     try:
         with in_float64():
-            return [run(fn, list(map(_widened, program.inputs(call)))) for call in range(calls)]
+            return [run(fn, each) for each in inputs]
     except Exception:
         event("eager cannot run it in float64")
         assume(False)

@@ -241,9 +241,9 @@ def test_graph_of_class_probabilities():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, PROBABILITIES),
         """\
-reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = mul.Tensor(b0, 0.9); t1 = add.Tensor(t0, 0.002); t2 = mul.Tensor(t1, z); sum(t2); sum(t1); logsumexp(z)')
-getitem = reduce[0]
-getitem_1 = reduce[1]
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_target_], 't0 = mul.Tensor(b0, 0.9); t1 = add.Tensor(t0, 0.002); sum(t1); dot(t1, z); logsumexp(z)')
+getitem = reduce[1]
+getitem_1 = reduce[0]
 getitem_2 = reduce[2]
 mul = getitem_1 * getitem_2
 sub = torch.ops.aten.sub.Tensor(getitem, mul)

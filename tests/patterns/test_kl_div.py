@@ -26,10 +26,10 @@ def test_graph():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, TEACHER),
         """\
-reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_teacher_], 't0 = xlogy.Tensor(b0, b0); t1 = mul.Tensor(b0, z); sum(t0); sum(t1); sum(b0); logsumexp(z)')
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_teacher_], 't0 = xlogy.Tensor(b0, b0); sum(t0); sum(b0); dot(b0, z); logsumexp(z)')
 getitem = reduce[0]
-getitem_1 = reduce[1]
-getitem_2 = reduce[2]
+getitem_1 = reduce[2]
+getitem_2 = reduce[1]
 getitem_3 = reduce[3]
 mul = getitem_2 * getitem_3
 sub = torch.ops.aten.sub.Tensor(getitem_1, mul)
@@ -48,10 +48,10 @@ def test_graph_of_log_targets():
     assert_expected_inline(
         rewritten_graph(fn, INPUT, WEIGHT, TEACHER.log()),
         """\
-reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_teacher_], 't0 = exp(b0); t1 = mul.Tensor(t0, b0); t2 = mul.Tensor(t0, z); sum(t1); sum(t2); sum(t0); logsumexp(z)')
-getitem = reduce[0]
-getitem_1 = reduce[1]
-getitem_2 = reduce[2]
+reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [l_teacher_], 't0 = exp(b0); sum(t0); dot(t0, b0); dot(t0, z); logsumexp(z)')
+getitem = reduce[1]
+getitem_1 = reduce[2]
+getitem_2 = reduce[0]
 getitem_3 = reduce[3]
 mul = getitem_2 * getitem_3
 sub = torch.ops.aten.sub.Tensor(getitem_1, mul)

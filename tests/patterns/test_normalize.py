@@ -43,11 +43,15 @@ def test_graph_of_softmax():
         """\
 reduce = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [], 'logsumexp(z)')
 getitem = reduce[0]
-reduce_1 = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [getitem], 't0 = sub.Tensor(z, r0); t1 = exp(t0); t2 = pow.Tensor_Scalar(t1, 2); sum(t2)')
+to = torch_Tensor_to(getitem, torch.float32)
+sub = getitem - to
+nan_to_num = torch.nan_to_num(sub, 0.0, 0.0, 0.0)
+detach = torch.detach(nan_to_num)
+reduce_1 = torch.ops.cce_inductor.reduce.default(l_input_, l_weight_, None, [getitem, detach], 't0 = sub.Tensor(z, r0); t1 = sub.Tensor(t0, r1); t2 = exp(t1); t3 = pow.Tensor_Scalar(t2, 2); sum(t3)')
 getitem_1 = reduce_1[0]
 sum_2 = torch.sum(getitem_1, (2,), keepdim = False)
-to = sum_2.to(torch.float32)
-return (to,)
+to_1 = sum_2.to(torch.float32)
+return (to_1,)
 """,
     )
 
