@@ -11,8 +11,8 @@ demo: $(VENV)/demo-installed
 	$(BIN)/python benchmarks/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/templates/interpreted
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/templates/interpreted
 
 # Types are checked in the package as it is installed, where the folders are in their places.
 lint: $(VENV)/test-installed

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .kernels.program import INDEXED, Name, Program, Reduction, Step
+from .kernels.program import INDEXED, WEIGHTED, Name, Program, Reduction, Step
 from .patterns import (
     Apply,
     AtRows,
@@ -64,7 +64,7 @@ class Group:
     def add(self, statistic: Statistic) -> None:
         self.statistics.append(statistic)
         reduction = self._reduction(statistic)
-        if reduction.weights is not None:
+        if reduction.kind in WEIGHTED:
             self._reductions.setdefault(str(reduction.weights), reduction.weights)
         self._reductions.setdefault(str(reduction), reduction)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .product import WideProduct, accumulation_dtype
-from .program import INDEXED, Backward, Name, Program, Reduction, position
+from .program import INDEXED, WEIGHTED, Backward, Name, Program, Reduction, position
 from .reductions import (
     NOWHERE,
     Block,
@@ -149,7 +149,7 @@ class Workspace:
         blocks = 1
         if not program.is_plain:
             blocks += program.backward(head.operands).peak if backward else program.forward.peak()
-        if any(reduction.weights is not None for reduction in program.reductions):
+        if any(reduction.kind in WEIGHTED for reduction in program.reductions):
             blocks += 3 if backward else 2
         row_bytes = (
             width * head.logit_dtype.itemsize * blocks

@@ -50,7 +50,8 @@ from ..compat import in_this_thread
 OPERAND_KINDS = "rcsb"
 _CONSTANTS = {"inf": math.inf, "nan": math.nan}
 _OUTPUTS = {"max": 2, "topk": 2}
-_OF_WEIGHTS = {"mean": "logsumexp", "dot": "sum"}
+WEIGHTED = {"mean": "logsumexp", "dot": "sum"}
+"""Weighted sums, and how their weights are reduced."""
 TOPK_LIMIT = 1024
 """The largest k of ``topk``."""
 
@@ -112,10 +113,9 @@ class Reduction:
         return _OUTPUTS.get(self.kind, 1)
 
     @property
-    def weights(self) -> Reduction | None:
-        """For a weighted sum, the reduction of the weights, which a program has as well."""
-        kind = _OF_WEIGHTS.get(self.kind)
-        return None if kind is None else Reduction(kind, (self.value,))
+    def weights(self) -> Reduction:
+        """For one in `WEIGHTED`, the reduction of its weights, which the program has as well."""
+        return Reduction(WEIGHTED[self.kind], (self.value,))
 
     def __str__(self) -> str:
         return _call_text(self.kind, self.args, ())
@@ -251,8 +251,8 @@ def _parse(text: str) -> Program:
     return Program(tuple(steps), tuple(reductions))
 
 
-REDUCTIONS = ("logsumexp", "sum", "mean", "dot", *("gather", "index", "target"), "max", "topk", "block")
 INDEXED = ("gather", "index", "target")
+REDUCTIONS = ("logsumexp", "sum", "mean", "dot", *INDEXED, "max", "topk", "block")
 
 
 def _call(node: ast.expr) -> tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]:

@@ -236,7 +236,15 @@ class _StatisticsLines:
         self.updates.append(f"{size} += tl.sum(tl.abs({weights}), 1)")
 
     def _weighted_sum(
-        self, number: int, *, before: str, weights: str, y: str, weighted: str, total: str, size: str
+        self,
+        number: int,
+        *,
+        before: str,
+        weights: str,
+        y: str,
+        weighted: str,
+        total: str,
+        size: str,
     ) -> None:
         """Lines for the two statistics of a weighted sum of `y`.
 
