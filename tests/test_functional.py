@@ -52,7 +52,7 @@ def test_dtypes_and_reductions(reduction, dtype):
 
 @pytest.mark.parametrize(
     ("weighted", "label_smoothing", "softcap", "ignore_index"),
-    itertools.product([False, True], [0.0, 0.1, 1.0], [None, 2.0, 3], [-100, 7]),
+    list(itertools.product([False, True], [0.0, 0.1, 1.0], [None, 2.0, 3], [-100, 7])),
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_arguments_together(reduction, weighted, label_smoothing, softcap, ignore_index):

@@ -81,7 +81,9 @@ def test_a_number_keeps_the_dtype():
 @pytest.mark.parametrize("alpha", [1, 2, 0.5])
 @pytest.mark.parametrize("number", [1, 0.7])
 @pytest.mark.parametrize(
-    "function", [torch.rsub, torch.sub, torch.add, torch.ops.aten.sub.Scalar], ids=str
+    "function",
+    [torch.rsub, torch.sub, torch.add, torch.ops.aten.sub.Scalar],
+    ids=["rsub", "sub", "add", "sub.Scalar"],
 )
 def test_a_number_and_its_factor(function, number, alpha):
     def scaled(logits):

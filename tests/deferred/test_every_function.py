@@ -224,7 +224,7 @@ def first_that_works(function, parameters, *, train):
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize(("function", "parameters"), functions())
+@pytest.mark.parametrize(("function", "parameters"), list(functions()))
 def test_same_as_plain(function, parameters, train):
     arguments, made, want, error = first_that_works(function, parameters, train=train)
     deferred, my_leaves, plain, their_leaves = made

@@ -40,6 +40,8 @@ CASES = [
     ("entropy", "certain"),
     ("softcap", "confident"),
     ("label smoothing", "random"),
+    ("distillation", "peaked"),
+    ("kl of temperatures", "peaked"),
 ]
 
 
