@@ -234,6 +234,18 @@ def forbid_memory(tensor: torch.Tensor) -> None:
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor.detach()`` that counts versions with the tensor also within `__torch_dispatch__`,
+    where PyTorch gives it a count of its own."""
+    if tensor.is_inference():
+        return tensor.detach()
+    key = torch._C.DispatchKey.ADInplaceOrView
+    with torch._C._PreserveDispatchKeyGuard():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        torch._C._dispatch_tls_set_dispatch_key_included(key, True)
+        return tensor.detach()
+
+
 def gathered_parameters() -> Iterator[tuple[torch.Tensor, bool]]:
     """Those that FSDP2 has gathered from their shards, each with whether it is freed after the
     forward of its module (which may have several groups of them from 2.13)."""

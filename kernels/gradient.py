@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .base2 import LOG2_E
 from .program import Backward, Name, Program, Reduction, Step
-from .reductions import Cotangent, in_two_parts
+from .reductions import Cotangent, finite_or_zero, in_two_parts
 
 _Z = Name("z")
 
@@ -166,7 +166,7 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
         assert of.lse is not None, "a mean is under a softmax"
         near, rest = in_two_parts(mean, torch.float32)
         distance = call("add.Tensor", row(-near), made[y])  # which may be a mask
-        distance = call("sub.Tensor", distance, row(rest))
+        distance = call("sub.Tensor", distance, row(finite_or_zero(rest)))
         weighted = call("mul.Tensor", distance, probability)
         terms.append(call("mul.Tensor", weighted, gradient(grad_mean)))
     for grad_mean, lse, x in of.weights:

@@ -270,12 +270,12 @@ def accumulators(
 
 
 def in_two_parts(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `dtype` can hold of a float64 tensor, and the rest, in float64; 0 if it is infinite.
+    """What `dtype` can hold of a float64 tensor, and the rest, in float64.
 
-    A number near `value` minus the first part is exact.
+    A number near `value` minus the first part is exact. The rest of an infinite value is nan.
     """
     near = value.to(dtype)
-    return near, finite_or_zero(value - near)
+    return near, value - near
 
 
 class Cotangent:
@@ -357,7 +357,8 @@ class Cotangent:
             cotangent += self._column(self.grad_sum[block])
         for grad_mean, mean, y in self.means:
             near, rest = in_two_parts(mean[block], self.dtype)
-            distance = (values[y].to(self.dtype) - near.unsqueeze(1)).sub_(self._column(rest))
+            distance = values[y].to(self.dtype) - near.unsqueeze(1)
+            distance -= self._column(finite_or_zero(rest))
             cotangent += distance.mul_(probability).mul_(self._column(grad_mean[block]))
         for grad_mean, lse, x in self.weights:
             near, rest = in_two_parts(lse[block], self.dtype)

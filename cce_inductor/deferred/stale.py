@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import compat
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -49,14 +51,14 @@ class Guarded:
         if not self.requires_grad:
             return self
         other = copy.copy(self)
-        other._tensor, other.requires_grad = self._tensor.detach(), False
+        other._tensor, other.requires_grad = compat.detached(self._tensor), False
         return other
 
     @property
     def tensor(self) -> Tensor:
         """The tensor as it is now, with the gradient that it had."""
         if self._tensor.requires_grad and not self.requires_grad:
-            self._tensor = self._tensor.detach()
+            self._tensor = compat.detached(self._tensor)
         return self._tensor
 
     def read(self) -> Tensor:

@@ -951,6 +951,32 @@ def test_rows_and_columns_of_data():
                 logits.argmax(-1)
 
 
+OPERAND_LOOKS = {
+    "rows": lambda z: z[:, -1].sum(),
+    "mask": lambda z: z[TARGET > 3].sum(),
+    "argmax": lambda z: z.argmax(-1),
+    "detached": lambda z: z.detach().norm(),
+    "loss": lambda z: F.cross_entropy(z.flatten(0, 1), TARGET.flatten()),
+}
+
+
+@pytest.mark.parametrize("look", OPERAND_LOOKS.values(), ids=OPERAND_LOOKS)
+@pytest.mark.parametrize("made", ["once", "with a change in place"])
+def test_an_operand_with_a_gradient_that_changed(made, look):
+    head = Head()
+    factor = torch.full((VOCABULARY,), 2.0, requires_grad=True) * 1
+    if made != "once":
+        with torch.no_grad():
+            factor.add_(1)
+    logits, plain = head.deferred() * factor, head.plain() * factor
+    torch.testing.assert_close(look(logits), look(plain))
+    logits = head.deferred() * factor
+    with torch.no_grad():
+        factor.add_(1)
+    with pytest.raises(StaleLogitsError, match="an operand, which .* was changed in place"):
+        look(logits)
+
+
 class OwnParameter(torch.nn.Parameter):
     pass
 

@@ -22,6 +22,8 @@ def large_tiles(monkeypatch):
 class Compiled:
     """A spelling whose fused form goes through Inductor."""
 
+    seeds = range(8)
+
     def __init__(self, spelling):
         self.unfused, self.exact = spelling.unfused, spelling.exact
 
