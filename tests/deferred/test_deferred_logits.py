@@ -973,7 +973,7 @@ def test_an_operand_with_a_gradient_that_changed(made, look):
     logits = head.deferred() * factor
     with torch.no_grad():
         factor.add_(1)
-    with pytest.raises(StaleLogitsError, match="an operand, which .* was changed in place"):
+    with pytest.raises(StaleLogitsError, match=r"an operand, which .* was changed in place"):
         look(logits)
 
 
