@@ -125,28 +125,27 @@ class Group:
         args = tuple(self.name(argument) for argument in value.args)
         kwargs = tuple((name, self.name(argument)) for name, argument in value.kwargs)
         name = self._step(value.target, args, kwargs)
-        rest = self._rest_of_late(value)
-        if rest is None:
-            return name
-        # The difference of two large numbers must not be that of their roundings.
-        is_subtracted = value.target == "sub.Tensor" and isinstance(value.args[1], Operand)
-        target = "sub.Tensor" if is_subtracted else "add.Tensor"
-        return self._step(target, (name, self.name(rest)), ())
+        if value.target in ("add.Tensor", "sub.Tensor") and not value.kwargs:
+            # The difference of two large numbers must not be that of their roundings.
+            for argument, target in zip(value.args, ("add.Tensor", value.target), strict=True):
+                rest = self._rest(argument)
+                if rest is not None:
+                    name = self._step(target, (name, self.name(rest)), ())
+        return name
 
     def _step(self, target: str, args: tuple[Any, ...], kwargs: tuple[Any, ...]) -> Name:
         step = Step(Name(f"t{len(self._steps)}"), target, args, kwargs)
         return self._steps.setdefault(step.call, step).name
 
-    def _rest_of_late(self, value: Apply) -> Operand | None:
-        """Of a late value that is added or subtracted, what the program's numbers cannot hold."""
-        if self.logits.compute_dtype == torch.float64 or value.kwargs:
+    def _rest(self, argument: Any) -> Operand | None:
+        """Of a late value what the program's numbers cannot hold; None for anything else."""
+        if self.logits.compute_dtype == torch.float64:
             return None
-        if value.target not in ("add.Tensor", "sub.Tensor"):
+        if not isinstance(argument, Operand) or argument.kind != "r":
             return None
-        for argument in value.args:
-            if isinstance(argument, Operand) and argument.kind == "r" and is_sum(argument.source):
-                return dataclasses.replace(argument, source=rest_of(argument.source))
-        return None
+        if not is_sum(argument.source):
+            return None
+        return dataclasses.replace(argument, source=rest_of(argument.source))
 
 
 def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bool:
