@@ -640,8 +640,12 @@ class _Builder:
     def _at_rows(self, operand: Operand, logits: Logits) -> Node:
         node = self.row(operand.source)
         rest = logits.row_operations[len(operand.row_operations) :]
-        if operand.kind == "s" or not rest:
+        if not rest:
             return node
+        if operand.kind == "s":
+            # It may have as many dimensions as the logits had when it was read.
+            has_dims = isinstance(example(node), torch.Tensor) and example(node).dim() > 0
+            return self.call(torch.reshape, node, ()) if has_dims else node
         return self._replay(self._expanded(node, operand, logits, 1), rest, 1)
 
     def _expanded(self, node: Node, operand: Operand, logits: Logits, width: int) -> Node:

@@ -178,6 +178,24 @@ def test_one_row_squeezed():
     assert_as_accurate_as_eager(fn, input, WEIGHT, torch.tensor(3))
 
 
+@pytest.mark.parametrize(
+    "less",
+    [
+        lambda z: z - z.amax(1, keepdim=True),
+        lambda z: z - z.logsumexp(1)[:, None],
+        lambda z: z - z.diagonal()[:, None],
+        lambda z: z * z.detach().amax(1, keepdim=True),
+    ],
+)
+@pytest.mark.parametrize("change", [lambda z: z.squeeze(0), lambda z: z.view(-1)])
+def test_one_row_squeezed_after_a_number_of_the_row(change, less):
+    def fn(input, weight):
+        logits = change(less(F.linear(input, weight)))
+        return logits.logsumexp(-1) - logits.topk(2)[0].sum(-1) + F.log_softmax(logits, -1).mean()
+
+    assert_as_accurate_as_eager(fn, torch.randn(1, 8, requires_grad=True), WEIGHT)
+
+
 def test_as_many_tokens_as_vocabulary_entries():
     def fn(input, weight, target):
         return F.cross_entropy(F.linear(input, weight).view(50, 50).flatten(0, 0), target)
