@@ -42,7 +42,6 @@ CASES = [
     ("entropy", "certain"),
     ("softcap", "confident"),
     ("label smoothing", "random"),
-    ("distillation", "peaked"),
     ("kl of temperatures", "peaked"),
 ]
 
