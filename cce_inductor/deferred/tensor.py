@@ -101,11 +101,15 @@ class DeferredLogits(Tensor):
         made: Tensor = _Plain.apply(self, shared)
         return made
 
-    def known(self) -> Operation | None:
-        """How it is computed, for a reduction that skips it; None if it must not be skipped."""
+    def known(self, *, is_training: bool) -> Operation | None:
+        """How it is computed, for a reduction that skips it; None if it must not be skipped.
+
+        Args:
+            is_training: whether the reduction has a gradient if the logits have one.
+        """
         if not self.is_deferred or not self._operation.is_real:
             return None
-        if not self.requires_grad or not torch.is_grad_enabled():
+        if not self.requires_grad or not is_training:
             return self._operation.without_gradient
         operation = self.differentiated()
         watched = any(each.is_watched for each in operation.history())
@@ -146,7 +150,8 @@ class DeferredLogits(Tensor):
         Raises:
             StaleLogitsError: what it is computed from has changed.
         """
-        operation = self.known()
+        # A compiled function may switch gradients on and off: what it is given, it is always given.
+        operation = self.known(is_training=True)
         if operation is None or not any(map(lazy.depends_on_sizes, operation.history())):
             return operation
         if operation.trained not in self._of_rows:
@@ -312,7 +317,10 @@ def _reduced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return NotImplemented  # a torch.func transform may want to see inside
     with torch.set_grad_enabled(torch.is_grad_enabled() and target not in _WITHOUT_GRADIENT):
-        known = {id(logits): logits.known() for logits in _among((args, kwargs))}
+        is_training = torch.is_grad_enabled()
+        known = {
+            id(logits): logits.known(is_training=is_training) for logits in _among((args, kwargs))
+        }
         if not known or None in known.values():
             return NotImplemented
         return fused.reduce(

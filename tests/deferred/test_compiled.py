@@ -665,6 +665,41 @@ def test_graph_break_after_autocast():
     same_numbers(fn, code, [*leaves(), TARGET], rtol=3e-2, atol=3e-2)
 
 
+WITHOUT_GRADIENTS = {
+    "a difference": lambda z, x: z.sub_(x[:, :1]).shape,
+    "a row": lambda z, x: z[0].fill_(1.0).shape,
+    "a range": lambda z, x: z[:, :9].mul_(0.5).shape,
+    "numbers": lambda z, x: z.argmax(-1),
+    "a loss": lambda z, x: F.cross_entropy(z, TARGET),
+    "the shape": lambda z, x: z.shape,
+}
+
+
+@pytest.mark.parametrize("use", WITHOUT_GRADIENTS.values(), ids=WITHOUT_GRADIENTS)
+@pytest.mark.parametrize("whole", [False, True], ids=["a part", "the whole function"])
+def test_deferred_logits_are_met_without_gradients(use, whole):
+    """Dynamo asks what they are made of where it meets them, and again when it is done."""
+
+    def first(x, w):
+        return F.linear(x.tanh(), w)
+
+    def second(logits, x, target):
+        with torch.no_grad():
+            used = use(logits, x)
+        loss = F.cross_entropy(logits, target)
+        return (loss, used) if isinstance(used, torch.Tensor) else loss
+
+    def fn(x, w, target):
+        logits = first(x, w)
+        torch._dynamo.graph_break()
+        return second(logits, x, target)
+
+    code = compiled(fn, defer_logits="always", fullgraph=False)
+    with torch.set_grad_enabled(not whole):
+        for _ in range(2):
+            same_numbers(fn, code, [*leaves(), TARGET])
+
+
 def test_what_was_compiled_keeps_no_arguments():
     second = compiled(loss_of)
     logits, _, args = deferred_and_plain()
