@@ -234,6 +234,10 @@ def forbid_memory(tensor: torch.Tensor) -> None:
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
+get_data = getattr(torch._C._autograd, "_get_data_attr", None)
+"""What Dynamo makes of ``tensor.data``."""
+
+
 def detached(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor.detach()`` that counts versions with the tensor also within `__torch_dispatch__`,
     where PyTorch gives it a count of its own."""

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
+from . import compat
 from .location import at, describe, operation
 from .mutation import UNKNOWN, called_graphs, mutated_storages, storage_key, storage_of, storages_of
 from .patterns import (
+    CUT,
     AtRows,
     Logits,
     Operand,
@@ -31,6 +34,7 @@ from .patterns import (
     detached,
     each_logits,
     example,
+    had_gradient,
     in_vocabulary,
     is_unfused,
     leaves,
@@ -214,6 +218,8 @@ class _Walker:
             if node.target is torch._C._set_grad_enabled:
                 gradient_mode = node.args[0]
             self._count_open(node)
+            if _is_cut(node, gradient_mode):
+                node.meta[CUT] = True
             enabled = gradient_mode is not False
             self.written = mutated_storages(node, grad_enabled=enabled)
             self.assigned = set()
@@ -282,7 +288,7 @@ class _Walker:
             reason = f"{operation(node)}{at(node)} cannot be followed: {inside}"
             self.lost[node] = (reason, size_hint(example(node).shape[-1]), node)
             return
-        if not _requires_grad(node) and any(map(_requires_grad, logits.projection.nodes)):
+        if not had_gradient(node) and any(map(_requires_grad, logits.projection.nodes)):
             logits = logits.replace(expression=detached(logits.expression))
         self.found.values[node] = logits.replace(path=(describe(node),))
 
@@ -376,11 +382,7 @@ class _Walker:
 
     def _detached_if_cut(self, node: Node, used: list[Node], value: Any) -> Any:
         """What has no gradient in the user's graph has none here."""
-        outputs = example(node)
-        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
-        cut = tensors and not any(tensor.requires_grad for tensor in tensors)
-        if not cut or not any(map(_requires_grad, used)):
+        if had_gradient(node) or not _has_tensors(node) or not any(map(_requires_grad, used)):
             return value
         return each_logits(value, lambda v: v.replace(expression=detached(v.expression)))
 
@@ -529,9 +531,7 @@ class _Walker:
     def _row(self, node: Node, used: list[Node], result: Any) -> Any:
         """The result, without gradient where the user's graph has none."""
         rows = result if isinstance(result, tuple) else (result,)
-        outputs = torch.utils._pytree.tree_leaves(example(node))
-        tensors = [output for output in outputs if isinstance(output, torch.Tensor)]
-        if not tensors or any(tensor.requires_grad for tensor in tensors):
+        if had_gradient(node) or not _has_tensors(node):
             return result
         if not any(_requires_grad(read) for row in rows for read in nodes_of(row)):
             return result
@@ -768,6 +768,25 @@ def _is_statistic(part: Any) -> bool:
 
 def _with_path(value: Any, node: Node) -> Any:
     return each_logits(value, lambda v: v.replace(path=(*v.path, describe(node))))
+
+
+def _has_tensors(node: Node) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(example(node)))
+
+
+def _is_cut(node: Node, gradient_mode: object) -> bool:
+    """Whether what a node makes has no gradient, whatever is written into it later."""
+    if node.target in _DETACHING:
+        return True
+    # What changes a tensor in place returns the tensor itself.
+    is_same = any(example(argument) is example(node) for argument in node.all_input_nodes)
+    return gradient_mode is False and node.op.startswith("call") and not is_same
+
+
+_DETACHING = (
+    *("detach", torch.detach, torch.Tensor.detach, torch.ops.aten.detach.default),
+    compat.get_data,
+)
 
 
 def _requires_grad(node: Node) -> bool:

@@ -31,11 +31,13 @@ from .logits import (
     size_hint,
 )
 from .rules import (
+    CUT,
     TABLES,
     Site,
     UnsupportedError,
     detached,
     example,
+    had_gradient,
     loss,
     projection,
     reduction,
@@ -53,6 +55,7 @@ from .transforms.select import begins_vocabulary, in_vocabulary  # noqa: E402
 from .transforms.stack import through_stack  # noqa: E402
 
 __all__ = [
+    "CUT",
     "TABLES",
     "Apply",
     "AtRows",
@@ -76,6 +79,7 @@ __all__ = [
     "detached",
     "each_logits",
     "example",
+    "had_gradient",
     "in_vocabulary",
     "is_reduced",
     "is_sum",

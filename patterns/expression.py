@@ -85,6 +85,14 @@ def leaves(expression: Any) -> Iterator[Leaf | Operand]:
             yield item
 
 
+def trains(expression: Any) -> bool:
+    """Whether it has a derivative by the logit: reads it, and not only detached."""
+    if not isinstance(expression, Apply):
+        return expression is LOGIT
+    arguments = (*expression.args, *(value for _, value in expression.kwargs))
+    return expression.target != "detach" and any(map(trains, arguments))
+
+
 def is_constant_over_row(expression: Any) -> bool:
     """Whether every entry of a row has the same value: no logit and nothing of its column."""
     return not any(isinstance(leaf, Leaf) or leaf.kind in ("c", "b") for leaf in leaves(expression))

@@ -26,9 +26,10 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import _reduction
+from torch.utils._pytree import tree_leaves
 
 from ..kernels.program import NotPointwiseError, RandomError
-from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves, where
+from .expression import COLUMN, LOGIT, Apply, Expression, Operand, capture, leaves, trains, where
 from .logits import HERE, Call, Logits, Stack, Statistic, Value, parts
 
 Spelling = str | Callable[..., Any]
@@ -270,8 +271,7 @@ class Site:
 
         expression = self.captured(function, args, kwargs, logits, meaning)
         is_number = isinstance(expression, (int, float))
-        has_gradient = getattr(example(self.node), "requires_grad", False)
-        if has_gradient and LOGIT not in leaves(expression):
+        if had_gradient(self.node) and not trains(expression) and trains(logits.expression):
             # What was there has a gradient of 0, but it has one.
             always = Apply("ne.Scalar", (Apply("full_like", (LOGIT, 1.0)), 0))
             expression = where(always, expression, logits.expression)
@@ -386,7 +386,7 @@ class Site:
                 else:
                     made = site._pointwise_block(logits, shape)
                 has_gradient = any(map(_requires_grad, _sources(made)))
-                cut = has_gradient and not value.requires_grad
+                cut = has_gradient and not had_gradient(argument)
                 self._made[argument] = detached(made) if cut else made
             except UnsupportedError:
                 self._made[argument] = None
@@ -515,6 +515,20 @@ def _simplified(expression: Expression) -> Expression:
             condition, *numbers = chosen.args
             return Apply("where.Scalar", (condition, *map(float, numbers)))
     return expression
+
+
+CUT = "cce_inductor_cut"
+"""In the meta of a node: that what it made had no gradient then."""
+
+
+def had_gradient(node: Node) -> bool:
+    """Whether a tensor required a gradient when it was made.
+
+    An example is what the tensor has become at the end of the graph: it requires one, too, if
+    something that does was written into it since.
+    """
+    tensors = [leaf for leaf in tree_leaves(example(node)) if isinstance(leaf, torch.Tensor)]
+    return CUT not in node.meta and any(tensor.requires_grad for tensor in tensors)
 
 
 def _requires_grad(source: Any) -> bool:

@@ -13,6 +13,7 @@ Three layers decide what happens to one:
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -271,13 +272,14 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, linear_weight = ctx.saved_tensors
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        count = math.prod(grad.shape[:-1])
+        rows = grad.reshape(count, grad.shape[-1])
         d_input = d_weight = d_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if need_input:
                 d_input = (rows @ linear_weight.to(ctx.dtype)).view(input.shape).to(input.dtype)
             if need_weight:
-                flat = input.reshape(-1, input.shape[-1]).to(ctx.dtype)
+                flat = input.reshape(count, input.shape[-1]).to(ctx.dtype)
                 d_weight = (rows.t() @ flat).to(linear_weight.dtype)
             if need_bias:
                 d_bias = rows.sum(0).to(ctx.bias_dtype)

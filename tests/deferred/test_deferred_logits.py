@@ -1349,3 +1349,17 @@ def test_inference_mode():
         )
         assert logits.is_deferred
         torch.testing.assert_close(logits.sort(-1).values, head.plain().sort(-1).values)
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "vocabulary"), [((2,), 8, 0), ((2, 3), 8, 0), ((0,), 8, 5), ((2,), 0, 5)]
+)
+def test_gradients_of_sizes_of_0(rows, hidden, vocabulary):
+    x = torch.randn(*rows, hidden, requires_grad=True)
+    w = torch.randn(vocabulary, hidden, requires_grad=True)
+    bias = torch.randn(vocabulary, requires_grad=True)
+    found = [
+        torch.autograd.grad(logits.exp().sum(), (x, w, bias))
+        for logits in (defer(x, w, bias, torch.float32), F.linear(x, w, bias))
+    ]
+    torch.testing.assert_close(*found)

@@ -127,3 +127,59 @@ def test_another_device_is_left_alone():
     torch.compile(fn, backend=backend)(input, weight, TARGET)
     (report,) = rewrite(graphs[0], Options(min_logits_bytes=0, on_error="raise"))
     assert report.reason.endswith(": it moves the logits to another device")
+
+
+def without_gradients(function, *args):
+    with torch.no_grad():
+        return function(*args)
+
+
+def written(tensor, write):
+    """`tensor`, after a tensor with a gradient was written into it."""
+    write(tensor)
+    return tensor
+
+
+BEFORE_THE_WRITE = {
+    "detach": lambda x, w: F.linear(x, w).detach(),
+    "data": lambda x, w: F.linear(x, w).data,
+    "no_grad": lambda x, w: without_gradients(F.linear, x, w),
+    "a copy": lambda x, w: F.linear(x, w).detach().clone(),
+    "a function": lambda x, w: F.linear(x, w).detach() * 2,
+    "a function in no_grad": lambda x, w: without_gradients(torch.mul, F.linear(x, w), 2),
+    "detached twice": lambda x, w: written(F.linear(x, w).detach(), lambda z: z.mul_(2)).detach(),
+    "with a gradient": F.linear,
+}
+WRITES = {
+    "mul_": lambda z, c: z.mul_(c),
+    "div_ of a view": lambda z, c: z.view(-1, 50).div_(c + 1),
+    "copy_": lambda z, c: z.copy_(c),
+    "masked_fill_ and sub_": lambda z, c: z.masked_fill_(z > 1, -1.0).sub_(c),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE_THE_WRITE.values(), ids=BEFORE_THE_WRITE)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_had_no_gradient_when_it_was_made(before, write):
+    """Its example has one at the end of the graph, since one was written into it."""
+
+    def fn(input, weight, factor, target):
+        logits = written(before(input, weight), lambda z: write(z, factor))
+        return F.cross_entropy(logits.view(-1, 50), target)
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, torch.rand(50, requires_grad=True), TARGET)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, w, t: F.cross_entropy(F.linear(x, w).view(-1, 50), t).detach(),
+        lambda x, w, t: without_gradients(F.cross_entropy, F.linear(x, w).view(-1, 50), t),
+    ],
+    ids=["detach", "no_grad"],
+)
+def test_a_loss_had_no_gradient_when_it_was_made(loss):
+    def fn(input, weight, factor, target):
+        return loss(input, weight, target).mul_(factor)
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, torch.tensor(2.0, requires_grad=True), TARGET)
