@@ -19,7 +19,7 @@ from . import compat
 from .location import at, describe, operation
 from .mutation import UNKNOWN, called_graphs, mutated_storages, storage_key, storage_of, storages_of
 from .patterns import (
-    CUT,
+    HAD_GRADIENT,
     AtRows,
     Logits,
     Operand,
@@ -212,6 +212,12 @@ class _Walker:
 
     def run(self) -> Walk:
         gradient_mode: object = "ambient"
+        detached_later = {
+            id(example(argument))
+            for node in self.graph.nodes
+            if node.target in _DETACHING_IN_PLACE
+            for argument in node.all_input_nodes
+        }
         for position, node in enumerate(self.graph.nodes):
             self.found.position[node] = position
             self.found.gradient_mode[node] = gradient_mode
@@ -219,7 +225,9 @@ class _Walker:
                 gradient_mode = node.args[0]
             self._count_open(node)
             if _is_cut(node, gradient_mode):
-                node.meta[CUT] = True
+                node.meta[HAD_GRADIENT] = False
+            elif id(example(node)) in detached_later and node.target not in _DETACHING_IN_PLACE:
+                node.meta[HAD_GRADIENT] = True
             enabled = gradient_mode is not False
             self.written = mutated_storages(node, grad_enabled=enabled)
             self.assigned = set()
@@ -787,6 +795,7 @@ _DETACHING = (
     *("detach", torch.detach, torch.Tensor.detach, torch.ops.aten.detach.default),
     compat.get_data,
 )
+_DETACHING_IN_PLACE = ("detach_", torch.detach_, torch.Tensor.detach_)
 
 
 def _requires_grad(node: Node) -> bool:

@@ -31,7 +31,7 @@ from .logits import (
     size_hint,
 )
 from .rules import (
-    CUT,
+    HAD_GRADIENT,
     TABLES,
     Site,
     UnsupportedError,
@@ -55,7 +55,7 @@ from .transforms.select import begins_vocabulary, in_vocabulary  # noqa: E402
 from .transforms.stack import through_stack  # noqa: E402
 
 __all__ = [
-    "CUT",
+    "HAD_GRADIENT",
     "TABLES",
     "Apply",
     "AtRows",

@@ -70,8 +70,10 @@ class Apply:
 Expression = Leaf | Operand | Apply
 
 
-def leaves(expression: Any) -> Iterator[Leaf | Operand]:
-    """Each leaf of an expression, once."""
+def leaves(
+    expression: Any, *, through: Callable[[Apply], bool] = lambda _: True
+) -> Iterator[Leaf | Operand]:
+    """Each leaf of an expression, once; what is below a call only if it leads `through`."""
     seen: set[int] = set()
     pending = [expression]
     while pending:
@@ -79,18 +81,15 @@ def leaves(expression: Any) -> Iterator[Leaf | Operand]:
         if id(item) in seen or not isinstance(item, Expression):
             continue
         seen.add(id(item))
-        if isinstance(item, Apply):
-            pending += [*item.args, *(value for _, value in item.kwargs)]
-        else:
+        if not isinstance(item, Apply):
             yield item
+        elif through(item):
+            pending += [*item.args, *(value for _, value in item.kwargs)]
 
 
 def trains(expression: Any) -> bool:
     """Whether it has a derivative by the logit: reads it, and not only detached."""
-    if not isinstance(expression, Apply):
-        return expression is LOGIT
-    arguments = (*expression.args, *(value for _, value in expression.kwargs))
-    return expression.target != "detach" and any(map(trains, arguments))
+    return LOGIT in leaves(expression, through=lambda call: call.target != "detach")
 
 
 def is_constant_over_row(expression: Any) -> bool:

@@ -517,18 +517,19 @@ def _simplified(expression: Expression) -> Expression:
     return expression
 
 
-CUT = "cce_inductor_cut"
-"""In the meta of a node: that what it made had no gradient then."""
+HAD_GRADIENT = "cce_inductor_had_gradient"
+"""In the meta of a node: whether what it made required a gradient then, where the example may say
+something else."""
 
 
 def had_gradient(node: Node) -> bool:
     """Whether a tensor required a gradient when it was made.
 
-    An example is what the tensor has become at the end of the graph: it requires one, too, if
-    something that does was written into it since.
+    An example is what the tensor has become at the end of the graph: something that requires a
+    gradient may have been written into it since, or it was detached in place.
     """
     tensors = [leaf for leaf in tree_leaves(example(node)) if isinstance(leaf, torch.Tensor)]
-    return CUT not in node.meta and any(tensor.requires_grad for tensor in tensors)
+    return bool(node.meta.get(HAD_GRADIENT, any(tensor.requires_grad for tensor in tensors)))
 
 
 def _requires_grad(source: Any) -> bool:

@@ -183,3 +183,33 @@ def test_a_loss_had_no_gradient_when_it_was_made(loss):
         return loss(input, weight, target).mul_(factor)
 
     assert_as_accurate_as_eager(fn, INPUT, WEIGHT, torch.tensor(2.0, requires_grad=True), TARGET)
+
+
+def loss_of(logits, target):
+    return F.cross_entropy(logits.view(-1, 50), target)
+
+
+def detached_after_the_loss(input, weight, target):
+    logits = F.linear(input, weight)
+    loss = loss_of(logits, target)
+    logits.detach_()
+    return loss + loss_of(logits * 2, target)
+
+
+def detached_before_the_loss(input, weight, target):
+    logits = F.linear(input, weight) * input.sum()
+    logits.detach_()
+    return loss_of(logits, target) * weight.sum()
+
+
+def detached_loss(input, weight, target):
+    loss = loss_of(F.linear(input, weight), target)
+    twice = loss * 2
+    loss.detach_()
+    return twice + loss
+
+
+@pytest.mark.parametrize("fn", [detached_after_the_loss, detached_before_the_loss, detached_loss])
+def test_detached_in_place(fn):
+    """The example of what had a gradient has none at the end of the graph."""
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
