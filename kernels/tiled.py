@@ -148,7 +148,7 @@ class _Normalizer:
     def __init__(self, top: Tensor, total: Tensor):
         self.shift = top.masked_fill(top == -math.inf, 0.0).double()
         self.total = total.double()
-        self.lse = torch.logsumexp(self.of_tiles, 0)
+        self.lse = _logsumexp(self.of_tiles, 0)
 
     @property
     def of_tiles(self) -> Tensor:
@@ -168,7 +168,15 @@ class _Normalizer:
         if missing:
             nothing = of_tiles.new_full((missing, of_tiles.shape[1]), -math.inf)
             of_tiles = torch.cat([of_tiles, nothing])
-        return torch.logsumexp(of_tiles.unflatten(0, (-1, wide)), 1).t()
+        return _logsumexp(of_tiles.unflatten(0, (-1, wide)), 1).t()
+
+
+def _logsumexp(values: Tensor, dim: int) -> Tensor:
+    """`torch.logsumexp`, whose decomposition asks whether there are any rows: of rows that depend
+    on data nobody knows while the graph is traced."""
+    top = values.amax(dim, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    return (values - top).exp().sum(dim).log() + top.squeeze(dim)
 
 
 def reduce_backward(
