@@ -786,9 +786,10 @@ def _is_cut(node: Node, gradient_mode: object) -> bool:
     """Whether what a node makes has no gradient, whatever is written into it later."""
     if node.target in _DETACHING:
         return True
+    if gradient_mode is not False or not node.op.startswith("call"):
+        return False
     # What changes a tensor in place returns the tensor itself.
-    is_same = any(example(argument) is example(node) for argument in node.all_input_nodes)
-    return gradient_mode is False and node.op.startswith("call") and not is_same
+    return not any(example(argument) is example(node) for argument in node.all_input_nodes)
 
 
 _DETACHING = (

@@ -324,7 +324,7 @@ def reduce_backward(
     by_value = cotangents(program, kept_grads, kept_results, indices, head.logit_dtype)
     skipped = _massless_tiles(head, by_value, kept_results[-1], kept.count)
     only = by_value.get(Z) if program.is_plain else None
-    overwrite = only is not None and not (only.means or only.weights or only.factors)
+    overwrite = only is not None and not only.reads_values
 
     like_logit = {"dtype": head.logit_dtype, "device": device}
     d_weight = d_bias = None
@@ -448,7 +448,7 @@ def _massless_tiles(
     only = by_value.get(Z) if head.program.is_plain else None
     if only is None or only.lse is None:
         return [False] * tiles
-    if only.grad_sum is not None or only.means or only.weights or only.factors:
+    if only.grad_sum is not None or only.reads_values:
         return [False] * tiles
     smallest = torch.finfo(head.logit_dtype).smallest_normal * torch.finfo(head.logit_dtype).eps
     underflow = math.log(smallest) - math.log(2)

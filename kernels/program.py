@@ -106,7 +106,7 @@ class Reduction:
 
     @property
     def values(self) -> tuple[Name, ...]:
-        return self.args[: 2 if self.kind in ("mean", "dot", "block") else 1]
+        return self.args[: 2 if self.kind in (*WEIGHTED, "block") else 1]
 
     @property
     def outputs(self) -> int:

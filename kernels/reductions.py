@@ -302,6 +302,12 @@ class Cotangent:
         self.factors: list[tuple[Tensor, Name]] = []
         self.grad_at: list[tuple[Tensor, Tensor]] = []
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether values, not their exponentials only, are factors of it: it cannot be written over
+        them, and is not 0 where every probability is."""
+        return bool(self.means or self.weights or self.factors)
+
     def prepare(self) -> None:
         """Once, when every gradient has been added."""
         if self.grad_at:

@@ -528,8 +528,10 @@ def had_gradient(node: Node) -> bool:
     An example is what the tensor has become at the end of the graph: something that requires a
     gradient may have been written into it since, or it was detached in place.
     """
+    if HAD_GRADIENT in node.meta:
+        return bool(node.meta[HAD_GRADIENT])
     tensors = [leaf for leaf in tree_leaves(example(node)) if isinstance(leaf, torch.Tensor)]
-    return bool(node.meta.get(HAD_GRADIENT, any(tensor.requires_grad for tensor in tensors)))
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _requires_grad(source: Any) -> bool:

@@ -13,6 +13,7 @@ from cce_inductor.kernels.blockwise import TILE
 import cce_inductor
 
 TOKENS, HIDDEN, VOCABULARY = 96, 32, 2 * TILE + 300
+SEEDS = range(8)
 RESULTS = ("loss", "input", "weight", "bias")
 
 
@@ -191,7 +192,7 @@ class Spelling:
     loss: object = cross_entropy
     context: object = contextlib.nullcontext
     options: dict = dataclasses.field(default_factory=dict)
-    seeds: range = range(8)
+    seeds: range = SEEDS
 
     def unfused(self, input, weight, bias, target, reduction):
         with self.context():
@@ -286,7 +287,7 @@ def loss_and_gradients(loss, problem, dtype, reduction, exact=False):
     return [result.detach(), *torch.autograd.grad(result, leaves, rows)]
 
 
-def errors(loss, exact, problem, dtype, reduction, seeds=range(8)):
+def errors(loss, exact, problem, dtype, reduction, seeds=SEEDS):
     """The error of each of `RESULTS`: relative, in the norm over all elements and seeds."""
     squared = torch.zeros(len(RESULTS), 2, dtype=torch.float64)
     for seed in seeds:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cce_inductor.kernels import lowering, tiled
 from cce_inductor.kernels.configs import Config
-from test_accuracy import PROBLEMS, SPELLINGS, assert_contract
+from test_accuracy import PROBLEMS, SEEDS, SPELLINGS, assert_contract
 
 import cce_inductor
 
@@ -22,7 +22,7 @@ def large_tiles(monkeypatch):
 class Compiled:
     """A spelling whose fused form goes through Inductor."""
 
-    seeds = range(8)
+    seeds = SEEDS
 
     def __init__(self, spelling):
         self.unfused, self.exact = spelling.unfused, spelling.exact
