@@ -7,56 +7,36 @@ See `install`, `explain`, `reports` and `linear_cross_entropy`.
 """
 
 import importlib
-import sys
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .deferred.stale import StaleLogitsError
-    from .deferred.tensor import DeferredLogits
-    from .explanation import Explanation, explain
-    from .functional import linear_cross_entropy
-    from .hook import install, installed, is_installed, uninstall
-    from .options import Options
-    from .report import LossReport, clear_reports, reports
+    from cce_inductor.deferred.tensor import DeferredLogits
+    from cce_inductor.explanation import Explanation, explain
+    from cce_inductor.functional import linear_cross_entropy
+    from cce_inductor.installation import install, installed, is_installed, uninstall
+    from cce_inductor.options import Options
+    from cce_inductor.recipe.stale import StaleLogitsError
+    from cce_inductor.reporting.log import clear_reports, reports
+    from cce_inductor.reporting.report import LossReport
 
 __version__ = "0.1.0"
 
-
-class _BesideThisFolder:
-    """Finds `cce_inductor.kernels` and `cce_inductor.patterns` in a clone, where their folders lie
-    beside this one. (To add the clone to ``__path__`` would make this package its own child.)"""
-
-    root = Path(__file__).parents[1]
-
-    @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        package, _, folder = name.rpartition(".")
-        if package != __name__ or folder not in ("kernels", "patterns"):
-            return None
-        return spec_from_file_location(name, cls.root / folder / "__init__.py")
-
-
-if not (Path(__file__).parent / "kernels").is_dir():
-    sys.meta_path.append(_BesideThisFolder)
 
 # Imported on first use: the compiler's modules take a second that `import torch` does not.
 _HOME = {
     "DeferredLogits": "deferred.tensor",
     "Explanation": "explanation",
-    "LossReport": "report",
+    "LossReport": "reporting.report",
     "Options": "options",
-    "StaleLogitsError": "deferred.stale",
-    "clear_reports": "report",
+    "StaleLogitsError": "recipe.stale",
+    "clear_reports": "reporting.log",
     "explain": "explanation",
-    "install": "hook",
-    "installed": "hook",
-    "is_installed": "hook",
+    "install": "installation",
+    "installed": "installation",
+    "is_installed": "installation",
     "linear_cross_entropy": "functional",
-    "reports": "report",
-    "uninstall": "hook",
+    "reports": "reporting.log",
+    "uninstall": "installation",
 }
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .patterns import TABLES
+from cce_inductor.patterns.language.tables import TABLES
 
 _NAMESPACES = {
     "torch.nn.functional": torch.nn.functional,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .deferred.boundary import compile_with_deferral, deferral_for
-from .fingerprint import tagged
-from .hook import refused
-from .kernels.surprise import on_error
-from .options import Options
-from .report import publish
-from .rewrite import rewrite
+from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
+from cce_inductor.installation import refused
+from cce_inductor.operators.fingerprint import tagged
+from cce_inductor.options import Options
+from cce_inductor.reporting.log import publish
+from cce_inductor.rewriting.rewrite import rewrite
+from cce_inductor.surprise import on_error
 
 
 def _split(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:

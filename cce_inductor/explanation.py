@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from . import compat
-from .deferred.boundary import compile_with_deferral, deferral_for
-from .kernels.surprise import on_error
-from .location import in_torch
-from .options import Options
-from .overlooked import largest_projection
-from .report import LossReport, readable
-from .rewrite import rewrite
+from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
+from cce_inductor.options import Options, options_in_force
+from cce_inductor.reporting.location import in_torch
+from cce_inductor.reporting.log import readable
+from cce_inductor.reporting.report import LossReport
+from cce_inductor.rewriting.overlooked import largest_projection
+from cce_inductor.rewriting.rewrite import rewrite
+from cce_inductor.surprise import on_error
+from cce_inductor.torch_internals.capture import forget_compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def compiled_for_now(
         with own_random_numbers(), no_limit:
             yield torch.compile(uncompiled(fn), backend=backend)
     finally:
-        compat.forget_compiled(backend)
+        forget_compiled(backend)
 
 
 def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,12 +167,3 @@ def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn)
     )
     return original
-
-
-def options_in_force() -> Options:
-    """Those of `install`, or the defaults."""
-    from . import hook
-
-    installation = hook._installation
-    options = installation.rewrite_pass.options if installation is not None else None
-    return options or Options()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
+from cce_inductor.operators import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 
 
 def linear_cross_entropy(

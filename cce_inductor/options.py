@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from .kernels.surprise import OnError
+from cce_inductor.surprise import OnError
 
 DeferLogits = Literal["with_loss", "always", "never"]
 
@@ -62,6 +62,25 @@ class Options:
                 f"unknown option {unknown[0]!r}; the options are {', '.join(cls.names())}"
             )
         return cls(**options)
+
+
+def options_in_force() -> Options:
+    """Those of `install`, or the defaults if it is not in force."""
+    return _in_force or Options()
+
+
+def is_in_force() -> bool:
+    """Whether `install` is."""
+    return _in_force is not None
+
+
+def put_in_force(options: Options | None) -> None:
+    """Says what `options_in_force` returns; None for the defaults."""
+    global _in_force
+    _in_force = options
+
+
+_in_force: Options | None = None
 
 
 def _check_bytes(name: str, value: object, *, at_least: int) -> None:

@@ -28,17 +28,17 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from . import backends
-from .explanation import (
+from cce_inductor import backends
+from cce_inductor.explanation import (
     Explanation,
     compiled_for_now,
     explain_with,
-    options_in_force,
     own_random_numbers,
     uncompiled,
 )
-from .options import Options
-from .report import LossReport, reports
+from cce_inductor.options import Options, options_in_force
+from cce_inductor.reporting.log import reports
+from cce_inductor.reporting.report import LossReport
 
 __all__ = [
     "assert_matches_eager",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .program import Program, position
+from cce_inductor.kernels.program.text import Program, position
 
 
 def reduce(

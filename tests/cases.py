@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+
 from cce_inductor.kernels import reference
-from cce_inductor.kernels.blockwise import TILE, Head, Wanted
-from cce_inductor.kernels.product import operand_dtype
-from cce_inductor.kernels.program import Program
+from cce_inductor.kernels.blockwise.engine import TILE, Head, Wanted
+from cce_inductor.kernels.blockwise.product import operand_dtype
+from cce_inductor.kernels.program.text import Program
 
 HIDDEN, ROWS, IGNORED = 7, 12, -100
 MIB = 2**20

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 import cce_inductor
 from cce_inductor.options import Options
-from cce_inductor.report import LossReport
-from cce_inductor.rewrite import rewrite
+from cce_inductor.reporting.report import LossReport
+from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.testing import assert_matches_eager
 
 

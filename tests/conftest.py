@@ -2,8 +2,8 @@ import sys
 from pathlib import Path
 
 import torch
-from cce_inductor.kernels import surprise
 
+from cce_inductor import surprise
 from cce_inductor.options import Options
 
 sys.path.insert(0, str(Path(__file__).parent))

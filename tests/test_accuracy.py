@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cce_inductor.kernels.blockwise import TILE
 
 import cce_inductor
+from cce_inductor.kernels.blockwise.engine import TILE
 
 TOKENS, HIDDEN, VOCABULARY = 96, 32, 2 * TILE + 300
 SEEDS = range(8)

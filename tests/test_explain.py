@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import cce_inductor
 from cce_inductor import explain
-from cce_inductor.advice import advice
 from cce_inductor.options import Options
+from cce_inductor.reporting.advice import advice
 
 WEIGHT = torch.randn(50, 8, requires_grad=True)
 INPUT = torch.randn(2, 3, 8)

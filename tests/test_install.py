@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import cce_inductor
-from cce_inductor import compat
+from cce_inductor.torch_internals.versions import pass_list
 
 INPUT = torch.randn(6, 8)
 WEIGHT = torch.randn(50, 8)
@@ -44,7 +44,7 @@ def settings():
 
 def run_pre_grad_pass(module):
     """What Inductor does with a captured graph before autograd."""
-    for custom_pass in compat.pass_list(inductor_config.pre_grad_custom_pass):
+    for custom_pass in pass_list(inductor_config.pre_grad_custom_pass):
         custom_pass(module.graph)
 
 
@@ -214,7 +214,7 @@ def test_an_error_in_the_pass_leaves_the_graph(monkeypatch, caplog):
     def broken(*args):
         raise KeyError("surprise of this test")
 
-    monkeypatch.setattr("cce_inductor.rewrite._Builder.result", broken)
+    monkeypatch.setattr("cce_inductor.rewriting.build.Builder.result", broken)
     cce_inductor.install(min_logits_bytes=0, on_error="warn")
     for _ in range(2):
         run_pre_grad_pass(module := captured())
@@ -232,15 +232,15 @@ def test_an_error_in_the_pass_leaves_the_graph(monkeypatch, caplog):
 
 
 def test_an_error_while_building_takes_the_new_nodes_out(monkeypatch):
-    from cce_inductor.rewrite import _Builder
+    from cce_inductor.rewriting.build import Builder
 
-    build = _Builder.result
+    build = Builder.result
 
     def build_then_fail(self, found, options):
         build(self, found, options)
         raise KeyError("after building")
 
-    monkeypatch.setattr(_Builder, "result", build_then_fail)
+    monkeypatch.setattr(Builder, "result", build_then_fail)
     cce_inductor.install(min_logits_bytes=0, on_error="warn")
     before = (module := captured()).code
     run_pre_grad_pass(module)
@@ -251,7 +251,7 @@ def test_an_error_while_building_takes_the_new_nodes_out(monkeypatch):
 def test_import_from_a_clone_that_is_not_installed(tmp_path):
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
-        "import cce_inductor.kernels.tiled, cce_inductor.patterns as patterns, pkgutil\n"
+        "import cce_inductor.kernels.triton.tiled, cce_inductor.patterns as patterns, pkgutil\n"
         "assert 'cce_inductor' not in [m.name for m in pkgutil.iter_modules(cce_inductor.__path__)]\n"
         "print(patterns.__file__)"
     )
@@ -259,4 +259,4 @@ def test_import_from_a_clone_that_is_not_installed(tmp_path):
     options = {"env": os.environ | {"PYTHONPATH": str(root)}, "cwd": tmp_path}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
     assert ran.returncode == 0, ran.stderr
-    assert Path(ran.stdout.strip()) == root / "patterns" / "__init__.py"
+    assert Path(ran.stdout.strip()) == root / "cce_inductor" / "patterns" / "__init__.py"

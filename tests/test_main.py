@@ -3,9 +3,8 @@
 import subprocess
 import sys
 
-from cce_inductor.patterns import TABLES
-
 from cce_inductor.__main__ import listing, spelled
+from cce_inductor.patterns.language.tables import TABLES
 
 
 def test_every_rule_is_listed_with_its_spellings():

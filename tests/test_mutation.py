@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from checks import capture, reports_of
 from torch.utils.checkpoint import checkpoint
 
-from cce_inductor.mutation import mutated_storages, storage_of
+from cce_inductor.rewriting.mutation import mutated_storages, storage_of
 
 torch.manual_seed(0)
 LIBRARY = torch.library.Library("cce_inductor_mutation", "DEF")

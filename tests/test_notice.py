@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import cce_inductor
-from cce_inductor.notice import is_large, last_word
 from cce_inductor.options import Options
+from cce_inductor.reporting.notice import is_large, last_word
 
 INPUT = torch.randn(1024, 8)
 WEIGHT = torch.randn(4096, 8)

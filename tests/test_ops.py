@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cce_inductor.kernels.blockwise import TILE
 
-import cce_inductor.ops  # noqa: F401  (registers the operators)
+import cce_inductor.operators.ops  # noqa: F401  (registers the operators)
+from cce_inductor.kernels.blockwise.engine import TILE
 
 OPS = torch.ops.cce_inductor
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

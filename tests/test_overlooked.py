@@ -271,7 +271,7 @@ def test_a_surprise_in_an_explanation_without_losses(monkeypatch, caplog):
     def broken(graph):
         raise KeyError("not planned")
 
-    monkeypatch.setattr("cce_inductor.overlooked.walk", broken)
+    monkeypatch.setattr("cce_inductor.rewriting.overlooked.walk", broken)
     with pytest.raises(Exception, match="not planned"):
         explain(focal, INPUT, WEIGHT, TARGET)
     with cce_inductor.installed(on_error="warn"):

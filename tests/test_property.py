@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from cce_inductor.backends import cce_inductor_eager
-from cce_inductor.report import LossReport, clear_reports, reports
+from cce_inductor.reporting.log import clear_reports, reports
+from cce_inductor.reporting.report import LossReport
 from cce_inductor.testing import in_float64, relative_error
 
 EXAMPLES = int(os.environ.get("CCE_INDUCTOR_EXAMPLES", "0"))

@@ -7,17 +7,18 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from cce_inductor.kernels import lowering, surprise
-from cce_inductor.kernels.program import NotPointwiseError
 from checks import capture
 
 import cce_inductor
-from cce_inductor import tiling
-from cce_inductor.deferred import boundary, fused
+from cce_inductor import surprise
+from cce_inductor.deferred import boundary, eager
 from cce_inductor.deferred.tensor import defer
+from cce_inductor.kernels.program.tracing import NotPointwiseError
+from cce_inductor.kernels.triton import lowering
+from cce_inductor.operators import inductor
 from cce_inductor.options import Options
-from cce_inductor.plan import Group
-from cce_inductor.rewrite import rewrite
+from cce_inductor.rewriting.plan import Group
+from cce_inductor.rewriting.rewrite import rewrite
 
 INPUT = torch.randn(6, 8)
 WEIGHT = torch.randn(50, 8)
@@ -32,8 +33,8 @@ def loss(input, weight, target):
 @pytest.fixture(autouse=True)
 def _nothing_said(caplog):
     surprise._warn_once.cache_clear()
-    fused._reduction.cache_clear()
-    fused._rows.cache_clear()
+    eager._reduction.cache_clear()
+    eager._rows.cache_clear()
     cce_inductor.clear_reports()
     torch._dynamo.reset()
     caplog.set_level(logging.WARNING)
@@ -44,12 +45,12 @@ def broken(*args, **kwargs):
 
 
 def reduced_logits(monkeypatch):
-    monkeypatch.setattr(fused, "reduce_all", broken)
+    monkeypatch.setattr(eager, "reduce_all", broken)
     return defer(INPUT, WEIGHT, None, torch.float32).logsumexp(-1)
 
 
 def few_rows(monkeypatch):
-    monkeypatch.setattr(fused, "rewrite", broken)
+    monkeypatch.setattr(eager, "rewrite", broken)
     return defer(INPUT, WEIGHT, None, torch.float32)[:2].cos().cpu().sum()
 
 
@@ -109,7 +110,7 @@ def test_an_error_of_the_numbers_is_their_own(caplog):
 
 
 def test_another_error_where_one_of_pytorch_may_come(monkeypatch, caplog):
-    monkeypatch.setattr(fused, "PYTORCH_ERRORS", ())
+    monkeypatch.setattr(eager, "PYTORCH_ERRORS", ())
     logits = defer(INPUT, WEIGHT, None, torch.float32)
     with surprise.on_error("raise"), pytest.raises(RuntimeError, match="Attempting to broadcast"):
         logits + torch.ones(7)
@@ -122,7 +123,7 @@ def test_another_error_where_one_of_pytorch_may_come(monkeypatch, caplog):
 
 @pytest.mark.parametrize("choice", ["warn", "raise"])
 def test_a_decomposition_that_fails(choice, caplog):
-    decomposed = tiling._or_as_it_is(broken)
+    decomposed = inductor._or_as_it_is(broken)
     with surprise.on_error(choice):
         if choice == "raise":
             with pytest.raises(KeyError, match=MESSAGE):

@@ -83,9 +83,12 @@ def gradient(problem: Problem, block_width: int) -> Kernel:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Nothing comes from a cache: neither a configuration nor an edit is in its keys."""
-    from cce_inductor import ops, tiling  # noqa: F401  (registers the operators)
+    from cce_inductor.operators import (
+        inductor,
+        ops,  # noqa: F401  (registers the operators)
+    )
 
-    tiling.register()
+    inductor.register()
     torch._dynamo.reset()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         yield
@@ -93,7 +96,7 @@ def _alone() -> Iterator[None]:
 
 def candidates(kernel: Kernel) -> list[Any]:
     """The configurations that would be tried, the default first; it runs the kernel to see."""
-    from cce_inductor.kernels import lowering
+    from cce_inductor.kernels.triton import lowering
 
     offered: list[list[Any]] = []
 
@@ -112,7 +115,7 @@ def candidates(kernel: Kernel) -> list[Any]:
 @contextlib.contextmanager
 def _edited(edit: Edit, suffix: str) -> Iterator[list[str]]:
     """Inductor gets the template's source as `edit` makes it; yields the sources."""
-    from cce_inductor.kernels import lowering
+    from cce_inductor.kernels.triton import lowering
 
     original = getattr(lowering._triton_template, "__wrapped__", lowering._triton_template)
     sources: list[str] = []
@@ -155,7 +158,7 @@ def measured(
         edit: applied to the template's source.
         suffix: tells edits apart.
     """
-    from cce_inductor.kernels import lowering
+    from cce_inductor.kernels.triton import lowering
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone())

@@ -22,17 +22,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule, Node
 
-from .. import compat
-from ..kernels.surprise import surprised
-from ..mutation import mutated_storages, storage_of
-from ..patterns import example
-from ..returned import ARRIVED, Deferral, DeferredOutput
-from . import fused
-from .operation import Operation, strided
-from .sharded import is_freed_after_forward, is_sharded
-from .stale import StaleLogitsError
-from .tensor import DeferredLogits, defer, with_strides
-from .type_tables import join_type_tables
+from cce_inductor.deferred import eager
+from cce_inductor.deferred.tensor import DeferredLogits, defer, with_strides
+from cce_inductor.deferred.type_tables import join_type_tables
+from cce_inductor.patterns.language.examples import example
+from cce_inductor.recipe.operation import Operation, strided
+from cce_inductor.recipe.sharded import is_freed_after_forward, is_sharded
+from cce_inductor.recipe.stale import StaleLogitsError
+from cce_inductor.rewriting.mutation import mutated_storages, storage_of
+from cce_inductor.rewriting.returned import ARRIVED, Deferral, DeferredOutput
+from cce_inductor.surprise import surprised
+from cce_inductor.torch_internals.patches import wrap_backends
+from cce_inductor.torch_internals.versions import saves_compiled
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def _compiled_with_outputs(
     compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
 ) -> Compiled:
     deferral = Deferral(arguments=example_inputs)
-    if compat.saves_compiled():
+    if saves_compiled():
         deferral.why_not = "the compiled function is saved, and loaded without what computes them"
     _compilations.open.append((module, deferral))
     try:
@@ -96,7 +97,7 @@ def _compiled_with_outputs(
 @functools.cache
 def _tell_dynamo() -> None:
     """From the first deferred logits on, what any backend compiles can be given some."""
-    compat.wrap_backends(_compiled_by_any)
+    wrap_backends(_compiled_by_any)
 
 
 def _compiled_by_any(
@@ -210,7 +211,7 @@ class _Unpacked:
     """
 
     values: list[Any]
-    written: list[tuple[int, tuple[fused.Call, ...], tuple[int, ...]]]
+    written: list[tuple[int, tuple[eager.Call, ...], tuple[int, ...]]]
     operations: list[Operation]
     count: int
 
@@ -230,7 +231,7 @@ class _Unpacked:
         places = {id(value): place for place, value in enumerate(values)}
         written = []
         for position, operation in waiting:
-            writing = fused.Writing()
+            writing = eager.Writing()
             writing.argument(operation)
             for tensor in writing.tensors:
                 if id(tensor) not in places:
@@ -274,7 +275,7 @@ def _compiled_for_tensors(
         ):
             return module(*arguments)  # where nothing depends on how they are computed
         results = compiled(*given.values)
-        fused.skip(list(itertools.compress(given.operations, skips)), results)
+        eager.skip(list(itertools.compress(given.operations, skips)), results)
         return results
 
     return _TakesDeferred(call)
@@ -345,7 +346,7 @@ def _accepting(
         for position, calls, places in unpacked.written:
             tensors = [arguments[place] for place in places]
             with example(old[position]).fake_mode:
-                logits = fused.add_calls(graph, calls, tensors)
+                logits = eager.add_calls(graph, calls, tensors)
             old[position].replace_all_uses_with(logits)
             graph.erase_node(old[position])
     for node in graph.nodes:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..location import calling_frame, in_torch
-from ..options import DEFAULT_MIN_LOGITS_BYTES
-from ..report import format_bytes, format_tensor
+from cce_inductor.options import DEFAULT_MIN_LOGITS_BYTES
+from cce_inductor.reporting.location import calling_frame, in_torch
+from cce_inductor.reporting.sizes import format_bytes, format_tensor
 
 _PACKAGE = Path(__file__).parent.parent
 _told: set[tuple[str, int]] = set()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operation import Operation, product, strided
+from cce_inductor.recipe.operation import Operation, product, strided
 
 aten = torch.ops.aten
 

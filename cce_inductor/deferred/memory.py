@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import cost, fused
-from .operation import Operation, strided
+from cce_inductor.deferred import cost, eager
+from cce_inductor.recipe.operation import Operation, strided
 
 
 class Memory:
@@ -98,7 +98,7 @@ class Memory:
 
     def _computed(self) -> Tensor:
         cost.tell(self._like)
-        computed = fused.few_rows(self.operation) if self.is_part else None
+        computed = eager.few_rows(self.operation) if self.is_part else None
         if computed is None:
             computed = self.operation.compute()
         if computed.stride() != self._like.stride():

@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import compat
-from ..kernels.surprise import surprised
-from ..location import calling_frame, in_compiler, in_torch
-from . import fused, lazy
-from .memory import Memory
-from .operation import Operation, product, strided
-from .stale import Guarded, StaleLogitsError
+from cce_inductor.deferred import eager, lazy
+from cce_inductor.deferred.memory import Memory
+from cce_inductor.recipe.operation import Operation, product, strided
+from cce_inductor.recipe.stale import Guarded, StaleLogitsError
+from cce_inductor.reporting.location import calling_frame, in_compiler, in_torch
+from cce_inductor.surprise import surprised
+from cce_inductor.torch_internals.tensors import forbid_memory
 
 aten = torch.ops.aten
 _DISABLED_IN = torch._dynamo.eval_frame.__file__
@@ -71,7 +71,7 @@ class DeferredLogits(Tensor):
             dtype=like.dtype,
             device=device,
         )
-        compat.forbid_memory(self)
+        forbid_memory(self)
         self._operation = operation
         without_gradient = operation.without_gradient
         self._memory = Memory(like, without_gradient, self.is_inference(), parent, of_parent)
@@ -156,13 +156,13 @@ class DeferredLogits(Tensor):
         if operation is None or not any(map(lazy.depends_on_sizes, operation.history())):
             return operation
         if operation.trained not in self._of_rows:
-            self._of_rows[operation.trained] = fused.of_rows(
+            self._of_rows[operation.trained] = eager.of_rows(
                 operation, lambda input, *others: defer(input.contiguous(), *others)
             )
         made = self._of_rows[operation.trained]
         return made._operation if isinstance(made, DeferredLogits) else None
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[fused.Call, ...] | None]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[eager.Call, ...] | None]:
         """For torch.compile: the tensors that it is computed from, and how; `boundary` puts that
         into the compiled graph."""
         try:
@@ -172,7 +172,7 @@ class DeferredLogits(Tensor):
                 return ["_tensor0"], None
         except StaleLogitsError:  # which whoever asks for the shape only need not know
             operation = self._operation
-        writing = fused.Writing(lambda guarded: guarded.tensor)
+        writing = eager.Writing(lambda guarded: guarded.tensor)
         writing.argument(operation)
         names = [f"_tensor{number}" for number in range(len(writing.tensors))]
         self.__dict__.update(zip(names, writing.tensors, strict=True))
@@ -189,12 +189,12 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor],
-        calls: tuple[fused.Call, ...] | None,
+        calls: tuple[eager.Call, ...] | None,
         outer_size: Sequence[int],
         outer_stride: Sequence[int],
     ) -> Tensor:
         tensors = [tensor.detach() for tensor in inner.values()]
-        made: Tensor = tensors[0] if calls is None else fused.replay(calls, tensors)
+        made: Tensor = tensors[0] if calls is None else eager.replay(calls, tensors)
         if made.stride() != tuple(outer_stride) and made.shape == outer_size:
             made = made.new_empty_strided(outer_size, outer_stride)
         return made
@@ -211,7 +211,7 @@ class DeferredLogits(Tensor):
         kwargs = kwargs or {}
         if func in _SPECIAL:
             return _SPECIAL[func](func, args, kwargs)
-        target = fused.spelling(func)
+        target = eager.spelling(func)
         if target is not None:
             result = _reduced(target, args, kwargs)
             if result is not NotImplemented:
@@ -325,7 +325,7 @@ def _reduced(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         }
         if not known or None in known.values():
             return NotImplemented
-        return fused.reduce(
+        return eager.reduce(
             target, *tree_map_only(DeferredLogits, lambda each: known[id(each)], (args, kwargs))
         )
 
@@ -354,7 +354,7 @@ def _derived(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     like_args, like_kwargs = tree_map_only(Tensor, _meta, (args, kwargs))
     try:
         like = func(*like_args, **like_kwargs)
-    except fused.PYTORCH_ERRORS:
+    except eager.PYTORCH_ERRORS:
         return NotImplemented  # an error, which may read otherwise than that of numbers
     except Exception:
         surprised("deferred logits are computed")

@@ -18,15 +18,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import compat
-from .tensor import DeferredLogits
+from cce_inductor.deferred.tensor import DeferredLogits
+from cce_inductor.torch_internals.capture import guarded_dictionaries
 
 
 def join_type_tables() -> None:
     """Adds `DeferredLogits` to the tables that the function reads that is being compiled."""
     tables = [
         table
-        for table in compat.guarded_dictionaries()
+        for table in guarded_dictionaries()
         if Tensor in table and all(isinstance(key, type) for key in table)
     ]
     if not tables:

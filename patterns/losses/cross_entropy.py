@@ -7,19 +7,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..algebra import Algebra, call, ignoring, late, vocabulary_of
-from ..expression import Apply, Operand
-from ..logits import Call, Logits, Row
-from ..rules import (
+from cce_inductor.patterns.language.algebra import Algebra, call, ignoring, late, vocabulary_of
+from cce_inductor.patterns.language.examples import (
     CHANGING,
-    Site,
-    UnsupportedError,
     constant,
     is_symbol,
-    loss,
     loss_reduction,
     tensor_example,
 )
+from cce_inductor.patterns.language.expression import Apply, Operand
+from cce_inductor.patterns.language.logits import Call, Logits
+from cce_inductor.patterns.language.rows import Row
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import UnsupportedError, loss
 
 
 @loss(F.cross_entropy)

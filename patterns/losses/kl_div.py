@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..algebra import Algebra, call, vocabulary_of
-from ..expression import Apply
-from ..logits import Logits, Row
-from ..rules import Site, loss, loss_reduction
+from cce_inductor.patterns.language.algebra import Algebra, call, vocabulary_of
+from cce_inductor.patterns.language.examples import loss_reduction
+from cce_inductor.patterns.language.expression import Apply
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.rows import Row
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import loss
 
 
 @loss(F.kl_div)

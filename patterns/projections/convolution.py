@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..logits import HERE, Logits, TensorOperation
-from ..product import product
-from ..rules import Site, is_tensor, projection, tensor_example
+from cce_inductor.patterns.language.examples import is_tensor, tensor_example
+from cce_inductor.patterns.language.logits import HERE, Logits, TensorOperation
+from cce_inductor.patterns.language.product import product
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import projection
 
 
 @projection(F.conv1d, F.conv2d, F.conv3d)

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from ..logits import Logits
-from ..product import product
-from ..rules import Site, projection, tensor_example
+from cce_inductor.patterns.language.examples import tensor_example
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.product import product
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import projection
 
 
 @projection(torch.einsum)

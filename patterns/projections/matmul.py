@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ..logits import Logits
-from ..product import product
-from ..rules import Site, projection
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.product import product
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import projection
 
 
 @projection(operator.matmul, torch.matmul, "matmul", "__matmul__", torch.mm, "mm", torch.bmm, "bmm")

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from ..algebra import Algebra, without_vocabulary
-from ..logits import Row
-from ..rules import Site, reduction
+from cce_inductor.patterns.language.algebra import Algebra, without_vocabulary
+from cce_inductor.patterns.language.rows import Row
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import reduction
 
 
 @reduction(torch.einsum)

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
-from ...kernels.program import TOPK_LIMIT
-from ..algebra import Algebra, call, without_vocabulary
-from ..expression import Apply
-from ..logits import Logits, Row
-from ..rules import Site, constant, reduction
+from cce_inductor.kernels.program.text import TOPK_LIMIT
+from cce_inductor.patterns.language.algebra import Algebra, call, without_vocabulary
+from cce_inductor.patterns.language.examples import constant
+from cce_inductor.patterns.language.expression import Apply
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.rows import Row
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import reduction
 
 
 @reduction(torch.argmax, "argmax")

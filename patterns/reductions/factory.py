@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from ..algebra import call, size_of
-from ..logits import Logits, Row
-from ..rules import Site, reduction, same_size, tensor_example
+from cce_inductor.patterns.language.algebra import call, size_of
+from cce_inductor.patterns.language.examples import same_size, tensor_example
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.rows import Row
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import reduction
 
 
 @reduction("new_zeros")

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from ..algebra import Algebra, call, vocabulary_of
-from ..logits import Row
-from ..rules import Site, dimension, reduction, tensor_example
+from cce_inductor.patterns.language.algebra import Algebra, call, vocabulary_of
+from cce_inductor.patterns.language.examples import dimension, tensor_example
+from cce_inductor.patterns.language.rows import Row
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import reduction
 
 
 @reduction(torch.sum, "sum")

@@ -10,21 +10,27 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..algebra import call, vocabulary_of
-from ..entries import among, at_index, overwritten, takes_one_of_each_row, value_of_rows
-from ..expression import COLUMN, Apply, Operand
-from ..logits import Logits
-from ..rules import (
-    Site,
+from cce_inductor.patterns.language.algebra import call, vocabulary_of
+from cce_inductor.patterns.language.entries import (
+    among,
+    at_index,
+    overwritten,
+    takes_one_of_each_row,
+    value_of_rows,
+)
+from cce_inductor.patterns.language.examples import (
     constant,
     example,
     is_symbol,
     is_tensor,
     same_shape,
     tensor_example,
-    transform,
 )
-from .select import without_ellipsis
+from cce_inductor.patterns.language.expression import COLUMN, Apply, Operand
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import transform
+from cce_inductor.patterns.transforms.select import without_ellipsis
 
 
 @transform(operator.setitem)

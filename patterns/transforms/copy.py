@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..logits import Logits
-from ..rules import Site, constant, tensor_example, transform
+from cce_inductor.patterns.language.examples import constant, tensor_example
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import transform
 
 
 @transform("contiguous", "clone", torch.clone, "detach", torch.detach, "requires_grad_", "cpu")

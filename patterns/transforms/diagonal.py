@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..entries import at_diagonal, overwritten
-from ..logits import Logits
-from ..rules import Site, tensor_example, transform
+from cce_inductor.patterns.language.entries import at_diagonal, overwritten
+from cce_inductor.patterns.language.examples import tensor_example
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import transform
 
 
 @transform("fill_diagonal_")

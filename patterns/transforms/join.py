@@ -14,10 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..algebra import call
-from ..expression import COLUMN, LOGIT, Apply, Operand, leaves, only_where
-from ..logits import Call, Logits, Projection, applied, is_reduced
-from ..rules import Site, dimension, is_tensor, same_size, tensor_example, transform
+from cce_inductor.patterns.language.algebra import call
+from cce_inductor.patterns.language.examples import dimension, is_tensor, same_size, tensor_example
+from cce_inductor.patterns.language.expression import (
+    COLUMN,
+    LOGIT,
+    Apply,
+    Operand,
+    leaves,
+    only_where,
+)
+from cce_inductor.patterns.language.logits import Call, Logits, Projection, applied
+from cce_inductor.patterns.language.rows import is_reduced
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import transform
 
 
 @transform(torch.cat, torch.concat, torch.concatenate)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ..entries import value_of_rows
-from ..expression import COLUMN, Apply
-from ..logits import Logits
-from ..rules import Site, block
+from cce_inductor.patterns.language.entries import value_of_rows
+from cce_inductor.patterns.language.expression import COLUMN, Apply
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import block
 
 
 @block(F.one_hot)

@@ -6,9 +6,17 @@ from typing import Any
 
 import torch
 
-from ..entries import at_scatter, overwritten
-from ..logits import Logits
-from ..rules import Site, dimension, is_tensor, same_shape, same_size, tensor_example, transform
+from cce_inductor.patterns.language.entries import at_scatter, overwritten
+from cce_inductor.patterns.language.examples import (
+    dimension,
+    is_tensor,
+    same_shape,
+    same_size,
+    tensor_example,
+)
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import transform
 
 
 @transform("scatter", "scatter_", torch.scatter)

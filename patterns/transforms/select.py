@@ -8,19 +8,27 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..expression import COLUMN, Apply, Expression, Operand, leaves, where
-from ..logits import HERE, Logits, Projection, TensorOperation, is_reduced, size_hint
-from ..rules import (
-    Site,
-    UnsupportedError,
+from cce_inductor.patterns.language.examples import (
     constant,
     dimension,
     example,
     is_symbol,
     is_tensor,
     tensor_example,
-    transform,
 )
+from cce_inductor.patterns.language.expression import (
+    COLUMN,
+    Apply,
+    Expression,
+    Operand,
+    leaves,
+    where,
+)
+from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation
+from cce_inductor.patterns.language.rows import is_reduced
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import UnsupportedError, transform
+from cce_inductor.torch_internals.symbols import size_hint
 
 
 @transform(operator.getitem)

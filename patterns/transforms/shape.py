@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from ..logits import HERE, WIDTH, Logits
-from ..rules import Site, dimension, example, same_size, tensor_example, transform
+from cce_inductor.patterns.language.examples import dimension, example, same_size, tensor_example
+from cce_inductor.patterns.language.logits import HERE, WIDTH, Logits
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import transform
 
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

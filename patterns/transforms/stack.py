@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..logits import Stack, Value
-from ..rules import Rule, Site, dimension, is_tensor, same_shape, tensor_example, transform
-from .cast import cast
-from .copy import copy
-from .select import getitem, without_ellipsis
-from .shape import permute, transpose, unsqueeze
+from cce_inductor.patterns.language.examples import dimension, is_tensor, same_shape, tensor_example
+from cce_inductor.patterns.language.logits import Stack, Value
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import Rule, transform
+from cce_inductor.patterns.transforms.cast import cast
+from cce_inductor.patterns.transforms.copy import copy
+from cce_inductor.patterns.transforms.select import getitem, without_ellipsis
+from cce_inductor.patterns.transforms.shape import permute, transpose, unsqueeze
 
 
 @transform(torch.stack)

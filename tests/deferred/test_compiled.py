@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 import cce_inductor
-from cce_inductor import compat
+from cce_inductor import installation
+from cce_inductor.deferred import boundary
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
-from cce_inductor.deferred.stale import StaleLogitsError
 from cce_inductor.deferred.tensor import DeferredLogits
 from cce_inductor.options import Options
-from cce_inductor.rewrite import rewrite
+from cce_inductor.recipe.stale import StaleLogitsError
+from cce_inductor.rewriting.rewrite import rewrite
+from cce_inductor.torch_internals.patches import wrap_inductor
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -474,14 +476,14 @@ def test_used_otherwise():
 
 
 def test_saved_functions_return_what_they_did(monkeypatch):
-    monkeypatch.setattr(compat, "saves_compiled", lambda: True)
+    monkeypatch.setattr(boundary, "saves_compiled", lambda: True)
     _, logits = compiled(loss_and_logits)(*leaves(), TARGET)
     assert type(logits) is torch.Tensor
     assert "the compiled function is saved" in cce_inductor.reports()[0].reason
 
 
 def test_late_passes(monkeypatch):
-    monkeypatch.setattr(compat, "passes_run_always", lambda: False)
+    monkeypatch.setattr(installation, "passes_run_always", lambda: False)
     with cce_inductor.installed(min_logits_bytes=0):
         _, logits = torch.compile(loss_and_logits)(*leaves(), TARGET)
     assert type(logits) is torch.Tensor
@@ -491,7 +493,7 @@ def test_late_passes(monkeypatch):
 def test_without_a_place_in_the_compiler(monkeypatch, caplog):
     """Then the rest works."""
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", object)
-    assert compat.wrap_inductor(print) is None
+    assert wrap_inductor(print) is None
     with (
         caplog.at_level(logging.WARNING, "cce_inductor"),
         cce_inductor.installed(min_logits_bytes=0),

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
-from cce_inductor.deferred import cost, fused
+from cce_inductor.deferred import cost, eager
 from cce_inductor.deferred.memory import Memory
-from cce_inductor.deferred.stale import StaleLogitsError
 from cce_inductor.deferred.tensor import DeferredLogits, defer, with_strides
-from cce_inductor.location import in_compiler, in_torch
+from cce_inductor.recipe.stale import StaleLogitsError
+from cce_inductor.reporting.location import in_compiler, in_torch
 from cce_inductor.testing import relative_error
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 2, 5, 8, 50
@@ -326,9 +326,9 @@ def test_wrong_indices_are_an_error_at_once():
 
 def test_the_workspace_is_that_of_the_options(monkeypatch):
     seen = []
-    original = fused.reduce_all
+    original = eager.reduce_all
     monkeypatch.setattr(
-        fused, "reduce_all", lambda graph, options: seen.append(options) or original(graph, options)
+        eager, "reduce_all", lambda graph, options: seen.append(options) or original(graph, options)
     )
     with cce_inductor.installed(workspace_bytes=12345):
         Head().deferred().logsumexp(-1)
@@ -1243,12 +1243,12 @@ def test_no_leak_in_a_thousand_steps():
         step()
     gc.collect()
     tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
-    plans = fused._reduction.cache_info().currsize
+    plans = eager._reduction.cache_info().currsize
     for _ in range(1000):
         step()
     gc.collect()
     assert sum(isinstance(each, torch.Tensor) for each in gc.get_objects()) <= tensors
-    assert fused._reduction.cache_info().currsize == plans
+    assert eager._reduction.cache_info().currsize == plans
 
 
 def test_threads_compute_once():

@@ -7,7 +7,7 @@ from expecttest import assert_expected_inline
 
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.options import Options
-from cce_inductor.rewrite import rewrite
+from cce_inductor.rewriting.rewrite import rewrite
 
 INPUT, WEIGHT = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
 BIAS, TARGET = torch.randn(50, requires_grad=True), torch.randint(50, (6,))

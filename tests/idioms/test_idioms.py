@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.options import Options
-from cce_inductor.report import LossReport
-from cce_inductor.rewrite import rewrite
+from cce_inductor.reporting.report import LossReport
+from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.testing import in_float64, relative_error
 
 from .corpus import HIDDEN, IDIOMS, VOCABULARY, Idiom

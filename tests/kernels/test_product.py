@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from cce_inductor.kernels.product import WideProduct, accumulation_dtype, operand_dtype
+
+from cce_inductor.kernels.blockwise.product import WideProduct, accumulation_dtype, operand_dtype
 
 CPU = torch.device("cpu")
 PRECISION = 2**-16

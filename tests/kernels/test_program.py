@@ -5,10 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cce_inductor.kernels import program
-from cce_inductor.kernels.program import Name, Program, Schedule, Step, overload
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cce_inductor.kernels.program import tracing
+from cce_inductor.kernels.program.derivative import derivative
+from cce_inductor.kernels.program.schedule import Schedule, schedule
+from cce_inductor.kernels.program.text import Name, Program, Step, overload
+from cce_inductor.kernels.program.tracing import NotPointwiseError, record
 
 ROWS, COLUMNS = 3, 5
 SOFTCAP = "t0 = div.Tensor(z, 30.0); t1 = tanh(t0); t2 = mul.Tensor(t1, 30.0)"
@@ -178,7 +182,7 @@ def test_schedule_writes_over_nothing_that_is_needed(name, dtype):
     want = evaluated(parsed, values)
     values["z"] = values["z"].clone()
     given_values = dict(values)
-    parsed.forward.run(values)
+    schedule(parsed).run(values)
     for root, expected in zip(parsed.roots, want, strict=True):
         torch.testing.assert_close(values[root], expected, rtol=0, atol=0)
         if root[0] == "t" and expected.is_floating_point():
@@ -192,7 +196,7 @@ def test_schedule_keeps_what_it_must_and_drops_the_rest():
         "t0 = exp(z); t1 = sin(t0); t2 = cos(t0); t3 = mul.Tensor(t1, t2); sum(t3)"
     )
     values = values_for("")
-    parsed.forward.run(values)
+    schedule(parsed).run(values)
     assert [v for v in values if v[0] == "t"] == ["t3"]
 
 
@@ -200,7 +204,7 @@ def test_a_chain_stays_in_one_block():
     parsed = Program.parse(SOFTCAP + "; sum(t2)")
     values = values_for("")
     memory = values["z"].data_ptr()
-    parsed.forward.run(values)
+    schedule(parsed).run(values)
     assert values["t2"].data_ptr() == memory
 
 
@@ -215,7 +219,7 @@ def test_a_chain_stays_in_one_block():
     ],
 )
 def test_peak(text, peak):
-    assert Program.parse(text).forward.peak() == peak
+    assert schedule(Program.parse(text)).peak() == peak
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -230,8 +234,8 @@ def test_peak_counts_all_blocks_that_exist(name):
             blocks = {v.data_ptr() for k, v in self.items() if k[0] in "zt" and v.dim() == 2}
             held.append(len(blocks))
 
-    parsed.forward.run(Values(values_for("")))
-    assert max(held, default=1) <= parsed.forward.peak()
+    schedule(parsed).run(Values(values_for("")))
+    assert max(held, default=1) <= schedule(parsed).peak()
 
 
 # Derivatives
@@ -264,7 +268,7 @@ def both_gradients(text):
     operands = [torch.empty(0)] * 6
     for name, at in parsed.operands.items():
         operands[at] = values[name]
-    backward = parsed.backward(operands)
+    backward = derivative(parsed, operands)
     values["z"] = values["z"].clone()
     before = {k: v.clone() for k, v in values.items() if k != "z"}
     backward.forward.run(values)
@@ -372,7 +376,7 @@ def test_gradient_at_a_kink(name):
     z = torch.tensor([points], dtype=torch.float64).requires_grad_()
     (made,) = evaluated(parsed, {Name("z"): z, Name("j"): torch.arange(9)[None]})
     (want,) = torch.autograd.grad(made, z, torch.full_like(made, 2.0))
-    backward = parsed.backward([])
+    backward = derivative(parsed, [])
     values = {Name("z"): z.detach().clone()}
     backward.forward.run(values)
     values[Name("g0")] = torch.full((1, 9), 2.0, dtype=torch.float64)
@@ -382,16 +386,16 @@ def test_gradient_at_a_kink(name):
 
 
 def test_what_mixes_elements_has_no_derivative():
-    with pytest.raises(program.NotPointwiseError):
-        Program.parse("t0 = cumsum(z, 0); sum(t0)").backward([])
+    with pytest.raises(NotPointwiseError):
+        derivative(Program.parse("t0 = cumsum(z, 0); sum(t0)"), [])
 
 
 def test_the_derivative_is_made_once():
     parsed = Program.parse(SOFTCAP + "; sum(t2)")
-    assert parsed.backward([]) is Program.parse(str(parsed)).backward([])
+    assert derivative(parsed, []) is derivative(Program.parse(str(parsed)), [])
     masked = Program.parse("t0 = mul.Tensor(z, c0); sum(t0)")
-    assert "c0" in masked.backward([torch.ones(4)]).gradients
-    assert "c0" not in masked.backward([torch.ones(4, dtype=torch.bool)]).gradients
+    assert "c0" in derivative(masked, [torch.ones(4)]).gradients
+    assert "c0" not in derivative(masked, [torch.ones(4, dtype=torch.bool)]).gradients
 
 
 def test_the_derivative_can_be_made_anywhere():
@@ -401,7 +405,7 @@ def test_the_derivative_can_be_made_anywhere():
     for number, context in enumerate((torch.no_grad(), torch.inference_mode(), FakeTensorMode())):
         with context:
             parsed = Program.parse(f"t0 = mul.Tensor(z, {number}.5); t1 = exp(t0); sum(t1)")
-            assert "z" in parsed.backward([]).gradients
+            assert "z" in derivative(parsed, []).gradients
 
 
 UNARY_STEPS = ["neg", "exp", "tanh", "sigmoid", "sin", "detach", "relu", "abs"]
@@ -436,7 +440,7 @@ def test_any_chain(text):
     z = random(ROWS, COLUMNS).mul_(0.3)
     want = evaluated(parsed, values_for(text, z))
     values = values_for(text, z.clone())
-    parsed.forward.run(values)
+    schedule(parsed).run(values)
     for root, expected in zip(parsed.roots, want, strict=True):
         torch.testing.assert_close(values[root], expected, rtol=0, atol=0, equal_nan=True)
     got, want = both_gradients(text)
@@ -450,7 +454,7 @@ def test_steps_of_a_function_as_pytorch_writes_it():
         return F.softplus(x.clone().mul_(2.0)) - y.detach()
 
     inputs = {Name("z"): torch.float64, Name("s0"): torch.float64}
-    steps, results = program.record(function, inputs)
+    steps, results = record(function, inputs)
     assert [str(step) for step in steps] == [
         "t0 = mul.Tensor(z, 2.0)",
         "t1 = softplus(t0)",
@@ -523,9 +527,7 @@ RECORDED = {
 def test_what_is_recorded(name):
     """Whatever name a tensor has, it holds what was written last, as in eager code."""
     function, text = RECORDED[name]
-    steps, (result,) = program.record(
-        function, {Name("z"): torch.float64, Name("s0"): torch.float64}
-    )
+    steps, (result,) = record(function, {Name("z"): torch.float64, Name("s0"): torch.float64})
     assert "; ".join(map(str, steps)) == text
     z, s0 = random(3, 4), random(3, 4, seed=1)
     values = {Name("z"): z.clone(), Name("s0"): s0.clone()}
@@ -571,17 +573,17 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 def test_what_is_not_pointwise(name):
     before = torch.get_rng_state()
-    with pytest.raises(program.NotPointwiseError):
-        program.record(MIXED[name], {Name("z"): torch.float64})
+    with pytest.raises(NotPointwiseError):
+        record(MIXED[name], {Name("z"): torch.float64})
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_error_of_the_function():
     """It is let out as it is: who records knows what it means."""
     with pytest.raises(IndexError):
-        program.record(lambda x: x[0], {Name("z"): torch.float64})
-    with pytest.raises(program.NotPointwiseError, match=r"its derivative fails: .*bitwise"):
-        Program.parse("t0 = bitwise_and.Tensor(z, z); sum(t0)").backward([])
+        record(lambda x: x[0], {Name("z"): torch.float64})
+    with pytest.raises(NotPointwiseError, match=r"its derivative fails: .*bitwise"):
+        derivative(Program.parse("t0 = bitwise_and.Tensor(z, z); sum(t0)"), [])
 
 
 @pytest.mark.parametrize("place", ["_is_pointwise", "_functional", "_constant_of"])
@@ -597,17 +599,17 @@ def test_an_error_of_the_recorder(place, monkeypatch):
         except RuntimeError:
             return x
 
-    monkeypatch.setattr(program, place, typo)
+    monkeypatch.setattr(tracing, place, typo)
     with pytest.raises(RuntimeError, match="a typo"):
-        program.record(function, {Name("z"): torch.float64})
+        record(function, {Name("z"): torch.float64})
 
 
 def test_detach_is_a_step_where_it_matters():
     inputs = {Name("z"): torch.float64}
-    steps, _ = program.record(lambda x: x * x.detach(), inputs, keeps_detach=True)
+    steps, _ = record(lambda x: x * x.detach(), inputs, keeps_detach=True)
     assert "; ".join(map(str, steps)) == "t0 = detach(z); t1 = mul.Tensor(z, t0)"
-    steps, _ = program.record(lambda x: x * x.detach(), inputs)
+    steps, _ = record(lambda x: x * x.detach(), inputs)
     assert "; ".join(map(str, steps)) == "t0 = mul.Tensor(z, z)"
     for function in (lambda x: x + x.detach().mul_(2), lambda x: x.detach() + x.mul_(2)):
-        with pytest.raises(program.NotPointwiseError, match="changes a detached tensor"):
-            program.record(function, inputs, keeps_detach=True)
+        with pytest.raises(NotPointwiseError, match="changes a detached tensor"):
+            record(function, inputs, keeps_detach=True)

@@ -6,10 +6,12 @@ import functools
 import pytest
 import torch
 from cases import CROSS_ENTROPY, PROGRAMS, assert_agrees, case, gradients_of, head_of, random
-from cce_inductor.kernels import blockwise, tiled
-from cce_inductor.kernels.program import Program
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from cce_inductor.kernels.blockwise import engine
+from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.triton import tiled
 
 TILE = 128
 TILED = {
@@ -28,10 +30,10 @@ def computed(input, head, upstream=None, wanted=None):
     return gradients_of(reduce, tiled.reduce_backward, input, head, upstream, wanted)
 
 
-@pytest.mark.parametrize("vocabulary", [5, TILE, 2 * blockwise.TILE + 300])
+@pytest.mark.parametrize("vocabulary", [5, TILE, 2 * engine.TILE + 300])
 @pytest.mark.parametrize("name", TILED)
 def test_any_program(name, vocabulary, monkeypatch):
-    monkeypatch.setattr(tiled, "MIN_BLOCK", blockwise.TILE)
+    monkeypatch.setattr(tiled, "MIN_BLOCK", engine.TILE)
     input, head = case(TILED[name], vocabulary, dtype=torch.float32, workspace_bytes=1)
     assert tiled.reason_against(head) is None
     assert_agrees(computed, input, head, rtol=2e-4, atol=1e-3)
@@ -87,7 +89,7 @@ def test_all_logits_minus_infinity():
     head.operands[4] = torch.full_like(head.operands[4], -torch.inf)
     lse, _, _ = tiled.reduce(input, head, tile=TILE)
     assert (lse == -torch.inf).all()
-    assert blockwise.reduce(input, head)[0].equal(lse)
+    assert engine.reduce(input, head)[0].equal(lse)
 
 
 def test_gradient_of_a_float32_weight_under_bfloat16_is_not_rounded_to_it():
@@ -119,7 +121,7 @@ def test_statistics_are_wide_where_there_are_many():
 
 def test_a_weight_is_cast_block_by_block(monkeypatch):
     """And only after everything has been made of the block before."""
-    monkeypatch.setattr(tiled, "MIN_BLOCK", blockwise.TILE)
+    monkeypatch.setattr(tiled, "MIN_BLOCK", engine.TILE)
     input, head = case(CROSS_ENTROPY, vocabulary=2500, dtype=torch.float32, workspace_bytes=1)
     head = dataclasses.replace(head, compute_dtype=torch.bfloat16)
     calls = []
@@ -146,7 +148,7 @@ def test_gradient_is_one_program():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "logit_gradient", spy)
-        wanted = blockwise.Wanted(True, False, False, [False] * len(head.operands))
+        wanted = engine.Wanted(True, False, False, [False] * len(head.operands))
         grads = [torch.ones(12), torch.ones(12), None]
         tiled.reduce_backward(grads, results, input, head, wanted)
     (text,) = seen

@@ -7,7 +7,7 @@ from checks import assert_as_accurate_as_eager, capture, reason_against, rewritt
 from expecttest import assert_expected_inline
 
 from cce_inductor.options import Options
-from cce_inductor.rewrite import rewrite
+from cce_inductor.rewriting.rewrite import rewrite
 
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8).bfloat16().requires_grad_()

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor.options import Options
-from cce_inductor.rewrite import rewrite
+from cce_inductor.rewriting.rewrite import rewrite
 
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)

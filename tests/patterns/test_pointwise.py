@@ -6,8 +6,6 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from cce_inductor.kernels import program
-from cce_inductor.patterns import expression
 from checks import (
     assert_as_accurate_as_eager,
     reason_against,
@@ -15,6 +13,9 @@ from checks import (
     value_and_gradients,
 )
 from expecttest import assert_expected_inline
+
+from cce_inductor.kernels.program import derivative
+from cce_inductor.patterns.language import capture
 
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
@@ -425,13 +426,15 @@ def test_function_of_a_matrix_is_left_alone():
 
 
 @pytest.mark.parametrize("error", [NameError, RuntimeError, KeyError])
-@pytest.mark.parametrize("place", ["_is_pointwise", "_needed", "_differentiate"])
+@pytest.mark.parametrize(
+    "place", ["tracing._is_pointwise", "tracing.needed", "derivative._differentiate"]
+)
 def test_an_error_of_this_package_is_no_property_of_the_function(place, error, monkeypatch):
     def typo(*_):
         raise error("a typo")
 
-    monkeypatch.setattr(program, place, typo)
-    monkeypatch.setattr(program, "_differentiated", {})
-    expression._trace.cache_clear()
+    monkeypatch.setattr(f"cce_inductor.kernels.program.{place}", typo)
+    derivative._derivative_of_text.cache_clear()
+    capture._trace.cache_clear()
     with pytest.raises(error, match="a typo"):
         rewritten_graph(loss_after(torch.sin), INPUT, WEIGHT, TARGET)

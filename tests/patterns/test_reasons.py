@@ -10,7 +10,7 @@ from checks import capture, reason_against, reports_of
 
 import cce_inductor
 from cce_inductor.options import Options
-from cce_inductor.rewrite import rewrite
+from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.testing import assert_matches_eager
 
 torch.manual_seed(0)

@@ -104,7 +104,9 @@ def fake_cuda(capability: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in answers:
             stack.enter_context(mock.patch.object(owner, name, value))
-        stack.enter_context(mock.patch("cce_inductor.tiling.has_triton", return_value=True))
+        stack.enter_context(
+            mock.patch("cce_inductor.operators.inductor.has_triton", return_value=True)
+        )
         try:
             yield
         finally:

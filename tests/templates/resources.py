@@ -16,11 +16,14 @@ from unittest import mock
 import torch
 import triton
 from ahead_of_time import Compiled, compile_templates
-from cce_inductor.kernels import configs as configurations
-from cce_inductor.kernels.configs import Config
 from fake_cuda import SHARED_MEMORY, output_code
 
-from cce_inductor import ops, tiling  # noqa: F401  (registers the operators)
+from cce_inductor.kernels.triton import configs as configurations
+from cce_inductor.kernels.triton.configs import Config
+from cce_inductor.operators import (
+    inductor,
+    ops,  # noqa: F401  (registers the operators)
+)
 
 ROWS, VOCABULARY, HIDDEN = 8192, 32768, 4096
 PROGRAMS = {
@@ -76,7 +79,7 @@ def compiled(
     kind: str, program: str, dtype: torch.dtype, capability: int, config: Config | None = None
 ) -> Compiled:
     """A template's kernel, in the default configuration if none is given."""
-    tiling.register()
+    inductor.register()
     function, inputs = KINDS[kind](program, dtype)
     chosen = configurations.configs if config is None else mock.Mock(return_value=[config])
     with mock.patch(f"{configurations.__package__}.lowering.configs", chosen):
@@ -87,7 +90,7 @@ def compiled(
 
 def every_config(kind: str, program: str, dtype: torch.dtype, capability: int) -> list[Config]:
     """What autotuning tries, the default first; the group size changes nothing here."""
-    tiling.register()
+    inductor.register()
     tried: list[Config] = []
 
     def spy(*arguments: Any, **options: Any) -> list[Config]:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from ahead_of_time import compile_templates, templates_in
-from cce_inductor.kernels import lowering, tiled
-from cce_inductor.kernels.program import Program
 from expecttest import assert_expected_inline
 from fake_cuda import PROCESSORS, SHARED_MEMORY, output_code
 from resources import DTYPES, KINDS, PROGRAMS, compiled, every_config, gradient, statistics
 
-from cce_inductor import tiling
+from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.triton import lowering, tiled
+from cce_inductor.operators import inductor
 
 BF16, F32 = torch.bfloat16, torch.float32
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -25,7 +25,7 @@ CROSS_ENTROPY = PROGRAMS["cross-entropy"]
 
 @pytest.fixture(autouse=True)
 def with_templates():
-    tiling.register()
+    inductor.register()
 
 
 def calls(code):
@@ -399,7 +399,7 @@ import torch
 {setting}
 from fake_cuda import output_code
 from resources import PROGRAMS, statistics, tiling
-tiling.register()
+inductor.register()
 print(output_code(*statistics(PROGRAMS["cross-entropy"], torch.float32)))
 """
     here = Path(__file__).parent
@@ -478,19 +478,19 @@ def test_max_autotune_tries_every_configuration(monkeypatch):
 @pytest.mark.parametrize(
     ("patched", "why"),
     [
-        ({"tiling.has_triton": lambda: False}, "Triton is not there"),
-        ({"tiling.torch.version.hip": "6.0"}, "the templates are for NVIDIA devices"),
+        ({"operators.inductor.has_triton": lambda: False}, "Triton is not there"),
+        ({"operators.inductor.torch.version.hip": "6.0"}, "the templates are for NVIDIA devices"),
     ],
 )
 def test_devices_without_templates(patched, why, monkeypatch):
-    monkeypatch.setattr(tiling, "has_triton", lambda: True)
+    monkeypatch.setattr(inductor, "has_triton", lambda: True)
     for name, value in patched.items():
         monkeypatch.setattr(f"cce_inductor.{name}", value)
-    assert tiling._reason_against(torch.device("cuda", 0)) == why
+    assert inductor._reason_against(torch.device("cuda", 0)) == why
 
 
 def test_old_devices_have_no_templates(monkeypatch):
-    monkeypatch.setattr(tiling, "has_triton", lambda: True)
+    monkeypatch.setattr(inductor, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    why = tiling._reason_against(torch.device("cuda", 0))
+    why = inductor._reason_against(torch.device("cuda", 0))
     assert why == "the templates are for devices of compute capability 8.0 and later"

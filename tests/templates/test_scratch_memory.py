@@ -10,7 +10,7 @@ from fake_cuda import Driver
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime._allocation import NullAllocator
 
-from cce_inductor import compat
+from cce_inductor.torch_internals.patches import allocate_scratch_memory
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +68,12 @@ def test_triton_itself_has_none_in_another_thread(monkeypatch):
 
 @pytest.mark.parametrize("run", [in_thread, in_context])
 def test_every_thread_and_context_has_an_allocator(run):
-    compat.allocate_scratch_memory()
+    allocate_scratch_memory()
     assert run(scratch_of_a_launch).numel() == 3 * 128
 
 
 def test_an_allocator_that_was_set_is_used():
-    compat.allocate_scratch_memory()
+    allocate_scratch_memory()
     asked = []
 
     def theirs(size, alignment, stream):

@@ -27,9 +27,9 @@ else:
     @pytest.fixture(autouse=True)
     def templates_on_cpu(monkeypatch, caplog, request):
         """Inductor uses the templates for tensors on the CPU, and none of them fails."""
-        monkeypatch.setattr("cce_inductor.kernels.tiled.DEVICES", {"cpu"})
-        monkeypatch.setattr("cce_inductor.kernels.lowering.DEVICES", {"cpu"})
-        monkeypatch.setattr("cce_inductor.tiling.has_triton", lambda: True)
+        monkeypatch.setattr("cce_inductor.kernels.triton.tiled.DEVICES", {"cpu"})
+        monkeypatch.setattr("cce_inductor.kernels.triton.lowering.DEVICES", {"cpu"})
+        monkeypatch.setattr("cce_inductor.operators.inductor.has_triton", lambda: True)
         # A tensor of one number on the CPU would be handed over by value, unlike one on a GPU.
         monkeypatch.setattr(GraphLowering, "is_unspec_arg", lambda self, name: False)
         torch._dynamo.reset()

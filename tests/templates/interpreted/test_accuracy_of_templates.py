@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from cce_inductor.kernels import lowering, tiled
-from cce_inductor.kernels.configs import Config
 from test_accuracy import PROBLEMS, SEEDS, SPELLINGS, assert_contract
 
 import cce_inductor
+from cce_inductor.kernels.triton import lowering, tiled
+from cce_inductor.kernels.triton.configs import Config
 
 
 @pytest.fixture(autouse=True)

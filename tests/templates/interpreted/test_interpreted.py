@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from cases import IGNORED, PROGRAMS, expected, head_of, operands_of, random, upstream_of
 from cases import wants_gradient as wants
-from cce_inductor.kernels import lowering, surprise, tiled
-from cce_inductor.kernels.configs import Config
 from torch._inductor.select_algorithm import TritonTemplate
 from torch._inductor.utils import run_and_get_code
 from triton.runtime.errors import InterpreterError
 
 import cce_inductor
-from cce_inductor import tiling
+from cce_inductor import surprise
+from cce_inductor.kernels.triton import lowering, tiled
+from cce_inductor.kernels.triton.configs import Config
+from cce_inductor.operators import inductor
 from cce_inductor.testing import relative_error
 
 ROWS, HIDDEN, VOCABULARY = 70, 40, 300  # none a multiple of a block
@@ -68,7 +69,7 @@ def compiled(input, head, upstream, **options):
             head.workspace_bytes,
         )[:count]
 
-    tiling.register()
+    inductor.register()
     results = torch.compile(fn, fullgraph=True, **options)(*leaves)
     pairs = [
         (r, g) for r, g in zip(results, upstream, strict=True) if r.requires_grad and g is not None

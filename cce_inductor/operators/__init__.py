@@ -1,0 +1,1 @@
+"""The operators `torch.ops.cce_inductor.*`, and how Inductor compiles them."""

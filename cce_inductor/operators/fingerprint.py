@@ -1,0 +1,42 @@
+"""What compiled code depends on besides the graph: this package's sources and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cce_inductor.options import Options
+
+_PACKAGE = Path(__file__).parents[1]
+_SUFFIXES = (".py", ".jinja")
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of every Python file and every template of the package."""
+    digest = hashlib.sha256()
+    for file in sorted(_files()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _files() -> Iterator[Path]:
+    """The source files, also those in folders that a clone links to."""
+    for folder, _, names in os.walk(_PACKAGE, followlinks=True):
+        yield from (Path(folder, name) for name in names if name.endswith(_SUFFIXES))
+
+
+def fingerprint(options: Options) -> str:
+    """A digest of the sources and `options`, short enough to stand in a cache key."""
+    text = sources() + repr(sorted(dataclasses.asdict(options).items()))
+    return "cce_inductor-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tagged(tag: str, options: Options) -> str:
+    """The cache key tag `tag` with the fingerprint appended, once."""
+    mark = fingerprint(options)
+    return tag if mark in tag else f"{tag} {mark}".strip()

@@ -1,0 +1,138 @@
+"""Inductor computes the operators of `ops` in tiles, on devices that have templates.
+
+It decomposes them into those of `kernels.tile_ops`, for which `kernels.lowering` has templates, and
+small tensor code, which it fuses. What cannot be decomposed stays the operator it is, and runs the
+blockwise kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch.utils._triton import has_triton
+
+from cce_inductor.kernels.blockwise.engine import Head, Wanted
+from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.triton import tiled
+from cce_inductor.kernels.triton.gradient import UntiledError
+from cce_inductor.operators.fingerprint import sources
+from cce_inductor.surprise import surprised
+from cce_inductor.torch_internals.patches import allocate_scratch_memory, register_decomposition
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(input: Tensor) -> None:
+    """Makes Inductor use templates, if it may be compiling for a device that has them."""
+    if input.device.type in tiled.DEVICES and TracingContext.try_get() is not None:
+        register()
+
+
+@functools.cache
+def register() -> None:
+    from cce_inductor.kernels.triton import lowering
+
+    operators = torch.ops.cce_inductor
+    for operator, decomposition in (
+        (operators.reduce_rows.default, _reduce_rows),
+        (operators.reduce_rows_backward.default, _reduce_rows_backward),
+    ):
+        register_decomposition(operator, _or_as_it_is(decomposition))
+    allocate_scratch_memory()
+    lowering.register()
+
+
+def _or_as_it_is(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """The decomposition, or where it fails none: slower, but right."""
+
+    @functools.wraps(decomposition)
+    def decomposed(*arguments: Any) -> Any:
+        try:
+            return decomposition(*arguments)
+        except Exception:
+            surprised("a loss runs its blockwise kernels, which are slower on a GPU")
+            return NotImplemented
+
+    return decomposed
+
+
+def _reduce_rows(input: Tensor, *arguments: Any) -> Any:
+    head = _head(*arguments)
+    if not _is_tiled(input, head):
+        return NotImplemented
+    return tiled.reduce(input, head, sources())
+
+
+def _reduce_rows_backward(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    input: Tensor,
+    *arguments: Any,
+) -> Any:
+    *described, output_mask = arguments
+    head = _head(*described)
+    if not _is_tiled(input, head):
+        return NotImplemented
+    need_input, need_weight, need_bias, *need_operands = output_mask
+    wanted = Wanted(need_input, need_weight, need_bias, need_operands)
+    try:
+        found = tiled.reduce_backward(grads, results, input, head, wanted, sources())
+    except UntiledError as why:
+        _say(f"the gradient has no template: {why}")
+        return NotImplemented
+    gradients = (found.input, found.linear_weight, found.linear_bias, *found.operands)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _head(
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> Head:
+    return Head(
+        linear_weight,
+        linear_bias,
+        operands,
+        Program.parse(program),
+        skip_ignored,
+        compute_dtype,
+        workspace_bytes,
+    )
+
+
+def _is_tiled(input: Tensor, head: Head) -> bool:
+    if input.device.type not in tiled.DEVICES:
+        return False
+    if isinstance(input.shape[0], int) and input.shape[0] == 0:
+        return False  # nothing to launch
+    why = tiled.reason_against(head)
+    if why is None:
+        why = _reason_against(input.device)
+    if why is not None:
+        _say(why)
+    return why is None
+
+
+def _reason_against(device: torch.device) -> str | None:
+    """Why a device has no templates, None if it has."""
+    if not has_triton():
+        return "Triton is not there"
+    if torch.version.hip:
+        return "the templates are for NVIDIA devices"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the templates are for devices of compute capability 8.0 and later"
+    return None
+
+
+def _say(why: str) -> None:
+    _log.warning("cce_inductor uses its blockwise kernels, which are slower on a GPU: %s", why)

@@ -1,0 +1,301 @@
+"""The operators, `torch.ops.cce_inductor.*`, with their meta and autograd formulas.
+
+- `reduce_rows`: (input, weight, program) -> what the program says about each row of logits
+- `reduce_rows_backward`: its gradients, from logits computed again
+
+Rewritten graphs hold composites of them, so that the compiler and autograd see only these two and
+small operations on values of rows:
+
+- `reduce`: `reduce_rows` for any number of dimensions
+- `cross_entropy`: the loss from each row's `logsumexp` and target logit
+- `expand_rows`: an operand as large as the rows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels.blockwise import engine
+from cce_inductor.kernels.blockwise.product import accumulation_dtype, operand_dtype
+from cce_inductor.kernels.program.derivative import derivative
+from cce_inductor.kernels.program.text import INDEXED, OPERAND_KINDS, Program, position
+from cce_inductor.operators import inductor
+from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
+
+NAMESPACE = "cce_inductor"
+
+
+def _without_autocast(input: Tensor) -> torch.autocast:
+    """The kernels choose every dtype themselves."""
+    return torch.autocast(input.device.type, enabled=False)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::reduce_rows", mutates_args=())
+def reduce_rows(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    """See `kernels.blockwise.reduce`; `operands` and `program` as in `kernels.program`."""
+    head = engine.Head(
+        linear_weight,
+        linear_bias,
+        operands,
+        Program.parse(program),
+        skip_ignored,
+        operand_dtype(compute_dtype),
+        workspace_bytes,
+    )
+    with _without_autocast(input):
+        return engine.reduce(input, head)
+
+
+@reduce_rows.register_fake
+def _(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> list[Tensor]:
+    rows = input.shape[0]
+    parsed = Program.parse(program)
+    results = []
+    for reduction in parsed.reductions:
+        shape: tuple[Any, ...] = (rows,)
+        if reduction.kind in INDEXED:
+            shape = tuple(operands[position(reduction.args[1])].shape)
+        elif reduction.kind == "topk":
+            shape = (rows, reduction.args[1])
+        results.append(input.new_empty(shape, dtype=torch.float64))
+        if reduction.outputs == 2:
+            results.append(input.new_empty(shape, dtype=torch.int64))
+    if any(reduction.kind == "logsumexp" for reduction in parsed.reductions):
+        tiles = engine.tile_count(linear_weight.shape[0])
+        results.append(input.new_empty(rows, tiles, dtype=accumulation_dtype(compute_dtype)))
+    return results
+
+
+@torch.library.custom_op(f"{NAMESPACE}::reduce_rows_backward", mutates_args=())
+def reduce_rows_backward(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    """See `kernels.blockwise.reduce_backward`.
+
+    `output_mask` is for input, weight, bias and each operand; only what it asks for is returned.
+    """
+    head = engine.Head(
+        linear_weight,
+        linear_bias,
+        operands,
+        Program.parse(program),
+        skip_ignored,
+        operand_dtype(compute_dtype),
+        workspace_bytes,
+    )
+    need_input, need_weight, need_bias, *need_operands = output_mask
+    wanted = engine.Wanted(need_input, need_weight, need_bias, need_operands)
+    with _without_autocast(input):
+        found = engine.reduce_backward(grads, results, input, head, wanted)
+    gradients = (found.input, found.linear_weight, found.linear_bias, *found.operands)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@reduce_rows_backward.register_fake
+def _(
+    grads: Sequence[Tensor | None],
+    results: Sequence[Tensor],
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool,
+    compute_dtype: torch.dtype,
+    workspace_bytes: int,
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    primals = (input, linear_weight, linear_bias, *operands)
+    return [
+        primal.new_empty(primal.shape)
+        for primal, wanted in zip(primals, output_mask, strict=True)
+        if wanted and primal is not None
+    ]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    input, linear_weight, linear_bias, operands, *constants = inputs
+    ctx.set_materialize_grads(False)
+    ctx.constants = constants
+    ctx.results = len(output)
+    ctx.save_for_backward(input, linear_weight, linear_bias, *output, *operands)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    input, linear_weight, linear_bias, *rest = ctx.saved_tensors
+    results, operands = rest[: ctx.results], rest[ctx.results :]
+    need_input, need_weight, need_bias, need_operands, *_ = ctx.needs_input_grad
+    if not isinstance(need_operands, (list, tuple)):
+        need_operands = [need_operands] * len(operands)
+    program = Program.parse(ctx.constants[0])
+    reached = program.reached(grad is not None for grad in grads)
+    if not program.is_plain:
+        reached &= derivative(program, operands).connected
+    through_logit = "z" in reached
+    positions = {position(name) for name in reached if name[0] in OPERAND_KINDS}
+    output_mask = [need and through_logit for need in (need_input, need_weight, need_bias)]
+    output_mask += [need and at in positions for at, need in enumerate(need_operands)]
+    if not any(output_mask):
+        return None, None, None, [None] * len(operands), *(None for _ in ctx.constants)
+    found = iter(
+        torch.ops.cce_inductor.reduce_rows_backward(
+            list(grads),
+            results,
+            input,
+            linear_weight,
+            linear_bias,
+            operands,
+            *ctx.constants,
+            output_mask,
+        )
+    )
+    gradients = [next(found) if wanted else None for wanted in output_mask]
+    return *gradients[:3], gradients[3:], *(None for _ in ctx.constants)
+
+
+reduce_rows.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _refuse_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "cce_inductor: the fused linear cross-entropy has no second derivative; compute the "
+        "logits and torch.nn.functional.cross_entropy without cce_inductor for a double backward"
+    )
+
+
+reduce_rows_backward.register_autograd(_refuse_double_backward)
+
+
+def _reduce(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    operands: Sequence[Tensor],
+    program: str,
+    skip_ignored: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+) -> list[Tensor]:
+    inductor.prepare(input)
+    parsed = Program.parse(program)
+    rows, vocabulary = input.shape[:-1], linear_weight.shape[0]
+    count = math.prod(rows)
+    flat = list(operands)
+    for name in parsed.operands:
+        operand = operands[position(name)]
+        if name[0] in "rb":
+            width = 1 if name[0] == "r" else vocabulary
+            if operand.numel() != count * width:
+                operand = operand.expand(*rows, width)
+            shape = (count,) if name[0] == "r" else (count, width)
+            flat[position(name)] = operand.reshape(shape)
+        else:
+            flat[position(name)] = operand.reshape(() if name[0] == "s" else (-1,))
+    for reduction in parsed.reductions:
+        if reduction.kind in INDEXED:
+            index = operands[position(reduction.args[1])]
+            shape = (count, index.shape[-1]) if reduction.kind == "gather" else (count,)
+            flat[position(reduction.args[1])] = index.reshape(shape)
+    results = torch.ops.cce_inductor.reduce_rows(
+        input.reshape(count, input.shape[-1]),
+        linear_weight,
+        linear_bias,
+        flat,
+        program,
+        skip_ignored,
+        compute_dtype or input.dtype,
+        workspace_bytes,
+    )
+    results = results[: sum(reduction.outputs for reduction in parsed.reductions)]
+    return [r.reshape(*rows, r.shape[1] if r.dim() == 2 else 1) for r in results]
+
+
+def _expand_rows(operand: Tensor, rows: Tensor, dim: int, width: int) -> Tensor:
+    sizes = list(rows.shape)
+    sizes[dim] = width
+    return operand.expand(sizes)
+
+
+def _cross_entropy(
+    lse: Tensor | None,
+    target_logit: Tensor,
+    logit_sum: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    vocabulary: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    result_dtype: torch.dtype,
+) -> Tensor:
+    """Without `lse`, `target_logit` is a log-probability."""
+    rows = target.reshape(-1)
+    kept = rows != ignore_index
+    loss = -target_logit.reshape(-1)
+    if lse is not None:
+        loss = lse.reshape(-1) + loss
+    if weight is None:
+        total_weight, row_weight = vocabulary, kept
+    else:
+        class_weight = weight.to(torch.float64)
+        total_weight = class_weight.sum()
+        row_weight = class_weight[rows.masked_fill(~kept, 0)].masked_fill(~kept, 0.0)
+        loss = loss * row_weight
+    if logit_sum is not None:
+        assert lse is not None, "smoothing needs the logsumexp"
+        smooth = (lse.reshape(-1) * total_weight - logit_sum.reshape(-1)) / vocabulary
+        loss = loss * (1.0 - label_smoothing) + smooth * label_smoothing
+    loss = loss.masked_fill(~kept, 0.0)
+    if reduction == "none":
+        return loss.reshape(target.shape).to(result_dtype)
+    loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / row_weight.sum()
+    return loss.to(result_dtype)
+
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+for _schema, _implementation in {
+    "reduce(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, "
+    "str program, bool skip_ignored=False, ScalarType? compute_dtype=None, "
+    f"int workspace_bytes={DEFAULT_WORKSPACE_BYTES}) -> Tensor[]": _reduce,
+    "cross_entropy(Tensor? lse, Tensor target_logit, Tensor? logit_sum, Tensor target, "
+    "Tensor? weight, SymInt vocabulary, str reduction, int ignore_index, float label_smoothing, "
+    "ScalarType result_dtype) -> Tensor": _cross_entropy,
+    "expand_rows(Tensor operand, Tensor rows, int dim, SymInt width) -> Tensor": _expand_rows,
+}.items():
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_schema.split("(")[0], _implementation, "CompositeImplicitAutograd")

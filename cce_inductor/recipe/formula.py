@@ -1,0 +1,72 @@
+"""The numbers of logits from what a rewritten graph returns in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels.program.text import Name, Step, position
+
+
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """Logits as a function of a matrix product and some operands.
+
+    Attributes:
+        product_dtype: dtype that the matrix product is computed in and rounded to.
+        steps: what is done to each logit, as in `kernels.program`.
+        value: the name of the result.
+        wide: dtype in which that is done.
+        vocabulary_dim: the dimension of the result that counts the vocabulary, from the front.
+        dtype: of the result.
+        strides: of the logits in the user's graph, None for those of a contiguous tensor; the
+            caller's business.
+    """
+
+    product_dtype: torch.dtype
+    steps: tuple[Step, ...]
+    value: Name
+    wide: torch.dtype
+    vocabulary_dim: int
+    dtype: torch.dtype
+    strides: tuple[int, ...] | None
+
+    def __call__(self, product: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        """The logits, of the shape of `product` but for the place of the vocabulary.
+
+        Args:
+            product: [..., vocabulary], ``input @ weight.T + bias``.
+            operands: those of the steps.
+        """
+        result = product
+        if self.steps or self.value != "z":
+            result = self._stepped(product.to(self.wide), operands)
+        result = result.to(self.dtype)
+        if self.vocabulary_dim != result.dim() - 1:
+            result = result.movedim(-1, self.vocabulary_dim)
+        return result
+
+    def _stepped(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        values: dict[Any, Any] = {"z": z}
+        for step in self.steps:
+            for name in step.uses:
+                if name not in values:
+                    values[name] = self._leaf(name, z, operands)
+            values[step.name] = step.run(values, z.dtype)
+        if self.value not in values:
+            values[self.value] = self._leaf(self.value, z, operands).expand_as(z)
+        result: Tensor = values[self.value]
+        return result
+
+    @staticmethod
+    def _leaf(name: Name, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        if name == "j":
+            return torch.arange(z.shape[-1], device=z.device)
+        operand = operands[position(name)]
+        if name[0] == "c":
+            return operand.reshape(-1)
+        return operand.reshape(()) if name[0] == "s" else operand

@@ -1,0 +1,1 @@
+"""What the package tells people: reports of losses, reasons, places in their source, notices."""

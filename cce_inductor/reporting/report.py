@@ -1,0 +1,82 @@
+"""What was done about each loss, as records that a person or a program can read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.fx import Node
+
+from cce_inductor.reporting.location import describe, location
+from cce_inductor.reporting.sizes import format_bytes, format_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LossReport:
+    """One loss of one compiled graph.
+
+    Attributes:
+        rewritten: whether the fused operator took its place; for logits that are only returned
+            (``defer_logits="always"``), whether they are deferred.
+        reason: why not, in one sentence; None if it was rewritten.
+        location: ``file.py:line`` of the loss in the user's code, None if unknown.
+        loss: the operations from the projection to the loss.
+        logits_shape: shape of the projection's result; a dynamic size is given by the value it
+            had at compilation, or -1 if it is known only at run time. None if the projection was
+            not found.
+        logits_dtype: dtype of the projection's result, None likewise.
+        bytes_saved: bytes of one copy of those logits, if rewritten, else 0; also 0 if they are
+            known only at run time. What a training step saves is more: the gradient of the logits,
+            and a float32 copy where there was one.
+        deferred: whether the function also returns these logits, as `DeferredLogits`.
+        logits_bytes: bytes of those logits, or of the loss's input if the projection was not
+            found; None if they are known only at run time.
+        failed: whether the reason is an unexpected exception in the pass.
+        advice: what can be changed so that it is rewritten, None if nothing is known.
+    """
+
+    rewritten: bool
+    reason: str | None
+    location: str | None
+    loss: str
+    logits_shape: tuple[int, ...] | None
+    logits_dtype: torch.dtype | None
+    bytes_saved: int
+    deferred: bool = False
+    logits_bytes: int | None = 0
+    failed: bool = False
+    advice: str | None = None
+
+    @classmethod
+    def of_failure(cls, node: Node, reason: str) -> LossReport:
+        """The record of a loss in a graph that the pass could not look at."""
+        return cls(False, reason, location(node), describe(node), None, None, 0, failed=True)
+
+    @property
+    def sentence(self) -> str:
+        """All of it in a line, of a loss that is left alone."""
+        size = "" if self.logits_bytes is None else f"{format_bytes(self.logits_bytes)} "
+        name = self.loss.split(" > ")[-1].partition("(")[0]
+        place = f" at {self.location}" if self.location else ""
+        advice = f". To change that: {self.advice}" if self.advice is not None else ""
+        return f"a {size}{name}{place} was left alone: {self.reason}{advice}"
+
+    def __str__(self) -> str:
+        head = "rewritten" if self.rewritten else "left alone"
+        lines = [f"{head}: {self.loss}"]
+        if self.location:
+            lines.append(f"  at {self.location}")
+        if self.logits_shape is not None:
+            lines.append(f"  logits: {format_tensor(self.logits_shape, self.logits_dtype)}")
+        if self.rewritten:
+            saved = "as many bytes as they have at run time"
+            if self.logits_bytes is not None:
+                saved = format_bytes(self.bytes_saved)
+            lines.append(f"  not stored any more: {saved}")
+            if self.deferred:
+                lines.append("  the returned logits are deferred: computed when looked at")
+        else:
+            lines.append(f"  because {self.reason}")
+            if self.advice is not None:
+                lines.append(f"  to change that: {self.advice}")
+        return "\n".join(lines)

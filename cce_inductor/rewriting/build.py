@@ -1,0 +1,287 @@
+"""Nodes for what takes the place of losses and of returned logits.
+
+Every reduction of the same rows of the same logits comes from one operator (`plan`); the small
+operations on its results follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+
+from cce_inductor.options import DEFAULT_WORKSPACE_BYTES, Options
+from cce_inductor.patterns.language.algebra import vocabulary_of
+from cce_inductor.patterns.language.examples import example
+from cce_inductor.patterns.language.expression import Operand
+from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
+from cce_inductor.patterns.language.rows import AtRows, Statistic
+from cce_inductor.recipe.formula import Formula
+from cce_inductor.rewriting.found import FoundLoss, Walk
+from cce_inductor.rewriting.plan import Group
+from cce_inductor.rewriting.returned import (
+    Returned,
+)
+
+
+def computing_examples() -> torch.autograd.graph.saved_tensors_hooks:
+    """While values of new nodes are computed: hooks on saved tensors that are in force, those of a
+    checkpoint, say, are for the user's, which they count."""
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
+    """The mode of the example values, in which new tensors are examples too."""
+    for value in torch.utils._pytree.tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The nodes that deferred logits are made of."""
+
+    formula: Formula
+    input: Node
+    linear_weight: Node
+    linear_bias: Node | None
+    operands: list[Node]
+
+
+class Builder:
+    """Inserts nodes, with example values, and can take them out again."""
+
+    def __init__(self, graph: Graph, groups: list[Group], found: Walk, options: Options):
+        self.graph = graph
+        self.found = found
+        self.group_of = {id(s): group for group in groups for s in group.statistics}
+        self.options = options
+        self.built: list[Node] = []
+        self._fake_mode = _fake_mode([example(node) for node in found.values])
+        self._memo: dict[Any, Any] = {}
+        self._gradients_off = False
+
+    def undo(self) -> None:
+        for node in reversed(self.built):
+            self.graph.erase_node(node)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        name = getattr(target, "_opname", None)  # without the overload's: "cross_entropy"
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        self.built.append(node)
+        values, named_values = torch.fx.map_arg((args, kwargs), example)
+        with self._fake_mode:
+            node.meta["example_value"] = target(*values, **named_values)
+        return node
+
+    def method(self, name: str, input: Node, *args: Any) -> Node:
+        node = self.graph.call_method(name, (input, *args))
+        self.built.append(node)
+        node.meta["example_value"] = getattr(example(input), name)(*args)
+        return node
+
+    def result(self, found: FoundLoss) -> Node | tuple[Node, ...]:
+        """What takes the place of a loss, right before it, or before what has changed it."""
+        first = len(self.built)
+        self._gradients_off = self.found.gradient_mode[found.place] is False
+        with self.graph.inserting_before(found.place):
+            expected = example(found.node)
+            if isinstance(found.result, tuple):
+                for user in found.node.users:
+                    if user.target is not operator.getitem or not isinstance(user.args[1], int):
+                        raise AssertionError(f"{user} reads the tuple {found.node} as a whole")
+                pairs = zip(found.result, expected, strict=True)
+                node = tuple(self._like(self.row(row), value) for row, value in pairs)
+            else:
+                node = self._like(self.row(found.result), expected)
+        for built in self.built[first:]:
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                if key in found.node.meta:
+                    built.meta[key] = found.node.meta[key]
+        return node
+
+    def _like(self, node: Node, expected: torch.Tensor) -> Node:
+        """With the dtype of what is replaced, and memory of its own if somebody changes it."""
+        value = example(node)
+        if not isinstance(expected, torch.Tensor):
+            return node
+        if value.dtype != expected.dtype:
+            node = self.method("to", node, expected.dtype)
+        elif self.found.is_changed(expected):
+            node = self.call(torch.clone, node)
+        value = example(node)
+        if value.dim() != expected.dim() or value.dtype != expected.dtype:
+            raise AssertionError(
+                f"the fused result is {value.dtype} {tuple(value.shape)}, "
+                f"the replaced one {expected.dtype} {tuple(expected.shape)}"
+            )
+        node.meta["example_value"] = expected
+        return node
+
+    def row(self, row: Any) -> Any:
+        """The node of a value of rows; numbers and nodes are themselves."""
+        if isinstance(row, tuple):
+            return tuple(self.row(each) for each in row)
+        if not isinstance(row, (Statistic, Call, AtRows)):
+            return row
+        key = (id(row), self._gradients_off)  # what is made without gradients has none
+        if key not in self._memo:
+            if isinstance(row, Statistic):
+                node = self._statistic(row)
+            elif isinstance(row, AtRows):
+                node = self._at_rows(row.operand, row.logits)
+            else:
+                # This one flattens the rows itself.
+                flat = row.target is torch.ops.cce_inductor.cross_entropy.default
+                args = [
+                    self._statistic(argument, flat=True)
+                    if flat and isinstance(argument, Statistic)
+                    else self.row(argument)
+                    for argument in row.args
+                ]
+                kwargs = {name: self.row(argument) for name, argument in row.kwargs}
+                node = self.call(row.target, *args, **kwargs)
+            self._memo[key] = node
+        return self._memo[key]
+
+    def _statistic(self, statistic: Statistic, *, flat: bool = False) -> Node:
+        """A result of its group's operator, in the shape of its rows unless `flat`."""
+        group = self.group_of[id(statistic)]
+        if group.results is None:
+            self._reduce(group)
+        assert group.results is not None
+        output = group.output(statistic)
+        if output not in group.outputs:
+            group.outputs[output] = self.call(operator.getitem, group.results, output)
+        node = group.outputs[output]
+        logits, base = statistic.logits, group.logits
+        rest = logits.row_operations[len(base.row_operations) :]
+        if flat:
+            return node
+        if not rest:
+            return self._from_last(node, logits.vocabulary_dim)
+        node = self._from_last(node, base.vocabulary_dim)
+        return self._replay(node, rest, example(node).shape[base.vocabulary_dim])
+
+    def _reduce(self, group: Group) -> None:
+        """The operator of a group, where the group says."""
+        logits = group.logits
+        memo, self._memo = self._memo, {}  # what was built may come after the anchor
+        with self.graph.inserting_before(group.anchor):
+            first = len(self.built)
+            input, weight, bias = self._projection(logits)
+            operands = [self._operand(operand, logits) for operand in group.operands]
+            arguments = {
+                "skip_ignored": (group.skip_ignored, False),
+                "compute_dtype": (logits.compute_dtype, example(input).dtype),
+                "workspace_bytes": (self.options.workspace_bytes, DEFAULT_WORKSPACE_BYTES),
+            }
+            group.results = self.call(
+                torch.ops.cce_inductor.reduce.default,
+                input,
+                weight,
+                bias,
+                operands,
+                str(group.program),
+                **{k: value for k, (value, default) in arguments.items() if value != default},
+            )
+        group.first = self.built[first]
+        self._memo = memo
+
+    def _projection(self, logits: Logits) -> tuple[Node, Node, Node | None]:
+        """The factors of a matrix product with the rows of `logits`, and its bias."""
+        projection = logits.projection
+        input = self.row(projection.input)
+        input = self._replay(input, logits.row_operations, projection.hidden)
+        input = self._to_last(input, logits.vocabulary_dim)
+        weight = self._replay(self.row(projection.linear_weight), projection.weight_operations)
+        bias = projection.linear_bias
+        if bias is not None:
+            if example(bias).dim() > 1:
+                bias = self.call(torch.reshape, bias, (-1,))
+            bias = self._replay(bias, projection.bias_operations)
+        return input, weight, bias
+
+    def head(self, returned: Returned) -> Head:
+        """What returned logits are made of, before the graph ends."""
+        logits, value = returned.logits, example(returned.node)
+        names = Group(logits, returned.output, 0)
+        name = names.name(returned.expression)
+        product_dtype = example(logits.projection.node).dtype
+        wide = torch.promote_types(logits.compute_dtype, torch.float32)
+        with self.graph.inserting_before(returned.output):
+            input, weight, bias = self._projection(logits)
+            operands = [self._operand(operand, logits) for operand in names.operands]
+        formula = Formula(
+            product_dtype=product_dtype,
+            steps=names.program.steps,
+            value=name,
+            wide=wide,
+            vocabulary_dim=logits.vocabulary_dim,
+            dtype=value.dtype,
+            strides=returned.strides,
+        )
+        return Head(formula, input, weight, bias, operands)
+
+    def _operand(self, operand: Operand | Statistic, logits: Logits) -> Node:
+        """What a program's operand is at the rows of `logits`, with the vocabulary last."""
+        if isinstance(operand, Statistic):
+            assert operand.index is not None
+            index = self.row(operand.index)
+            if operand.kind == "gather":
+                return self._to_last(index, operand.logits.vocabulary_dim)
+            return index
+        if operand.kind in ("c", "s"):
+            return self.row(operand.source)
+        width = 1 if operand.kind == "r" else self.row(vocabulary_of(logits))
+        node, dim = self.row(operand.source), operand.vocabulary_dim
+        if operand.row_operations == logits.row_operations and dim == example(node).dim() - 1:
+            return node
+        node = self._expanded(node, operand, logits, width)
+        rest = logits.row_operations[len(operand.row_operations) :]
+        if rest:
+            node, dim = self._replay(node, rest, width), logits.vocabulary_dim
+        return self._to_last(node, dim)
+
+    def _at_rows(self, operand: Operand, logits: Logits) -> Node:
+        node = self.row(operand.source)
+        rest = logits.row_operations[len(operand.row_operations) :]
+        if not rest:
+            return node
+        if operand.kind == "s":
+            # It may have as many dimensions as the logits had when it was read.
+            has_dims = isinstance(example(node), torch.Tensor) and example(node).dim() > 0
+            return self.call(torch.reshape, node, ()) if has_dims else node
+        return self._replay(self._expanded(node, operand, logits, 1), rest, 1)
+
+    def _expanded(self, node: Node, operand: Operand, logits: Logits, width: int) -> Node:
+        """An operand as large as the rows were when it was read."""
+        projection = logits.projection
+        rows = self._replay(self.row(projection.input), operand.row_operations, projection.hidden)
+        expand = torch.ops.cce_inductor.expand_rows.default
+        return self.call(expand, node, rows, operand.vocabulary_dim, width)
+
+    def _replay(
+        self, node: Node, operations: tuple[TensorOperation, ...], width: Any = None
+    ) -> Node:
+        for operation in operations:
+            args = operation.args_for(node, width)
+            node = self.call(operation.target, *args, **dict(operation.kwargs))
+        return node
+
+    def _to_last(self, node: Node, dim: int) -> Node:
+        return node if dim == example(node).dim() - 1 else self.call(torch.movedim, node, dim, -1)
+
+    def _from_last(self, node: Node, dim: int) -> Node:
+        return node if dim == example(node).dim() - 1 else self.call(torch.movedim, node, -1, dim)

@@ -1,0 +1,226 @@
+"""Which tensors a graph node changes in place, found by running it on fake tensors.
+
+The graph before autograd is not functional: `add_`, `+=`, `x[i] = v`, ``out=`` and the running
+statistics of a batch norm change tensors that other nodes hold. Moving a read past such a node
+would change what it reads. No list of names says which nodes do that. A node's call runs once more
+on fake tensors, and the schemas of the ATen operators that really run say what they write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from cce_inductor.patterns.language.examples import example
+from cce_inductor.torch_internals.capture import ThreadFakeTensorMode, in_this_thread
+
+UNKNOWN = object()
+"""Stands for a storage that may be any."""
+
+
+def storage_of(node: Node) -> object:
+    """An identity that tensors share with their views, `UNKNOWN` if the graph does not say."""
+    return storage_key(example(node))
+
+
+def storages_of(node: Node) -> set[object]:
+    """The storages of all tensors in what the node returns."""
+    return {storage_key(leaf) for leaf in _tensors(example(node))}
+
+
+def storage_key(value: object) -> object:
+    """The same as `storage_of` for an example value."""
+    if not isinstance(value, Tensor):
+        return UNKNOWN
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a tensor without storage
+        return UNKNOWN
+
+
+def mutated_storages(node: Node, *, grad_enabled: bool = True) -> frozenset[object]:
+    """The storages that the node changes in place; none for almost every node.
+
+    A node whose call cannot be run is taken to change every tensor that it is given.
+
+    Args:
+        node: of a graph.
+        grad_enabled: whether gradients are enabled where it stands.
+    """
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return frozenset()
+    arguments = torch.fx.map_arg((node.args, dict(node.kwargs)), example)
+    tensors = _tensors(arguments)
+    if not tensors:
+        return frozenset()
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        return _mutated_by_subgraphs(node, tensors)
+    kind = (_kind(node, arguments), grad_enabled)
+    positions = _observed.get(kind)
+    if positions is None:
+        with torch.set_grad_enabled(grad_enabled):
+            positions = _mutated_positions(_function(node), arguments)
+        if len(_observed) >= _MOST_KINDS:
+            _observed.clear()
+        _observed[kind] = positions
+    return frozenset(storage_key(tensors[at]) for at in positions)
+
+
+_observed: dict[object, frozenset[int]] = {}
+"""For each kind of call the positions of the tensors that it changes, among all its tensors."""
+
+_MOST_KINDS = 4096
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _kind(node: Node, arguments: Any) -> object:
+    """What decides which tensors a call writes: the function, the constants among its arguments,
+    and of a tensor everything but its numbers; of one that PyTorch's own functions are given also
+    not its sizes, which only a function that somebody has allowed in graphs may ask for."""
+    module = getattr(node.target, "__module__", None) or "torch"
+    by_sizes = node.op == "call_function" and module.split(".")[0] not in ("torch", "_operator")
+
+    def kind_of(leaf: Any) -> str:
+        if isinstance(leaf, Tensor):
+            kind = f"{type(leaf).__name__} {leaf.dtype} {leaf.device.type} {leaf.dim()}"
+            sizes = f"{leaf.shape} {leaf.stride()} {leaf.requires_grad}"
+            return f"{kind} {sizes}" if by_sizes else kind
+        return type(leaf).__name__ if isinstance(leaf, _SYMBOLS) else repr(leaf)
+
+    leaves, structure = torch.utils._pytree.tree_flatten(arguments)
+    return (node.op, node.target, structure, tuple(map(kind_of, leaves)))
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _function(node: Node) -> Callable[..., Any]:
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+    assert callable(node.target)
+    return node.target
+
+
+def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozenset[int]:
+    """Which of the tensors among the arguments, counted from 0, a function changes."""
+    tensors = _tensors(arguments)
+    fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
+    mode = ThreadFakeTensorMode() if fake is None else fake.fake_mode
+    writes = _Writes()
+    with contextlib.ExitStack() as stack:
+        if mode.shape_env is not None:  # what depends on data makes new symbols, of no use here
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        # As Dynamo does: some kernels in C++ cannot run with symbolic sizes (`diag`).
+        stack.enter_context(enable_python_dispatcher())
+        stack.enter_context(mode)
+        try:
+            # What the call does to a tensor's shape must not reach the graph's own examples.
+            aliases: dict[int, Tensor] = {id(tensor): _alias(tensor) for tensor in tensors}
+            args, kwargs = tree_map_only(Tensor, lambda t: aliases[id(t)], arguments)
+            with in_this_thread(writes):
+                function(*args, **kwargs)
+        except Exception:  # of any kind: the call cannot be asked what it writes
+            return frozenset(range(len(tensors)))
+    return frozenset(at for at, tensor in enumerate(tensors) if writes.reach(aliases[id(tensor)]))
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another fake tensor with the same storage; one of its own for a tensor that is not fake."""
+    if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor):
+        return tensor.detach()
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+
+
+class _Writes(TorchDispatchMode):
+    """Records the tensors that operators change while it is in force."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed: list[Tensor] = []
+
+    def reach(self, tensor: Tensor) -> bool:
+        """Whether the tensor, or anything that may share its memory, was changed."""
+        storage = _plain_storage(tensor)
+        for changed in self._changed:
+            changed_storage = _plain_storage(changed)
+            if changed is tensor or UNKNOWN in (storage, changed_storage):
+                return True
+            if changed_storage == storage:
+                return True
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._changed += _written_arguments(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _plain_storage(tensor: Tensor) -> object:
+    """Its storage; `UNKNOWN` for a wrapper, whose memory is that of the tensors inside."""
+    return UNKNOWN if is_traceable_wrapper_subclass(tensor) else storage_key(tensor)
+
+
+def _written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
+    """The arguments that an operator writes, as its schema says."""
+    schema = func._schema
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
+    named.update(kwargs)
+    written = [
+        named.get(argument.name)
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if not schema.is_mutable and named.get("training", named.get("train", False)):
+        # The older batch norms write these in training, and their schemas do not say so.
+        written += [named.get("running_mean"), named.get("running_var")]
+    return _tensors(written)
+
+
+def called_graphs(node: Node) -> list[GraphModule]:
+    """The graphs that a call is given, or, of a module, is one of; none that is not to be seen."""
+    names = [node] if node.op == "call_module" else node.all_input_nodes
+    attributes = [name for name in names if name.op in ("get_attr", "call_module")]
+    module = node.graph.owning_module
+    found = [getattr(module, str(name.target), None) for name in attributes]
+    return [graph for graph in found if isinstance(graph, GraphModule)]
+
+
+def _mutated_by_subgraphs(node: Node, tensors: list[Tensor]) -> frozenset[object]:
+    """What a call of other graphs changes of its own arguments: what they write of what they are
+    given. A call whose graphs are not to be seen may change all of them."""
+    given = frozenset(map(storage_key, tensors))
+    graphs = called_graphs(node)
+    if not graphs:
+        return given
+    changed: set[object] = set()
+    for graph in graphs:
+        placeholders = {storage_of(n) for n in graph.graph.find_nodes(op="placeholder")}
+        for inner in graph.graph.nodes:
+            for storage in mutated_storages(inner):
+                if storage in given:
+                    changed.add(storage)
+                elif storage in placeholders or storage is UNKNOWN:
+                    return given  # it is not known which argument that placeholder stands for
+    return frozenset(changed)

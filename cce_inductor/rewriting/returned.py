@@ -1,0 +1,239 @@
+"""Logits that a graph returns: which of them need not be computed, and what stands for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeGuard
+
+import torch
+from torch.fx import Node
+
+from cce_inductor.options import Options
+from cce_inductor.patterns.language.examples import example
+from cce_inductor.patterns.language.expression import Apply, Expression, Operand, leaves
+from cce_inductor.patterns.language.logits import Call, Logits, all_logits
+from cce_inductor.patterns.language.rows import Statistic, is_reduced, nodes_of_projection
+from cce_inductor.recipe.formula import Formula
+from cce_inductor.recipe.operation import product
+from cce_inductor.recipe.sharded import is_freed_after_forward
+from cce_inductor.reporting.location import at, operation
+from cce_inductor.rewriting.found import Walk
+from cce_inductor.rewriting.mutation import UNKNOWN, storage_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a compiled function has a tensor: among its arguments or the graph's results."""
+
+    among: Literal["arguments", "results"]
+    position: int
+
+    def read(self, arguments: Sequence[Any], results: Sequence[Any]) -> torch.Tensor:
+        among = arguments if self.among == "arguments" else results
+        found: torch.Tensor = among[self.position]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class DeferredOutput:
+    """What a graph returns in the place of logits.
+
+    Attributes:
+        formula: the logits from the product of `input` and `linear_weight`.
+        input, linear_weight, linear_bias, operands: where they are found.
+    """
+
+    formula: Formula
+    input: Source
+    linear_weight: Source
+    linear_bias: Source | None
+    operands: tuple[Source, ...]
+
+    def make(
+        self,
+        arguments: Sequence[Any],
+        results: Sequence[Any],
+        product: Callable[..., torch.Tensor] = product,
+    ) -> torch.Tensor:
+        """The logits.
+
+        Args:
+            arguments, results: of the rewritten graph.
+            product: what makes the matrix product, like `deferred.operation.product`.
+        """
+
+        def read(source: Source) -> torch.Tensor:
+            return source.read(arguments, results)
+
+        bias = None if self.linear_bias is None else read(self.linear_bias)
+        dtype = self.formula.product_dtype
+        made = product(read(self.input), read(self.linear_weight), bias, dtype)
+        return self.formula(made, [read(operand) for operand in self.operands])
+
+
+@dataclasses.dataclass
+class Deferral:
+    """Takes the logits that a graph need not return.
+
+    Attributes:
+        why_not: why it takes none, None if it does.
+        arguments: examples of the graph's.
+        outputs: for each result of the user's graph its position among those of the rewritten
+            one, or what it is made of; None if the graph returns what it did.
+    """
+
+    why_not: str | None = None
+    arguments: Sequence[Any] = ()
+    outputs: list[int | DeferredOutput] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Returned:
+    """Logits that a graph returns and could do without."""
+
+    node: Node
+    logits: Logits
+
+    @property
+    def output(self) -> Node:
+        return self.node.graph.output_node()
+
+    @property
+    def expression(self) -> Expression:
+        """What is done to each logit; unlike in a graph, where a row's logsumexp is known before
+        what is made of it, softmaxes of the row are one step."""
+        return _with_softmaxes(self.logits.expression)
+
+    @property
+    def row(self) -> Statistic:
+        """Something that reads all that they are made of."""
+        return Statistic("sum", self.logits, (self.expression,))
+
+    @property
+    def strides(self) -> tuple[int, ...] | None:
+        """None for those that the matrix product has anyway."""
+        value = example(self.node)
+        if _is_contiguous(value, self.logits.vocabulary_dim):
+            return None
+        return tuple(value.stride())
+
+
+_STORED = "the logits are returned by the compiled function, so they must be stored"
+
+
+def returned_logits(
+    found: Walk, options: Options, deferral: Deferral | None
+) -> tuple[list[Returned], list[tuple[Logits, str]]]:
+    """Those that can be deferred, and those that must be stored with the reason."""
+    deferrable: list[Returned] = []
+    stored: list[tuple[Logits, str]] = []
+    for node in found.returned:
+        value = found.values[node]
+        reason = _STORED
+        if options.defer_logits == "never":
+            reason += ', as defer_logits is "never"'
+        elif deferral is not None:
+            why = deferral.why_not or _reason_to_store(node, found, deferral)
+            if why is None:
+                deferrable.append(Returned(node, value))
+                continue
+            reason += f", and cannot be deferred: {why}"
+        stored += [(logits, reason) for logits in all_logits(value)]
+    return deferrable, stored
+
+
+def _reason_to_store(node: Node, found: Walk, deferral: Deferral) -> str | None:
+    value, logits = example(node), found.values[node]
+    if not isinstance(logits, Logits):
+        return "they are several"
+    if not value.dtype.is_floating_point:
+        return f"they are {value.dtype}"
+    returned = Returned(node, logits)
+    operands = [leaf for leaf in leaves(returned.expression) if isinstance(leaf, Operand)]
+    if any(operand.kind == "b" for operand in operands):
+        return "what they were combined with is as large"
+    if any(is_reduced(operand.source) for operand in operands):
+        return "what they were combined with is computed from them"
+    if not _is_contiguous(value, logits.vocabulary_dim) and not _is_static(value):
+        return "their strides are not known before the function runs"
+    if is_freed_after_forward(_arguments_read(returned, operands, deferral)):
+        return "FSDP frees the weight after the forward of its module (reshard_after_forward)"
+    storage = storage_of(node)
+    others = [*returned.output.all_input_nodes, *node.graph.find_nodes(op="placeholder")]
+    if storage is UNKNOWN or any(o is not node and storage_of(o) == storage for o in others):
+        return "another result or argument shares their memory"
+    last = found.position[returned.output]
+    mutation = found.changed_before(returned.row, last, last)
+    if mutation is not None:
+        return f"{operation(mutation)}{at(mutation)} may change what the projection read"
+    return None
+
+
+def _arguments_read(returned: Returned, operands: list[Operand], deferral: Deferral) -> list[Any]:
+    """The arguments whose memory is read when the logits are computed."""
+    nodes = [
+        *nodes_of_projection(returned.logits.projection),
+        *(operand.source for operand in operands),
+    ]
+    read = {storage_of(node) for node in nodes}
+    placeholders = returned.node.graph.find_nodes(op="placeholder")
+    return [
+        value
+        for node, value in zip(placeholders, deferral.arguments, strict=False)
+        if storage_of(node) in read
+    ]
+
+
+def _with_softmaxes(expression: Expression) -> Expression:
+    """The same with ``z - logsumexp(z)`` as ``log_softmax(z)``."""
+    if not isinstance(expression, Apply):
+        return expression
+    first, *rest = expression.args
+    if expression.target == "sub.Tensor" and isinstance(rest[0], Operand):
+        source, is_detached = rest[0].source, False
+        if isinstance(source, Call) and source.target is torch.detach and _is_detached(first):
+            (source,), (first,), is_detached = source.args, first.args, True
+        if isinstance(source, Statistic) and (source.kind, source.values) == (
+            ("logsumexp", (first,))
+        ):
+            softmax = Apply("_log_softmax", (_with_softmaxes(first), -1, False))
+            return Apply("detach", (softmax,)) if is_detached else softmax
+    args = tuple(_with_softmaxes(argument) for argument in expression.args)
+    return Apply(expression.target, args, expression.kwargs)
+
+
+def _is_detached(expression: Expression) -> TypeGuard[Apply]:
+    return isinstance(expression, Apply) and expression.target == "detach"
+
+
+def _is_contiguous(value: torch.Tensor, vocabulary_dim: int) -> bool:
+    """Whether it has the strides of a matrix product, as far as symbols tell."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if str(expected) != str(stride) and not _is_one(size):
+            return False
+        expected = stride * size
+    return vocabulary_dim == value.dim() - 1
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _is_static(value: torch.Tensor) -> bool:
+    return all(isinstance(number, int) for number in (*value.shape, *value.stride()))
+
+
+ARRIVED = "cce_inductor_arrived"
+"""Marks, in its meta, a projection that computes a deferred argument of the function."""
+
+
+def are_deferred_already(logits: Logits) -> bool:
+    """Whether the function got them deferred."""
+    return all(ARRIVED in origin.meta for origin in logits.projection.origins)
+
+
+def is_worth_deferring(logits: Logits) -> bool:
+    """Whether, with no loss in the graph, logits are larger than what they are made of."""
+    return logits.projection.has_more_classes

@@ -1,0 +1,1 @@
+"""Statistics and gradients of blocks of logits, by ordinary tensor operations on any device."""

@@ -1,0 +1,1 @@
+"""Programs: what is computed from each logit and then reduced over each row."""

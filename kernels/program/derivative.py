@@ -1,0 +1,115 @@
+"""The derivative of a program's pointwise function, as steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels.program.schedule import Schedule
+from cce_inductor.kernels.program.text import Name, Program, names_in, needed
+from cce_inductor.kernels.program.tracing import NotPointwiseError, kind_of, record
+
+
+def derivative(program: Program, operands: Sequence[Tensor]) -> Derivative:
+    """The derivative of a program's pointwise function; computed once for operands of such dtypes.
+
+    Raises:
+        NotPointwiseError: the derivative has an operator that is not pointwise.
+    """
+    dtypes = tuple(kind_of(operand.dtype) for operand in operands)
+    return _derivative_of_text(str(program), dtypes)  # 0.0 and -0.0, 1 and True differ there
+
+
+@functools.lru_cache(maxsize=1024)
+def _derivative_of_text(text: str, dtypes: tuple[torch.dtype, ...]) -> Derivative:
+    return _differentiate(Program.parse(text), dtypes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Derivative:
+    """The program's pointwise function again, and its vector-Jacobian product.
+
+    Attributes:
+        forward: makes the `roots`.
+        roots: what the values that are reduced are called here, in the order of `Program.roots`;
+            a number for one that is constant.
+        backward: from the cotangents ``g0``, ``g1``, ... of the roots to `gradients`.
+        gradients: by ``z`` or operand, what its gradient is called; none where it is 0.
+        connected: ``z`` and the operands that have a gradient, be it 0.
+    """
+
+    forward: Schedule
+    roots: tuple[Name | float, ...]
+    backward: Schedule
+    gradients: Mapping[Name, Name]
+    connected: frozenset[Name]
+
+    @property
+    def peak(self) -> int:
+        """Blocks that exist at the same time at most."""
+        shared = {use for step in self.backward.steps for use in step.uses}
+        kept = len(shared & {step.name for step in self.forward.steps})
+        return self.forward.peak() + self.backward.peak() + kept + len(self.roots)
+
+
+def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Derivative:
+    roots = program.roots
+    dtypes = {name: operands[at] for name, at in program.operands.items()}
+    floating = [Name("z"), *(name for name in dtypes if dtypes[name].is_floating_point)]
+    others = [Name("j"), *(name for name in dtypes if not dtypes[name].is_floating_point)]
+    cotangents = [Name(f"g{number}") for number in range(len(roots))]
+    arguments = dict.fromkeys((*floating, *cotangents), torch.float64)
+    arguments |= {name: dtypes.get(name, torch.int64) for name in others}
+
+    def joint(*given: Tensor) -> list[Tensor | None]:
+        # 0-d tensors: a pointwise function of scalars replays on blocks of any shape.
+        values = dict(zip(arguments, given, strict=True))
+        leaves = [values[name].clone().requires_grad_() for name in floating]
+        values.update(zip(floating, leaves, strict=True))
+        gradients: Iterable[Tensor | None] = [None] * len(leaves)
+        try:
+            Schedule(program.steps, roots).run(values, in_place=False)
+            made = [values[root] for root in roots]
+            differentiable = [
+                (value, values[cotangent])
+                for value, cotangent in zip(made, cotangents, strict=True)
+                if value.requires_grad
+            ]
+            if differentiable:
+                outputs, given = zip(*differentiable, strict=True)
+                gradients = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+        except RuntimeError as error:  # what an operator says
+            raise NotPointwiseError(f"its derivative fails: {error}") from error
+        return [*(value.detach() for value in made), *gradients]
+
+    steps, results = record(joint, arguments)
+    made = tuple(results[: len(roots)])
+    gradients = {
+        name: result
+        for name, result in zip(floating, results[len(roots) :], strict=True)
+        if isinstance(result, Name)  # else there is none, or it is 0
+    }
+    after: set[Name] = {Name(f"g{i}") for i in range(len(roots))}
+    for step in steps:
+        if any(use in after for use in step.uses):
+            after.add(step.name)
+    first = needed([s for s in steps if s.name not in after], names_in(made))
+    second = needed(steps, tuple(gradients.values()))
+    forward_steps = {step.name for step in first}
+    second = [step for step in second if step.name not in forward_steps]
+    needed_later = {use for step in second for use in step.uses} | set(gradients.values())
+    return Derivative(
+        Schedule(tuple(first), (*names_in(made), *needed_later)),
+        made,
+        Schedule(tuple(second), tuple(gradients.values())),
+        gradients,
+        frozenset(
+            name
+            for name, result in zip(floating, results[len(roots) :], strict=True)
+            if result is not None
+        ),
+    )

@@ -1,0 +1,203 @@
+"""The gradient of a logit, written down as a program.
+
+`reductions.Cotangent` says what the gradients of a row's reductions make of a value; here the same
+is a few pointwise steps on vectors of rows, so that one kernel can compute a block of logits and
+their gradient without storing anything else.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels.program.derivative import derivative
+from cce_inductor.kernels.program.text import Name, Program, Reduction, Step
+from cce_inductor.kernels.statistics.reductions import Cotangent, finite_or_zero, in_two_parts
+from cce_inductor.kernels.triton.base2 import LOG2_E
+
+_Z = Name("z")
+
+
+class UntiledError(Exception):
+    """A gradient that has no program."""
+
+
+class _Writer:
+    """A program as it grows, its operands, and the rows that have a gradient (None for all)."""
+
+    def __init__(self, operands: Sequence[Tensor], first: int, kept: Tensor | None):
+        self.operands = list(operands)
+        self.kept = kept
+        self.steps: list[Step] = []
+        self._next = first
+        self._rows: dict[int, Name] = {}
+        self._given: list[Tensor] = []  # keeps what `_rows` knows by its id
+
+    def row(self, values: Tensor) -> Name:
+        """An operand of one value a row, float32 unless it is an index or a mask."""
+        if id(values) not in self._rows:
+            self._rows[id(values)] = Name(f"r{len(self.operands)}")
+            narrow = values.to(torch.float32) if values.is_floating_point() else values
+            self._given.append(values)
+            self.operands.append(narrow)
+        return self._rows[id(values)]
+
+    def gradient(self, values: Tensor) -> Name:
+        """An operand that rows without a gradient have no part in."""
+        return self.row(values if self.kept is None else torch.where(self.kept, values, 0.0))
+
+    def call(self, target: str, *args: Any, **kwargs: Any) -> Name:
+        name = Name(f"t{self._next}")
+        self._next += 1
+        self.steps.append(Step(name, target, args, tuple(kwargs.items())))
+        return name
+
+    @functools.cached_property
+    def zero(self) -> Name:
+        return self.call("full_like", _Z, 0.0)
+
+
+def gradient_program(
+    program: Program,
+    operands: Sequence[Tensor],
+    by_value: Mapping[Name, Cotangent],
+    wanted: Sequence[Name],
+    kept: Tensor | None,
+) -> tuple[Program, list[Tensor]]:
+    """What makes a block's gradient of its logits.
+
+    Args:
+        program: the forward's.
+        operands: the forward's.
+        by_value: the cotangent of each value that is reduced, as `reductions.cotangents` makes it.
+        wanted: the operands whose gradient is wanted, too.
+        kept: bool [rows], the rows that have a gradient; None for all.
+
+    Returns:
+        A program that ends in ``block`` of the logit's gradient, then of each that is wanted, in
+        every entry; and its operands. Where a row has a gradient at indices, the logit's gradient
+        is given twice: without, which costs less, and with it.
+
+    Raises:
+        UntiledError: a value that is reduced is a constant.
+    """
+    writer, made = _forward(program, operands, kept)
+    cotangents = [
+        _cotangent(writer, by_value[root], made) if root in by_value else _Pair.of(writer.zero)
+        for root in program.roots
+    ]
+    everywhere = _backward(writer, program, [pair.everywhere for pair in cotangents])
+    blocks = [Reduction("block", (everywhere[name],)) for name in (_Z, *wanted)]
+    indices = dict.fromkeys(index for pair in cotangents for index in pair.indices)
+    if indices:
+        elsewhere = _backward(writer, program, [pair.elsewhere for pair in cotangents])
+        blocks[0] = Reduction("block", (elsewhere[_Z], everywhere[_Z], *indices))
+    return Program(tuple(writer.steps), tuple(blocks)), writer.operands
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """A cotangent: without what it has at `indices`, and with it."""
+
+    elsewhere: Name
+    everywhere: Name
+    indices: tuple[Name, ...]
+
+    @classmethod
+    def of(cls, cotangent: Name) -> _Pair:
+        return cls(cotangent, cotangent, ())
+
+
+def _forward(
+    program: Program, operands: Sequence[Tensor], kept: Tensor | None
+) -> tuple[_Writer, dict[Name, Name]]:
+    """The steps that make the values which are reduced, and what these are called."""
+    if program.is_plain:
+        return _Writer(operands, 0, kept), {_Z: _Z}
+    backward = derivative(program, operands)
+    steps = (*backward.forward.steps, *backward.backward.steps)
+    writer = _Writer(operands, 1 + max((int(step.name[1:]) for step in steps), default=-1), kept)
+    writer.steps += backward.forward.steps
+    made: dict[Name, Name] = {_Z: _Z}
+    for root, name in zip(program.roots, backward.roots, strict=True):
+        if not isinstance(name, Name):
+            raise UntiledError(f"{root} is a constant")
+        made[root] = name
+    return writer, made
+
+
+def _backward(writer: _Writer, program: Program, cotangents: Sequence[Name]) -> Mapping[Name, Name]:
+    """The gradients of the logit and of the operands, by name, from the cotangents of the values
+    that are reduced; 0 for one that has none."""
+    found: dict[Name, Name] = collections.defaultdict(lambda: writer.zero)
+    if program.is_plain:
+        (found[_Z],) = cotangents
+        return found
+    backward = derivative(program, writer.operands)
+    names = {Name(f"g{number}"): name for number, name in enumerate(cotangents)}
+
+    def renamed(argument: Any) -> Any:
+        return names.get(argument, argument) if isinstance(argument, Name) else argument
+
+    for step in backward.backward.steps:
+        kwargs = {key: renamed(value) for key, value in step.kwargs}
+        names[step.name] = writer.call(step.target, *map(renamed, step.args), **kwargs)
+    found.update({name: renamed(value) for name, value in backward.gradients.items()})
+    return found
+
+
+def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pair:
+    """What `Cotangent.of_block` computes, in steps; `made` says what the values are called."""
+    call, row, gradient = writer.call, writer.row, writer.gradient
+    value = made[of.name]
+    terms: list[Name] = []
+    if of.grad_sum is not None:
+        terms.append(gradient(of.grad_sum))
+    if of.lse is not None:
+        probability = _probability(writer, value, of.lse)
+        grad_lse = gradient(of.grad_lse)
+    for grad_mean, mean, y in of.means:
+        assert of.lse is not None, "a mean is under a softmax"
+        near, rest = in_two_parts(mean, torch.float32)
+        distance = call("add.Tensor", row(-near), made[y])  # which may be a mask
+        distance = call("sub.Tensor", distance, row(finite_or_zero(rest)))
+        weighted = call("mul.Tensor", distance, probability)
+        terms.append(call("mul.Tensor", weighted, gradient(grad_mean)))
+    for grad_mean, lse, x in of.weights:
+        terms.append(call("mul.Tensor", _probability(writer, made[x], lse), gradient(grad_mean)))
+    for grad_dot, other in of.factors:
+        terms.append(call("mul.Tensor", made[other], gradient(grad_dot)))
+
+    def with_softmax(addends: list[Name]) -> Name:
+        """The sum; that of -g and g p, with p near 1, is rounded once."""
+        if of.lse is not None and not addends:
+            return call("mul.Tensor", probability, grad_lse)
+        addend = functools.reduce(lambda a, b: call("add.Tensor", a, b), addends or [writer.zero])
+        return addend if of.lse is None else call("addcmul", addend, probability, grad_lse)
+
+    elsewhere = everywhere = with_softmax(terms)
+    if not of.grad_at:
+        return _Pair.of(elsewhere)
+    indices = [row(index) for index in of.index.unbind(1)]
+    for index, grad in zip(indices, of.grad_index.unbind(1), strict=True):
+        here = call("eq.Tensor", Name("j"), index)
+        at_index = with_softmax([*terms, gradient(grad)])
+        everywhere = call("where.self", here, at_index, everywhere)
+    return _Pair(elsewhere, everywhere, tuple(indices))
+
+
+def _probability(writer: _Writer, value: Name, lse: Tensor) -> Name:
+    """``exp(value - lse)`` of each entry: 0 in rows that are not kept."""
+    shift, rest = in_two_parts(lse, torch.float32)
+    rest = rest * -LOG2_E
+    if writer.kept is not None:
+        rest = torch.where(writer.kept, rest, -math.inf)
+    distance = writer.call("sub.Tensor", value, writer.row(shift))
+    return writer.call("exp2", writer.call("addcmul", writer.row(rest), distance, LOG2_E))

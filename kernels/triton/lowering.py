@@ -1,0 +1,406 @@
+"""How Inductor makes kernels of the operators in `tile_ops`: templates, autotuned by Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.kernel.flex.common import (
+    build_subgraph_module_buffer,
+    create_placeholder,
+    freeze_irnodes,
+    maybe_realize,
+)
+from torch._inductor.lowering import (
+    empty_strided,
+    fallback_handler,
+    make_pointwise,
+    register_lowering,
+)
+from torch._inductor.select_algorithm import (
+    SymbolicGridFn,
+    autotune_select_algorithm,
+    realize_inputs,
+)
+from torch._inductor.virtualized import V, ops
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cce_inductor.kernels.program.text import Name, Program, overload, position, tensor_arguments
+from cce_inductor.kernels.triton import specification
+from cce_inductor.kernels.triton.configs import Config, configs, reads_by_descriptor
+from cce_inductor.kernels.triton.source import (
+    Template,
+    first_result,
+    gradient_template,
+    grid,
+    roots_of,
+    statistics_template,
+)
+from cce_inductor.kernels.triton.tiled import DEVICES
+from cce_inductor.surprise import surprised
+from cce_inductor.torch_internals.versions import selected, size_hints, triton_template
+
+_OPS = torch.ops.cce_inductor
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How a product of `dtype` is computed, as PyTorch's own is set to. The older setting,
+    ``allow_tf32``, raises an error once the newer one has been used."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "'tf32'" if tf32 else "'ieee'"
+
+
+@functools.cache
+def _triton_template(template: Template) -> Any:
+    return triton_template(template.name, SymbolicGridFn(grid), template.source)
+
+
+class _Kernel:
+    """One call of a template.
+
+    Args:
+        kind: "statistics" or "gradient", for the choice of configurations.
+        input, linear_weight, linear_bias: as IR, realized here; the first two have one dtype.
+        operands: what the program's steps name.
+        program: what is computed.
+        width: columns in all.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        input: Any,
+        linear_weight: Any,
+        linear_bias: Any,
+        operands: Sequence[Any],
+        program: Program,
+        width: Any,
+    ):
+        self.kind, self.program, self.dtype = kind, program, input.get_dtype()
+        self.device = input.get_device()
+        self.inputs = list(realize_inputs(input, linear_weight))
+        self.by_descriptor = reads_by_descriptor(self.inputs, self.device)
+        if linear_bias is not None:
+            self.inputs.append(realize_inputs(linear_bias))
+        self.has_bias = linear_bias is not None
+        self.rows, self.hidden = input.get_size()
+        self.width = width
+        self.captured = maybe_realize([operands[at] for at in program.operands.values()])
+        freeze_irnodes(self.captured)
+        self.subgraphs = [self._subgraph(root) for root in roots_of(program)]
+
+    def _subgraph(self, root: Name) -> Any:
+        """The IR of a value, as a function of a logit, its row and its column."""
+        names = tuple(self.program.operands)
+        dtypes = tuple(operand.get_dtype() for operand in self.captured)
+        placeholders = [
+            create_placeholder(name, dtype, self.device)
+            for name, dtype in (
+                ("z", torch.float32),
+                ("row", torch.int32),
+                ("column", torch.int32),
+            )
+        ]
+        function = _scalar_function(str(self.program), root, names, dtypes)
+        # An operator that is given one value and numbers must see that it is a tensor.
+        operands = [ir.TensorBox.create(operand) for operand in self.captured]
+        found = build_subgraph_module_buffer([*placeholders, *operands], function)
+        buffer = found[0] if isinstance(found, (list, tuple)) else found
+        freeze_irnodes(buffer)
+        return buffer
+
+    def __call__(
+        self,
+        template: Template,
+        more_inputs: Sequence[Any],
+        outputs: Sequence[ir.FixedLayout],
+        constants: Callable[[Config], dict[str, Any]],
+        **options: Any,
+    ) -> list[Any]:
+        """The template's results, the first of which it stores through Inductor.
+
+        Args:
+            template: what is called.
+            more_inputs: after input, weight and bias.
+            outputs: in the order in which the template has them.
+            constants: those of the template that depend on the configuration.
+            **options: Inductor's.
+        """
+        layout, *others = outputs
+        written = [
+            empty_strided(other.size, other.stride, dtype=other.dtype, device=self.device)
+            for other in others
+        ]
+        more_inputs = [realize_inputs(each) for each in more_inputs]
+        inputs = [*self.inputs, *more_inputs, *written]
+        choices: list[Any] = []
+        error: NotImplementedError | None = None
+        for config in self._configs():
+            why = _triton_template(template).maybe_append_choice(
+                choices,
+                input_nodes=inputs,
+                layout=layout,
+                mutated_inputs=written,
+                call_sizes=[self.rows, self.width],
+                subgraphs=self.subgraphs or None,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                BLOCK_M=config.block_m,
+                BLOCK_V=config.block_v,
+                BLOCK_H=config.block_h,
+                GROUP=config.group,
+                PROGRAMS=config.programs,
+                EVEN_H=V.graph.sizevars.statically_known_multiple_of(self.hidden, config.block_h),
+                PRECISION=_precision(self.dtype),
+                **constants(config),
+                **options,
+            )
+            error = error or why
+        if not choices and error is not None:
+            raise error
+        first = len(self.inputs)
+        chosen = autotune_select_algorithm(
+            template.name,
+            choices,
+            [*inputs, *self.captured],
+            layout,
+            # A random first column of a block would be out of bounds.
+            input_gen_fns={first + at: _zeros for at in range(len(more_inputs))},
+        )
+        result = selected(chosen)
+        if self.subgraphs:
+            result.data.data.subgraph_inps = list(self.captured)
+            result.data.data.subgraph_outs = list(self.subgraphs)
+        V.graph.no_fuse_buffer_names.add(result.get_name())
+        return [result, *written]
+
+    def _configs(self) -> list[Config]:
+        every = configs(
+            self.kind,
+            self.dtype,
+            self.device,
+            by_descriptor=self.by_descriptor,
+            steps=len(self.program.steps),
+            results=len(self.program.reductions),
+        )
+        config = torch._inductor.config
+        tuned = config.max_autotune or config.max_autotune_gemm
+        return every if tuned and not config.deterministic else every[:1]
+
+
+def _contiguous(device: torch.device, shape: Sequence[Any], dtype: torch.dtype) -> ir.FixedLayout:
+    strides = ir.FlexibleLayout.contiguous_strides(list(shape))
+    return ir.FixedLayout(device, dtype, list(shape), strides)
+
+
+def _zeros(node: Any) -> torch.Tensor:
+    size = size_hints(node.get_size())
+    return torch.zeros(size, dtype=node.get_dtype(), device=node.get_device())
+
+
+@functools.cache
+def _scalar_function(
+    program: str, root: Name, names: tuple[Name, ...], dtypes: tuple[torch.dtype, ...]
+) -> GraphModule:
+    """A value of the program as a graph of 0-d tensors: the logit, its row and column; after them
+    the operands, whole, of which it takes what belongs there."""
+
+    def function(z: Any, row: Any, column: Any, *operands: Any) -> Any:
+        values: dict[Any, Any] = {Name("z"): z, Name("j"): column}
+        places = {"r": [row], "c": [column], "b": [row, column]}
+        for name, operand in zip(names, operands, strict=True):
+            if name[0] in places:
+                operand = torch.ops.aten.index.Tensor(operand, places[name[0]])
+            values[name] = operand.float() if operand.is_floating_point() else operand
+        for step in Program.parse(program).steps:
+            args = [
+                values[a] if isinstance(a, Name) else _scalar(a) if wanted else a
+                for a, wanted in zip(step.args, tensor_arguments(step.target), strict=False)
+            ]
+            kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in step.kwargs}
+            operator = _OPS.multiply_add if step.target == "addcmul" else overload(step.target)
+            result = operator(*args, **kwargs)
+            values[step.name] = result.float() if result.is_floating_point() else result
+        return values[root].to(torch.float32)
+
+    ranks = {"r": 1, "c": 1, "s": 0, "b": 2}
+    examples = [torch.zeros((), dtype=d) for d in (torch.float32, torch.int32, torch.int32)]
+    examples += [
+        torch.zeros([1] * ranks[name[0]], dtype=dtype)
+        for name, dtype in zip(names, dtypes, strict=True)
+    ]
+    # A new thread has the dispatcher's default state.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        table = select_decomp_table()
+        traced = make_fx(function, decomposition_table=table, tracing_mode="fake")
+        graph: GraphModule = thread.submit(traced, *examples).result()
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _scalar(number: Any) -> torch.Tensor:
+    dtype = torch.float32 if isinstance(number, float) else None
+    return torch.full((), number, dtype=dtype)
+
+
+def _tile_statistics(
+    input: Any,
+    linear_weight: Any,
+    linear_bias: Any,
+    operands: Sequence[Any],
+    indices: Sequence[Any],
+    program: str,
+    skip_ignored: bool,
+    tile: int,
+    sources: str,
+) -> list[Any]:
+    parsed = Program.parse(program)
+    vocabulary = int(linear_weight.get_size()[0])
+    kernel = _Kernel("statistics", input, linear_weight, linear_bias, operands, parsed, vocabulary)
+    widths = tuple(int(index.get_size()[1]) for index in indices)
+    template = statistics_template(
+        parsed, widths, kernel.has_bias, skip_ignored, kernel.by_descriptor
+    )
+    layouts = [
+        _contiguous(kernel.device, shape, dtype)
+        for shape, dtype in specification.statistic_shapes(
+            parsed, widths, kernel.rows, vocabulary, tile
+        )
+    ]
+    first = first_result(parsed)
+    ordered = [layouts[first], *layouts[:first], *layouts[first + 1 :]]
+
+    def constants(config: Config) -> dict[str, Any]:
+        return {
+            "PARTS": tile // config.block_v,
+            "EVEN_V": vocabulary % config.block_v == 0,
+        }
+
+    primary, *others = kernel(template, indices, ordered, constants)
+    return [*others[:first], primary, *others[first:]]
+
+
+def _logit_gradient(
+    input: Any,
+    linear_weight: Any,
+    linear_bias: Any,
+    operands: Sequence[Any],
+    program: str,
+    start: Any,
+    width: int,
+    after: Sequence[Any],
+    sources: str,
+) -> list[Any]:
+    parsed = Program.parse(program)
+    kernel = _Kernel("gradient", input, linear_weight, linear_bias, operands, parsed, width)
+    # Inductor stores two-dimensional tiles through a descriptor, not those of a single column.
+    stores_by_descriptor = kernel.by_descriptor and width > 1
+    template = gradient_template(
+        parsed,
+        kernel.has_bias,
+        kernel.by_descriptor,
+        stores_by_descriptor,
+        weight_is_block=linear_weight.get_size()[0] == width,
+    )
+    indices = parsed.reductions[0].args[2:]
+    inputs = [start, *(operands[position(name)] for name in indices)]
+    layouts = [
+        ir.FixedLayout(
+            kernel.device, dtype, [kernel.rows, width], [specification.row_stride(width, dtype), 1]
+        )
+        for dtype in specification.block_dtypes(parsed, kernel.dtype)
+    ]
+    with _after(after):
+        return kernel(
+            template, inputs, layouts, lambda _: {"WIDTH": width}, tma_store=stores_by_descriptor
+        )
+
+
+def _weight_block(weight: Any, start: int, width: int, dtype: torch.dtype, after: Any) -> Any:
+    with _after(after):
+        fallback = fallback_handler(_OPS.weight_block.default, add_to_fallback_set=False)
+        return fallback(weight, start, width, dtype, [])
+
+
+@contextlib.contextmanager
+def _after(tensors: Sequence[Any]) -> Iterator[None]:
+    """What is lowered within runs when the tensors have been computed.
+
+    Otherwise the scheduler may compute the blocks of all of the vocabulary first.
+    """
+    names = set()
+    for tensor in tensors:
+        tensor.realize()
+        writers = (
+            operation
+            for operation in reversed(V.graph.operations)
+            if tensor.get_name() in operation.get_mutation_names()
+        )
+        last = next(writers, None)
+        names.update(
+            [tensor.get_name()]
+            if last is None
+            else [output.get_name() for output in last.get_outputs()]
+        )
+    count = len(V.graph.operations)
+    yield
+    for operation in V.graph.operations[count:]:
+        V.graph.additional_buffer_deps[operation.get_operation_name()].update(names)
+
+
+def _add_product(total: Any, a: Any, b: Any) -> Any:
+    """In the memory of `total`, a sum that nobody else reads."""
+    node = V.graph.current_node
+    source = node.args[0]
+    if (
+        total is None
+        or source.target is not _OPS.add_product.default
+        or any(user > node for user in source.users)
+    ):
+        return fallback_handler(_OPS.add_product.default, add_to_fallback_set=False)(total, a, b)
+    ir.FallbackKernel.create(_OPS.add_product_.default, total, a, b)
+    return total
+
+
+def _or_fallback(operator: Any, lowering: Callable[..., Any]) -> Callable[..., Any]:
+    """The lowering on a device that has templates, the operator as it is elsewhere, and where the
+    lowering fails: slower, but right."""
+    fallback = fallback_handler(operator, add_to_fallback_set=False)
+
+    def lowered(*args: Any) -> Any:
+        device = next(arg.get_device() for arg in args if arg is not None)
+        if device.type not in DEVICES:
+            return fallback(*args)
+        try:
+            return lowering(*args)
+        except Exception:
+            surprised(f"{operator} runs without a Triton kernel, which costs time")
+            return fallback(*args)
+
+    return lowered
+
+
+@functools.cache
+def register() -> None:
+    """Makes Inductor use the templates."""
+    for operator, lowering in (
+        (_OPS.tile_statistics.default, _tile_statistics),
+        (_OPS.logit_gradient.default, _logit_gradient),
+        (_OPS.weight_block.default, _weight_block),
+        (_OPS.add_product.default, _add_product),
+    ):
+        register_lowering(operator, type_promotion_kind=None)(_or_fallback(operator, lowering))
+    fused = make_pointwise(lambda addend, a, b: ops.fma(a, b, addend))
+    register_lowering(_OPS.multiply_add.default, type_promotion_kind=None)(fused)
+    # What has a decomposition has no fallback by itself, also when it is not decomposed.
+    for whole in (_OPS.reduce_rows.default, _OPS.reduce_rows_backward.default):
+        fallback = fallback_handler(whole, add_to_fallback_set=False)
+        register_lowering(whole, type_promotion_kind=None)(fallback)

@@ -1,0 +1,133 @@
+"""What a graph says of a node: its example value, its gradient, its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import _reduction
+from torch.utils._pytree import tree_leaves
+
+from cce_inductor.patterns.language.tables import UnsupportedError
+
+HAD_GRADIENT = "cce_inductor_had_gradient"
+"""In the meta of a node: whether what it made required a gradient then, where the example may say
+something else."""
+
+
+def had_gradient(node: Node) -> bool:
+    """Whether a tensor required a gradient when it was made.
+
+    An example is what the tensor has become at the end of the graph: something that requires a
+    gradient may have been written into it since, or it was detached in place.
+    """
+    if HAD_GRADIENT in node.meta:
+        return bool(node.meta[HAD_GRADIENT])
+    tensors = [leaf for leaf in tree_leaves(example(node)) if isinstance(leaf, torch.Tensor)]
+    return any(tensor.requires_grad for tensor in tensors)
+
+
+def requires_grad(source: Any) -> bool:
+    return isinstance(source, Node) and tensor_example(source).requires_grad
+
+
+def is_exactly(size: Any, number: int) -> bool:
+    return isinstance(size, int) and size == number
+
+
+def same_size(first: Any, second: Any) -> bool:
+    """Whether two sizes are known to be equal, of which nothing new is guarded."""
+    return statically_known_true(first == second)
+
+
+def same_shape(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """The same of two shapes."""
+    return len(first) == len(second) and all(map(same_size, first, second))
+
+
+def example(argument: Any) -> Any:
+    """The example value of a node, anything else as it is; None for a node that has none."""
+    if isinstance(argument, Node):
+        return argument.meta.get("example_value", argument.meta.get("val"))
+    return argument
+
+
+def tensor_example(argument: Any) -> torch.Tensor:
+    """The example of a node that must hold a tensor.
+
+    Raises:
+        UnsupportedError: it holds something else, or nobody knows what.
+    """
+    value = example(argument)
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedError(f"{argument} is not a tensor")
+    return value
+
+
+def is_tensor(argument: Any) -> bool:
+    return isinstance(example(argument), torch.Tensor)
+
+
+CHANGING = "it takes a number that may be another in the next call"
+
+
+def is_symbol(argument: Any) -> bool:
+    """Whether it is a Python number that Dynamo keeps symbolic: it may be another in the next
+    call, for which nothing is compiled again."""
+    value = example(argument)
+    return isinstance(value, (torch.SymInt, torch.SymFloat)) and _fixed(value) is None
+
+
+def _fixed(value: torch.SymInt | torch.SymFloat) -> int | float | None:
+    """The number that the user's code has already made constant, None if it has not."""
+    node = value.node
+    is_int = isinstance(value, torch.SymInt)
+    number: int | float | None = node.maybe_as_int() if is_int else node.maybe_as_float()
+    return number
+
+
+def with_fixed_number(node: Node) -> Any:
+    """A node, or the number that it holds if that is the same in every call."""
+    value = example(node)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        fixed = _fixed(value)
+        return node if fixed is None else fixed
+    return value if isinstance(value, (int, float)) else node
+
+
+def constant(argument: Any) -> float:
+    """A Python number that is the same in every call.
+
+    Raises:
+        UnsupportedError: `argument` is not a number, or may be another in the next call.
+    """
+    value = example(argument)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        fixed = _fixed(value)
+        if fixed is None:
+            raise UnsupportedError(CHANGING)
+        return fixed
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UnsupportedError("it has an operand that is a tensor, not a number")
+    return value
+
+
+def loss_reduction(size_average: Any, reduce: Any, reduction: str) -> str:
+    """A loss's "none", "mean" or "sum", also from its two deprecated arguments."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+
+
+def dimension(dim: Any, rank: int) -> int:
+    """A dimension counted from the front.
+
+    Raises:
+        UnsupportedError: `dim` is not a plain int.
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise UnsupportedError("its dimension is not a constant")
+    return dim + rank if dim < 0 else dim

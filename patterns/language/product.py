@@ -1,0 +1,134 @@
+"""What all projections share: logits from the two operands of a matrix product."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cce_inductor.patterns.language.examples import is_tensor, tensor_example
+from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation
+from cce_inductor.patterns.language.site import Site
+
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRANSPOSE = TensorOperation(torch.t, (HERE,))
+
+
+def product(
+    site: Site,
+    input: Any,
+    weight: Any,
+    *,
+    transposed: bool,
+    bias: Any = None,
+    weight_operations: tuple[TensorOperation, ...] = (),
+    vocabulary_dim: int | None = None,
+) -> Logits | None:
+    """``input @ weight.T + bias``, or with `weight` as it is if `transposed`.
+
+    None when the operation makes no logits: another rank, a dtype without gradients.
+
+    Args:
+        weight_operations: what makes a matrix of a weight that is none.
+        vocabulary_dim: of the result and, as hidden, of `input`; the last if None.
+    """
+    result = site.example
+    if not (is_tensor(input) and is_tensor(weight)) or result.dtype not in COMPUTE_DTYPES:
+        return None
+    if tensor_example(input).dim() < 1 or tensor_example(input).dim() != result.dim():
+        return None
+    absorbed: list[Node] = []
+    operations = list(weight_operations)
+    while not operations and tensor_example(weight).dim() == 3:
+        source = _expanded(weight)
+        if source is None:
+            return None
+        absorbed.append(weight)
+        weight = source
+    if not operations and tensor_example(weight).dim() != 2:
+        return None
+    if not all(_has_value(size) for size in tensor_example(weight).shape):
+        site.unsupported("its weight has a size that depends on data")
+    dim = result.dim() - 1 if vocabulary_dim is None else vocabulary_dim
+    vocabulary = result.shape[dim]
+    if bias is not None and (
+        not is_tensor(bias) or tuple(tensor_example(bias).shape) != (vocabulary,)
+    ):
+        return None
+    for operand in (node for node in (input, weight, bias) if node is not None):
+        if is_traceable_wrapper_subclass(tensor_example(operand)):
+            site.unsupported(f"its operand is a {type(tensor_example(operand)).__name__}")
+    while not operations and (source := _transpose_of(weight)) is not None:
+        absorbed.append(weight)
+        weight, transposed = source, not transposed
+    if transposed:
+        operations.append(TRANSPOSE)
+    projection = Projection(
+        node=site.node,
+        input=input,
+        linear_weight=weight,
+        weight_operations=tuple(operations),
+        linear_bias=bias,
+        vocabulary=vocabulary,
+        hidden=int(tensor_example(input).shape[dim]),
+        vocabulary_dim=dim,
+        absorbed=tuple(absorbed),
+    )
+    return Logits(projection, dim, vocabulary, result.dtype)
+
+
+def _has_value(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or isinstance(size.node.hint, int)
+
+
+_ATTRIBUTES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
+
+
+def _transpose_of(node: Node) -> Node | None:
+    """The argument of ``.T``, ``.t()``, ``.mT``, ``transpose`` or ``permute`` of a matrix."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    source, *arguments = node.args
+    if not isinstance(source, Node) or not is_tensor(source) or node.kwargs:
+        return None
+    if tensor_example(source).dim() != 2:
+        return None
+    if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)):
+        arguments = list(arguments[0])
+    if node.target is getattr and arguments[0] in ("T", "mT"):
+        return source
+    if node.target in _ATTRIBUTES and not arguments:  # how torch 2.15 writes them
+        return source
+    if node.target in ("t", torch.t, "adjoint", torch.adjoint) and not arguments:
+        return source
+    swaps = ("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
+    if node.target in swaps and sorted(d % 2 for d in arguments) == [0, 1]:
+        return source
+    if node.target in ("permute", torch.permute) and [d % 2 for d in arguments] == [1, 0]:
+        return source
+    return None
+
+
+def _expanded(node: Node) -> Node | None:
+    """The matrix that a batch of equal matrices was made of: by ``unsqueeze(0)``, ``expand``
+    or ``[None]``, which all are views of it."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    source = node.args[0]
+    if not isinstance(source, Node) or not is_tensor(source):
+        return None
+    shape, result = tensor_example(source).shape, tensor_example(node).shape
+    same_matrix = tuple(shape[-2:]) == tuple(result[-2:]) and len(result) == 3
+    if not same_matrix or not (len(shape) == 2 or shape[0] == 1):
+        return None
+    makers = ("expand", "unsqueeze", torch.unsqueeze, torch.broadcast_to, "expand_as")
+    if node.target in makers or (node.target, node.args[1:]) == (operator.getitem, (None,)):
+        return _first_matrix(source)
+    return None
+
+
+def _first_matrix(node: Node) -> Node | None:
+    return node if tensor_example(node).dim() == 2 else _expanded(node)

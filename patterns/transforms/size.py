@@ -1,0 +1,30 @@
+"""``logits.size(0)``, which Dynamo also asks for by itself where only data tells it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cce_inductor.patterns.language.algebra import call, size_of, vocabulary_of
+from cce_inductor.patterns.language.examples import dimension, tensor_example
+from cce_inductor.patterns.language.logits import applied
+from cce_inductor.patterns.language.rows import Row
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import reduction
+
+
+@reduction(torch.ops.aten.sym_size.int, "size")
+def size(site: Site, input: Any, dim: Any = None) -> Row:
+    logits = site.logits(input)
+    if dim is None:
+        # An expanded column of the rows is as large as the logits, and takes no memory.
+        rows = applied(logits.projection.input, logits.row_operations, logits.projection.hidden)
+        column = call(torch.narrow, rows, logits.vocabulary_dim, 0, 1)
+        sizes: list[Any] = [-1] * tensor_example(input).dim()
+        sizes[logits.vocabulary_dim] = vocabulary_of(logits)
+        return call(torch.Tensor.size, call(torch.Tensor.expand, column, tuple(sizes)))
+    dim = dimension(dim, tensor_example(input).dim())
+    if dim == logits.vocabulary_dim:
+        site.unsupported("it asks for the size of their vocabulary")
+    return size_of(logits, dim)
