@@ -7,19 +7,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language.algebra import Algebra, call, ignoring, late, vocabulary_of
-from cce_inductor.patterns.language.examples import (
+from cce_inductor.patterns.language import (
     CHANGING,
+    Algebra,
+    Apply,
+    Call,
+    Logits,
+    Operand,
+    Row,
+    Site,
+    UnsupportedError,
+    call,
     constant,
+    ignoring,
     is_symbol,
+    late,
+    loss,
     loss_reduction,
     tensor_example,
+    vocabulary_of,
 )
-from cce_inductor.patterns.language.expression import Apply, Operand
-from cce_inductor.patterns.language.logits import Call, Logits
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import UnsupportedError, loss
 
 
 @loss(F.cross_entropy)

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language.algebra import Algebra, call, vocabulary_of
-from cce_inductor.patterns.language.examples import loss_reduction
-from cce_inductor.patterns.language.expression import Apply
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import loss
+from cce_inductor.patterns.language import (
+    Algebra,
+    Apply,
+    Logits,
+    Row,
+    Site,
+    call,
+    loss,
+    loss_reduction,
+    vocabulary_of,
+)
 
 
 @loss(F.kl_div)

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language.examples import is_tensor, tensor_example
-from cce_inductor.patterns.language.logits import HERE, Logits, TensorOperation
-from cce_inductor.patterns.language.product import product
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import projection
+from cce_inductor.patterns.language import (
+    HERE,
+    Logits,
+    Site,
+    TensorOperation,
+    is_tensor,
+    product,
+    projection,
+    tensor_example,
+)
 
 
 @projection(F.conv1d, F.conv2d, F.conv3d)

@@ -6,10 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.product import product
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import projection
+from cce_inductor.patterns.language import Logits, Site, product, projection
 
 
 @projection(F.linear)

@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.product import product
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import projection
+from cce_inductor.patterns.language import Logits, Site, product, projection
 
 
 @projection(operator.matmul, torch.matmul, "matmul", "__matmul__", torch.mm, "mm", torch.bmm, "bmm")

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 
 from cce_inductor.kernels.program.text import TOPK_LIMIT
-from cce_inductor.patterns.language.algebra import Algebra, call, without_vocabulary
-from cce_inductor.patterns.language.examples import constant
-from cce_inductor.patterns.language.expression import Apply
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import reduction
+from cce_inductor.patterns.language import (
+    Algebra,
+    Apply,
+    Logits,
+    Row,
+    Site,
+    call,
+    constant,
+    reduction,
+    without_vocabulary,
+)
 
 
 @reduction(torch.argmax, "argmax")

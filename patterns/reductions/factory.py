@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.algebra import call, size_of
-from cce_inductor.patterns.language.examples import same_size, tensor_example
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import reduction
+from cce_inductor.patterns.language import (
+    Logits,
+    Row,
+    Site,
+    call,
+    reduction,
+    same_size,
+    size_of,
+    tensor_example,
+)
 
 
 @reduction("new_zeros")

@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.algebra import Algebra, without_vocabulary
-from cce_inductor.patterns.language.entries import (
+from cce_inductor.patterns.language import (
+    HERE,
+    Algebra,
+    Logits,
+    Row,
+    Site,
+    dimension,
     is_index,
     places_of_rows,
+    reduction,
+    same_shape,
+    same_size,
     takes_one_of_each_row,
+    tensor_example,
+    without_vocabulary,
     wrapped,
 )
-from cce_inductor.patterns.language.examples import dimension, same_shape, same_size, tensor_example
-from cce_inductor.patterns.language.logits import HERE, Logits
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import reduction
 
 
 @reduction(torch.take_along_dim, "take_along_dim")

@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.algebra import Algebra, without_vocabulary
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import reduction
+from cce_inductor.patterns.language import Algebra, Row, Site, reduction, without_vocabulary
 
 
 @reduction(torch.logsumexp, "logsumexp", torch.special.logsumexp)

@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.algebra import Algebra, call, vocabulary_of
-from cce_inductor.patterns.language.examples import dimension, tensor_example
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import reduction
+from cce_inductor.patterns.language import (
+    Algebra,
+    Row,
+    Site,
+    call,
+    dimension,
+    reduction,
+    tensor_example,
+    vocabulary_of,
+)
 
 
 @reduction(torch.sum, "sum")

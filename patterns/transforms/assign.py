@@ -10,26 +10,27 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.algebra import call, vocabulary_of
-from cce_inductor.patterns.language.entries import (
+from cce_inductor.patterns.language import (
+    COLUMN,
+    Apply,
+    Logits,
+    Operand,
+    Site,
     among,
     at_index,
-    overwritten,
-    takes_one_of_each_row,
-    value_of_rows,
-)
-from cce_inductor.patterns.language.examples import (
+    call,
     constant,
     example,
     is_symbol,
     is_tensor,
+    overwritten,
     same_shape,
+    takes_one_of_each_row,
     tensor_example,
+    transform,
+    value_of_rows,
+    vocabulary_of,
 )
-from cce_inductor.patterns.language.expression import COLUMN, Apply, Operand
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
 from cce_inductor.patterns.transforms.select import without_ellipsis
 
 

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.examples import is_tensor, same_shape, same_size, tensor_example
-from cce_inductor.patterns.language.expression import LOGIT
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.product import COMPUTE_DTYPES
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
+from cce_inductor.patterns.language import (
+    COMPUTE_DTYPES,
+    LOGIT,
+    Logits,
+    Site,
+    is_tensor,
+    same_shape,
+    same_size,
+    tensor_example,
+    transform,
+)
 from cce_inductor.patterns.transforms.join import summed
 
 

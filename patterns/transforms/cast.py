@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.algebra import call
-from cce_inductor.patterns.language.examples import tensor_example
-from cce_inductor.patterns.language.expression import Apply
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.product import COMPUTE_DTYPES
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import reduction, transform
+from cce_inductor.patterns.language import (
+    COMPUTE_DTYPES,
+    Apply,
+    Logits,
+    Row,
+    Site,
+    call,
+    reduction,
+    tensor_example,
+    transform,
+)
 
 
 @transform("float", "double", "half", "bfloat16", "type", "bool", "int", "long")

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language.examples import constant, tensor_example
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
+from cce_inductor.patterns.language import Logits, Site, constant, tensor_example, transform
 
 
 @transform("contiguous", "clone", torch.clone, "detach", torch.detach, "requires_grad_", "cpu")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cce_inductor.patterns.language.entries import at_diagonal, overwritten
-from cce_inductor.patterns.language.examples import tensor_example
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
+from cce_inductor.patterns.language import (
+    Logits,
+    Site,
+    at_diagonal,
+    overwritten,
+    tensor_example,
+    transform,
+)
 
 
 @transform("fill_diagonal_")

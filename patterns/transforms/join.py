@@ -14,20 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from cce_inductor.patterns.language.algebra import call
-from cce_inductor.patterns.language.examples import dimension, is_tensor, same_size, tensor_example
-from cce_inductor.patterns.language.expression import (
+from cce_inductor.patterns.language import (
     COLUMN,
     LOGIT,
     Apply,
+    Call,
+    Logits,
     Operand,
+    Projection,
+    Site,
+    applied,
+    call,
+    dimension,
+    is_reduced,
+    is_tensor,
     leaves,
     only_where,
+    same_size,
+    tensor_example,
+    transform,
 )
-from cce_inductor.patterns.language.logits import Call, Logits, Projection, applied
-from cce_inductor.patterns.language.rows import is_reduced
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
 
 
 @transform(torch.cat, torch.concat, torch.concatenate)

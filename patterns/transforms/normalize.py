@@ -7,11 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language.algebra import Algebra, late
-from cce_inductor.patterns.language.expression import Apply
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
+from cce_inductor.patterns.language import Algebra, Apply, Logits, Site, late, transform
 
 
 @transform(torch.log_softmax, F.log_softmax, "log_softmax", torch.special.log_softmax)

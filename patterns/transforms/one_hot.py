@@ -9,11 +9,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language.entries import value_of_rows
-from cce_inductor.patterns.language.expression import COLUMN, Apply
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import block
+from cce_inductor.patterns.language import COLUMN, Apply, Logits, Site, block, value_of_rows
 
 
 @block(F.one_hot)

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.entries import at_scatter, overwritten
-from cce_inductor.patterns.language.examples import (
+from cce_inductor.patterns.language import (
+    Logits,
+    Site,
+    at_scatter,
     dimension,
     is_tensor,
+    overwritten,
     same_shape,
     same_size,
     tensor_example,
+    transform,
 )
-from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
 
 
 @transform("scatter", "scatter_", torch.scatter)

@@ -8,26 +8,28 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.examples import (
+from cce_inductor.patterns.language import (
+    COLUMN,
+    HERE,
+    Apply,
+    Expression,
+    Logits,
+    Operand,
+    Projection,
+    Site,
+    TensorOperation,
+    UnsupportedError,
     constant,
     dimension,
     example,
+    is_reduced,
     is_symbol,
     is_tensor,
-    tensor_example,
-)
-from cce_inductor.patterns.language.expression import (
-    COLUMN,
-    Apply,
-    Expression,
-    Operand,
     leaves,
+    tensor_example,
+    transform,
     where,
 )
-from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation
-from cce_inductor.patterns.language.rows import is_reduced
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import UnsupportedError, transform
 from cce_inductor.torch_internals.symbols import size_hint
 
 

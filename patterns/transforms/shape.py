@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.examples import dimension, example, same_size, tensor_example
-from cce_inductor.patterns.language.logits import HERE, WIDTH, Logits
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import transform
+from cce_inductor.patterns.language import (
+    HERE,
+    WIDTH,
+    Logits,
+    Site,
+    dimension,
+    example,
+    same_size,
+    tensor_example,
+    transform,
+)
 
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language.algebra import call, size_of, vocabulary_of
-from cce_inductor.patterns.language.examples import dimension, tensor_example
-from cce_inductor.patterns.language.logits import applied
-from cce_inductor.patterns.language.rows import Row
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import reduction
+from cce_inductor.patterns.language import (
+    Row,
+    Site,
+    applied,
+    call,
+    dimension,
+    reduction,
+    size_of,
+    tensor_example,
+    vocabulary_of,
+)
 
 
 @reduction(torch.ops.aten.sym_size.int, "size")

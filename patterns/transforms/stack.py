@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.examples import dimension, is_tensor, same_shape, tensor_example
-from cce_inductor.patterns.language.logits import Stack, Value
-from cce_inductor.patterns.language.site import Site
-from cce_inductor.patterns.language.tables import Rule, transform
+from cce_inductor.patterns.language import (
+    Rule,
+    Site,
+    Stack,
+    Value,
+    dimension,
+    is_tensor,
+    same_shape,
+    tensor_example,
+    transform,
+)
 from cce_inductor.patterns.transforms.cast import cast
 from cce_inductor.patterns.transforms.copy import copy
 from cce_inductor.patterns.transforms.select import getitem, without_ellipsis
