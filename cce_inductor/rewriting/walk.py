@@ -426,16 +426,15 @@ class _Walker:
         is_of_rows = isinstance(input, Node) and input in self.reduced and input not in self.lost
         if is_of_rows and not self._has_classes(input):
             return  # of one value a row, not of logits
-        if not used and not getattr(rule, "makes_logits", False):
+        if not used:
             found.reason = self._reason_without_logits(input)
             self.found.losses.append(found)
             return
+        found.logits = self._first(used)
         site = self._site(node)
         try:
             self._check_transforms()
             result = site.apply(rule)
-            if used:
-                found.logits = self._first(used)
             self._keep_stored(node, site)
             if isinstance(result, Logits):
                 self.found.values[node] = _with_path(
@@ -443,17 +442,13 @@ class _Walker:
                 )
                 return
             found.result = self._row(node, used, result)
-            if found.logits is None:
-                found.logits = next(p.logits for p in parts(result) if _is_statistic(p))
         except UnsupportedError as why:
-            found.logits = self._first(used) if used else None
             found.reason = f"{operation(node)} cannot be rewritten: {why}"
             self._keep(used, found.reason)
             if isinstance(input, Node) and input not in self.found.values:
                 found.logits = None
                 found.reason = self._reason_without_logits(input)
-                if used:  # as the target, say
-                    self._escape(node, used, "it is not the input of the loss")
+                self._escape(node, used, "it is not the input of the loss")
         self._record(found)
 
     def _has_classes(self, node: Node) -> bool:
@@ -639,10 +634,6 @@ def _rank(node: Node) -> int:
 def _is_transform(node: Node) -> bool:
     rule = transform.get(node)
     return rule is not None and bool(node.all_input_nodes)
-
-
-def _is_statistic(part: Any) -> bool:
-    return isinstance(part, Statistic)
 
 
 def _with_path(value: Any, node: Node) -> Any:

@@ -82,6 +82,13 @@ from cce_inductor.patterns.language.logits import (
     applied,
 )
 from cce_inductor.patterns.language.product import COMPUTE_DTYPES, product
+from cce_inductor.patterns.language.protocol import (
+    BlockResult,
+    LossResult,
+    ProjectionResult,
+    ReductionResult,
+    TransformResult,
+)
 from cce_inductor.patterns.language.rows import Row, is_reduced
 from cce_inductor.patterns.language.site import Site
 from cce_inductor.patterns.language.tables import (
@@ -103,16 +110,21 @@ __all__ = [
     "WIDTH",
     "Algebra",
     "Apply",
+    "BlockResult",
     "Call",
     "Expression",
     "Logits",
+    "LossResult",
     "Operand",
     "Projection",
+    "ProjectionResult",
+    "ReductionResult",
     "Row",
     "Rule",
     "Site",
     "Stack",
     "TensorOperation",
+    "TransformResult",
     "UnsupportedError",
     "Value",
     "among",

@@ -169,7 +169,7 @@ class Stack:
 
 
 Value = Logits | Stack | tuple[Logits, ...]
-"""What a node holds that holds logits."""
+"""What the walk knows of a node whose result is logits."""
 
 
 def all_logits(value: Value) -> tuple[Logits, ...]:

@@ -1,46 +1,52 @@
-"""The tables of rules, the decorators that fill them, and what a rule can ask.
+"""The tables of rules and the decorators that fill them.
 
-A rule is a function with the signature of the operation it stands for, after a `Site` that knows
-the node. It is registered for the ways in which a graph spells the operation: functions by
-themselves, methods by name.
+A rule is a function with the signature of the operation that it stands for, preceded by a `Site`.
+It is registered for every spelling of the operation in a graph: functions by themselves, methods by
+name. What it may return is written down in `protocol`.
 
-- *projection* makes logits: returns `Logits`, or None when the operation is something else.
-- *transform* keeps logits logits: returns the `Logits` after the operation. Pointwise functions
-  need no rule.
-- *reduction* makes one value of each row: returns what replaces the node.
-- *loss* is a reduction that means a loss: one that is left alone is reported with the reason.
-- *block* makes a tensor as large as logits of one that is not: called with the logits first,
-  returns an `Expression` of them, in which nothing as large need be stored.
-
-A rule raises `UnsupportedError` with a sentence that says why the operation cannot be followed.
+- *projection*: makes logits.
+- *transform*: turns logits into logits. Pointwise functions need no rule.
+- *reduction*: makes one value of each row.
+- *loss*: a reduction that is a loss function. If it is not rewritten, the reason is reported.
+- *block*: makes a tensor as large as the logits out of smaller tensors. The result is an expression
+  of the logits that it is combined with, so that the tensor need not be stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch.fx import Node
 
+from cce_inductor.patterns.language.protocol import (
+    BlockResult,
+    LossResult,
+    ProjectionResult,
+    ReductionResult,
+    TransformResult,
+)
+
 Spelling = str | Callable[..., Any]
 Rule = Callable[..., Any]
+Result = TypeVar("Result")
 
 
 class UnsupportedError(Exception):
-    """An operation on logits that has a rule, in a form that the rule cannot follow."""
+    """An operation has a rule, but the rule cannot follow this form of it."""
 
 
-class Table:
-    """Rules by spelling."""
+class Table(Generic[Result]):
+    """Rules by spelling. A type checker verifies that each rule returns a `Result`."""
 
     def __init__(self, name: str):
         self.name = name
         self._rules: dict[Spelling, Rule] = {}
 
-    def __call__(self, *spellings: Spelling) -> Callable[[Rule], Rule]:
-        """Registers the decorated function for `spellings`: functions, or names of methods."""
+    def __call__(self, *spellings: Spelling) -> Callable[[Callable[..., Result]], Rule]:
+        """Register the decorated function for `spellings`: functions, or names of methods."""
 
-        def register(rule: Rule) -> Rule:
+        def register(rule: Callable[..., Result]) -> Rule:
             for spelling in spellings:
                 if spelling in self._rules:
                     raise ValueError(f"{spelling} has a {self.name} rule already")
@@ -50,7 +56,7 @@ class Table:
         return register
 
     def get(self, node: Node) -> Rule | None:
-        """The rule for the node's operation, if there is one."""
+        """Return the rule for the node's operation, None if there is none."""
         if node.op not in ("call_function", "call_method"):
             return None
         return self._rules.get(node.target)
@@ -62,9 +68,9 @@ class Table:
         return list(self._rules.items())
 
 
-projection = Table("projection")
-transform = Table("transform")
-reduction = Table("reduction")
-loss = Table("loss")
-block = Table("block")
+projection = Table[ProjectionResult]("projection")
+transform = Table[TransformResult]("transform")
+reduction = Table[ReductionResult]("reduction")
+loss = Table[LossResult]("loss")
+block = Table[BlockResult]("block")
 TABLES = (projection, transform, reduction, loss, block)

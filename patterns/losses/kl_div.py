@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from cce_inductor.patterns.language import (
     Algebra,
     Apply,
-    Logits,
-    Row,
+    LossResult,
     Site,
     call,
     loss,
@@ -29,7 +28,7 @@ def kl_div(
     reduce: Any = None,
     reduction: Any = "mean",
     log_target: Any = False,
-) -> Row | Logits:
+) -> LossResult:
     reduction = loss_reduction(size_average, reduce, reduction)
     logits = site.logits(input if site.is_logits(input) else target)
     input, target = site.read(input, logits), site.read(target, logits)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from cce_inductor.patterns.language import (
     HERE,
-    Logits,
+    ProjectionResult,
     Site,
     TensorOperation,
     is_tensor,
@@ -30,7 +30,7 @@ def convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: Any = 1,
-) -> Logits | None:
+) -> ProjectionResult:
     if not (is_tensor(input) and is_tensor(weight)):
         return None
     rank, shape = tensor_example(input).dim(), tuple(tensor_example(weight).shape)

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language import Logits, Site, product, projection, tensor_example
+from cce_inductor.patterns.language import (
+    ProjectionResult,
+    Site,
+    product,
+    projection,
+    tensor_example,
+)
 
 
 @projection(torch.einsum)
-def einsum(site: Site, equation: Any, *operands: Any) -> Logits | None:
+def einsum(site: Site, equation: Any, *operands: Any) -> ProjectionResult:
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language import Logits, Site, product, projection
+from cce_inductor.patterns.language import ProjectionResult, Site, product, projection
 
 
 @projection(F.linear)
-def linear(site: Site, input: Any, weight: Any, bias: Any = None) -> Logits | None:
+def linear(site: Site, input: Any, weight: Any, bias: Any = None) -> ProjectionResult:
     return product(site, input, weight, transposed=False, bias=bias)

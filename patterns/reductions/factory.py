@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cce_inductor.patterns.language import (
-    Logits,
+    ReductionResult,
     Row,
     Site,
     call,
@@ -21,17 +21,17 @@ from cce_inductor.patterns.language import (
 
 
 @reduction("new_zeros")
-def new_zeros(site: Site, input: Any, *size: Any, **options: Any) -> Logits | Row:
+def new_zeros(site: Site, input: Any, *size: Any, **options: Any) -> ReductionResult:
     return _made(site, torch.zeros, torch.zeros_like, input, size, options)
 
 
 @reduction("new_ones")
-def new_ones(site: Site, input: Any, *size: Any, **options: Any) -> Logits | Row:
+def new_ones(site: Site, input: Any, *size: Any, **options: Any) -> ReductionResult:
     return _made(site, torch.ones, torch.ones_like, input, size, options)
 
 
 @reduction("new_full")
-def new_full(site: Site, input: Any, size: Any, fill_value: Any, **options: Any) -> Logits | Row:
+def new_full(site: Site, input: Any, size: Any, fill_value: Any, **options: Any) -> ReductionResult:
     return _made(site, torch.full, torch.full_like, input, (size, fill_value), options)
 
 
@@ -53,7 +53,7 @@ def _made(
     input: Any,
     given: tuple[Any, ...],
     options: dict[str, Any],
-) -> Logits | Row:
+) -> ReductionResult:
     """What a method of logits makes, in which only its own arguments are."""
     made, shape = site.example, tensor_example(input).shape
     if made.dim() == len(shape) and all(map(same_size, made.shape, shape)):

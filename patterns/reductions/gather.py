@@ -13,6 +13,7 @@ from cce_inductor.patterns.language import (
     HERE,
     Algebra,
     Logits,
+    ReductionResult,
     Row,
     Site,
     dimension,
@@ -29,7 +30,7 @@ from cce_inductor.patterns.language import (
 
 
 @reduction(torch.take_along_dim, "take_along_dim")
-def take_along_dim(site: Site, input: Any, indices: Any, dim: Any = None) -> Row | Logits:
+def take_along_dim(site: Site, input: Any, indices: Any, dim: Any = None) -> ReductionResult:
     if dim is None:
         site.unsupported("it takes from all logits")
     return _taken(site, input, dim, indices, wrapped)
@@ -38,11 +39,13 @@ def take_along_dim(site: Site, input: Any, indices: Any, dim: Any = None) -> Row
 @reduction(torch.gather, "gather")
 def gather(
     site: Site, input: Any, dim: Any, index: Any, *, sparse_grad: Any = False
-) -> Row | Logits:
+) -> ReductionResult:
     return _taken(site, input, dim, index, lambda logits, index: index)
 
 
-def _taken(site: Site, input: Any, dim: Any, index: Any, read: Callable[..., Any]) -> Row | Logits:
+def _taken(
+    site: Site, input: Any, dim: Any, index: Any, read: Callable[..., Any]
+) -> ReductionResult:
     logits = site.logits(input)
     shape = tensor_example(input).shape
     if dimension(dim, len(shape)) != logits.vocabulary_dim:
@@ -100,7 +103,7 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
 
 
 @reduction(operator.getitem)
-def getitem(site: Site, input: Any, index: Any) -> Row | None:
+def getitem(site: Site, input: Any, index: Any) -> ReductionResult:
     """Index tensors for every dimension; None for any other index."""
     if not site.is_logits(input):
         return None

@@ -10,7 +10,7 @@ from cce_inductor.patterns.language import (
     COMPUTE_DTYPES,
     Apply,
     Logits,
-    Row,
+    ReductionResult,
     Site,
     call,
     reduction,
@@ -39,7 +39,7 @@ def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
 
 
 @reduction("to", "type_as")
-def cast_as(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits | Row:
+def cast_as(site: Site, input: Any, *args: Any, **kwargs: Any) -> ReductionResult:
     """Logits, or another tensor in whose cast they only name the dtype."""
     if site.is_logits(input):
         return cast(site, input)

@@ -12,7 +12,7 @@ from cce_inductor.patterns.language import (
     Rule,
     Site,
     Stack,
-    Value,
+    TransformResult,
     dimension,
     is_tensor,
     same_shape,
@@ -39,7 +39,9 @@ def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
     return Stack(dim, tuple(parts))
 
 
-def through_stack(site: Site, input: Node, rule: Rule | None, default: Callable[..., Any]) -> Value:
+def through_stack(
+    site: Site, input: Node, rule: Rule | None, default: Callable[..., Any]
+) -> TransformResult:
     """What a transform makes of stacked logits.
 
     Args:
@@ -73,7 +75,7 @@ def through_stack(site: Site, input: Node, rule: Rule | None, default: Callable[
     return Stack(dim, tuple(parts))
 
 
-def _taken(site: Site, stacked: Stack, input: Any, index: Any) -> Value:
+def _taken(site: Site, stacked: Stack, input: Any, index: Any) -> TransformResult:
     rank = tensor_example(input).dim()
     entries = without_ellipsis(index if isinstance(index, tuple) else (index,), rank)
     if len(entries) != rank or None in entries:
