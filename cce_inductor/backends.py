@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
-from cce_inductor.installation import refused
+from cce_inductor.installation import reason_against_inductor
 from cce_inductor.operators.fingerprint import tagged
 from cce_inductor.options import Options
 from cce_inductor.reporting.log import publish
@@ -54,7 +54,9 @@ def cce_inductor(
 
     def compiler(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with torch._inductor.config.patch(patches):
-            publish(module, rewrite(module, ours, refused(), deferral_for(module)), ours)
+            publish(
+                module, rewrite(module, ours, reason_against_inductor(), deferral_for(module)), ours
+            )
         return compile_keyed(
             module, example_inputs, inner_compile=keyed, config_patches=patches or None
         )

@@ -29,8 +29,10 @@ from cce_inductor import surprise
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.operators.fingerprint import fingerprint, tagged
 from cce_inductor.options import Options, is_in_force, options_in_force, put_in_force
+from cce_inductor.reporting import reasons
 from cce_inductor.reporting.log import publish
 from cce_inductor.reporting.notice import speak_at_exit
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.torch_internals.patches import set_config, wrap_inductor
 from cce_inductor.torch_internals.versions import (
@@ -56,8 +58,8 @@ class RewritePass(CustomGraphPass):
         if self.options is not None and isinstance(module, GraphModule):
             deferral = deferral_for(module)
             if deferral is not None and not passes_run_always():
-                deferral.why_not = "pre_grad_pass_timing lets a cache answer in the pass's place"
-            reports = rewrite(module, self.options, refused(), deferral)
+                deferral.why_not = reasons.CACHE_MAY_ANSWER
+            reports = rewrite(module, self.options, reason_against_inductor(), deferral)
             publish(module, reports, self.options)
 
     def uuid(self) -> Any | None:
@@ -72,12 +74,12 @@ class RewritePass(CustomGraphPass):
         return self
 
 
-def refused() -> str | None:
+def reason_against_inductor() -> Reason | None:
     """Why this compilation by Inductor cannot use the operators, None if it can."""
     from torch._inductor.virtualized import V
 
     if torch._inductor.config.cpp_wrapper or V.aot_compilation:
-        return "the operator is called from Python, which Inductor's C++ wrapper does not do"
+        return reasons.NO_PYTHON_IN_CPP_WRAPPER
     return None
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import cce_inductor
+from cce_inductor.reporting import reasons
 from cce_inductor.torch_internals.versions import pass_list
 
 INPUT = torch.randn(6, 8)
@@ -191,9 +192,7 @@ def test_cpp_wrapper_is_refused():
     cce_inductor.install(min_logits_bytes=0, on_error="raise")
     found = torch.compile(loss, options={"cpp_wrapper": True})(INPUT, WEIGHT, TARGET)
     (report,) = cce_inductor.reports()
-    assert report.reason == (
-        "the operator is called from Python, which Inductor's C++ wrapper does not do"
-    )
+    assert report.reason == reasons.NO_PYTHON_IN_CPP_WRAPPER.sentence
     torch.testing.assert_close(found, expected)
 
 

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 
 import cce_inductor
 from cce_inductor.options import Options
+from cce_inductor.reporting import reasons
 from cce_inductor.reporting.notice import is_large, last_word
 
 INPUT = torch.randn(1024, 8)
 WEIGHT = torch.randn(4096, 8)
 TARGET = torch.randint(4096, (1024,))
 DROPPED = (
-    "the logits are used by dropout at {}: it is random. To change that: draw the random numbers "
-    "before the projection, or evaluate with dropout off"
+    f"the logits are used by dropout at {{}}: {reasons.RANDOM.sentence}. "
+    f"To change that: {reasons.RANDOM.advice}"
 )
 
 
@@ -108,7 +109,7 @@ def test_explain_says_it_itself(said):
     def fn(input, weight, target):
         return F.cross_entropy(F.dropout(F.linear(input, weight)), target)
 
-    assert "it is random" in str(cce_inductor.explain(fn, INPUT, WEIGHT, TARGET))
+    assert reasons.RANDOM.sentence in str(cce_inductor.explain(fn, INPUT, WEIGHT, TARGET))
     assert said() == []
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor import explain
+from cce_inductor.reporting import reasons
 
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -155,7 +156,7 @@ def test_a_loss_in_an_autograd_function():
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
         f"the logits are used by autograd_function_apply at {place(fn, 'apply')}: "
-        "what it calls is not followed"
+        + reasons.NOT_FOLLOWED.sentence
     )
     assert report.logits_shape == (6, 50)
 
@@ -168,10 +169,7 @@ def test_a_loss_with_a_name_in_an_autograd_function():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.location == place(Named.forward, "F.cross_entropy")
-    assert report.reason == (
-        "its logits come into a function that the graph calls, such as an autograd.Function, and "
-        "are not followed into it"
-    )
+    assert report.reason == reasons.FROM_CALLING_GRAPH.sentence
     assert report.advice is None
 
 

@@ -29,6 +29,7 @@ from cce_inductor.patterns.language.examples import example
 from cce_inductor.recipe.operation import Operation, strided
 from cce_inductor.recipe.sharded import is_freed_after_forward, is_sharded
 from cce_inductor.recipe.stale import StaleLogitsError
+from cce_inductor.reporting import reasons
 from cce_inductor.rewriting.mutation import mutated_storages, storage_of
 from cce_inductor.rewriting.returned import ARRIVED, Deferral, DeferredOutput
 from cce_inductor.surprise import surprised
@@ -80,7 +81,7 @@ def _compiled_with_outputs(
 ) -> Compiled:
     deferral = Deferral(arguments=example_inputs)
     if saves_compiled():
-        deferral.why_not = "the compiled function is saved, and loaded without what computes them"
+        deferral.why_not = reasons.FUNCTION_IS_SAVED
     _compilations.open.append((module, deferral))
     try:
         compiled = compiler(module, example_inputs)

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.reporting.location import describe, location
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.sizes import format_bytes, format_tensor
 
 
@@ -48,9 +49,9 @@ class LossReport:
     advice: str | None = None
 
     @classmethod
-    def of_failure(cls, node: Node, reason: str) -> LossReport:
+    def of_failure(cls, node: Node, reason: Reason) -> LossReport:
         """The record of a loss in a graph that the pass could not look at."""
-        return cls(False, reason, location(node), describe(node), None, None, 0, failed=True)
+        return cls(False, str(reason), location(node), describe(node), None, None, 0, failed=True)
 
     @property
     def sentence(self) -> str:

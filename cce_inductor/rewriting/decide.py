@@ -8,7 +8,8 @@ from cce_inductor.kernels.program.tracing import NotPointwiseError
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.reporting.sizes import format_bytes
+from cce_inductor.reporting import reasons
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.rewriting.found import FoundLoss, Kept, Walk, logits_bytes
 from cce_inductor.rewriting.plan import Group, plan
 from cce_inductor.rewriting.returned import (
@@ -31,7 +32,7 @@ class Decision:
         groups: the operators.
     """
 
-    reasons: list[str | None]
+    reasons: list[Reason | None]
     chosen: list[FoundLoss]
     deferred: list[Returned]
     groups: list[Group]
@@ -39,17 +40,17 @@ class Decision:
 
 def decide(found: Walk, options: Options, deferrable: list[Returned]) -> Decision:
     while True:
-        reasons, kept = _reasons_to_keep(found, options)
+        against, kept = _reasons_to_keep(found, options)
         chosen = [
             each
-            for each, reason in zip(found.losses, reasons, strict=True)
+            for each, reason in zip(found.losses, against, strict=True)
             if reason is None and each.result is not None
         ]
         deferred = _deferred(deferrable, chosen, kept, options)
         groups = plan(chosen, found)
         refused = _undifferentiable(groups)
         if refused is None:
-            return Decision(reasons, chosen, deferred, groups)
+            return Decision(against, chosen, deferred, groups)
         logits, reason = refused
         for each in chosen:
             assert each.logits is not None
@@ -83,20 +84,19 @@ def _deferred(
     return found
 
 
-def _undifferentiable(groups: list[Group]) -> tuple[Logits, str] | None:
+def _undifferentiable(groups: list[Group]) -> tuple[Logits, Reason] | None:
     for group in groups:
         try:
             group.check_derivative()
         except NotPointwiseError as why:
-            reason = f"the function of the logits has a derivative that is not pointwise ({why})"
-            return group.logits, reason
+            return group.logits, reasons.derivative_not_pointwise(str(why))
     return None
 
 
-def _reasons_to_keep(found: Walk, options: Options) -> tuple[list[str | None], Kept]:
+def _reasons_to_keep(found: Walk, options: Options) -> tuple[list[Reason | None], Kept]:
     """For each loss and each projection; a projection's losses are rewritten together or not at
     all."""
-    reasons = [_reason_to_keep(each, options) for each in found.losses]
+    against = [_reason_to_keep(each, options) for each in found.losses]
     kept = found.kept.copy()
     changed = True
     while changed:  # what one loss keeps may be joined with what another one reads
@@ -104,29 +104,26 @@ def _reasons_to_keep(found: Walk, options: Options) -> tuple[list[str | None], K
         for number, each in enumerate(found.losses):
             if each.logits is None:
                 continue
-            reason = reasons[number] or kept.reason(each.logits)
-            changed = changed or reason != reasons[number]
-            reasons[number] = reason
+            reason = against[number] or kept.reason(each.logits)
+            changed = changed or reason != against[number]
+            against[number] = reason
             if reason is not None:
                 kept.add(each.logits, reason)
-    return reasons, kept
+    return against, kept
 
 
-def _reason_to_keep(found: FoundLoss, options: Options) -> str | None:
+def _reason_to_keep(found: FoundLoss, options: Options) -> Reason | None:
     if found.reason is not None:
         return found.reason
     assert found.logits is not None
     return _reason_of_logits(found.logits, options)
 
 
-def _reason_of_logits(logits: Logits, options: Options) -> str | None:
+def _reason_of_logits(logits: Logits, options: Options) -> Reason | None:
     device = example(logits.projection.node).device.type
     if device not in DEVICES:
-        return f"there is no kernel for the device {device!r}"
+        return reasons.no_kernel(device)
     size = logits_bytes(logits)
     if size is not None and size < options.min_logits_bytes:
-        return (
-            f"the logits are small ({format_bytes(size)}, and "
-            f"min_logits_bytes is {format_bytes(options.min_logits_bytes)})"
-        )
+        return reasons.too_small(size, options.min_logits_bytes)
     return None

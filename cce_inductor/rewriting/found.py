@@ -11,6 +11,7 @@ from torch.fx import Node
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.logits import Logits
 from cce_inductor.patterns.language.rows import AtRows, Row, Statistic, parts
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.sizes import tensor_bytes
 from cce_inductor.rewriting.mutation import (
     UNKNOWN,
@@ -37,7 +38,7 @@ class FoundLoss:
     is_loss: bool
     logits: Logits | None = None
     result: Row | tuple[Row, ...] | None = None
-    reason: str | None = None
+    reason: Reason | None = None
     after: Node | None = None
 
     @property
@@ -63,18 +64,18 @@ class Kept:
     """Why projections stay as they are; of several reasons the first."""
 
     def __init__(self) -> None:
-        self.reasons: dict[Node, str] = {}
+        self.reasons: dict[Node, Reason] = {}
 
     def copy(self) -> Kept:
         copied = Kept()
         copied.reasons.update(self.reasons)
         return copied
 
-    def add(self, logits: Logits, reason: str) -> None:
+    def add(self, logits: Logits, reason: Reason) -> None:
         for origin in logits.projection.origins:
             self.reasons.setdefault(origin, reason)
 
-    def reason(self, logits: Logits) -> str | None:
+    def reason(self, logits: Logits) -> Reason | None:
         found = map(self.reasons.get, logits.projection.origins)
         return next(filter(None, found), None)
 

@@ -51,7 +51,7 @@ def _use(node: Node, found: Walk) -> str:
     reasons = (e.reason for e in found.dropped if e.logits and e.logits.projection.node is node)
     reason = found.kept.reasons.get(node) or next(reasons, None)
     if reason is not None:
-        return reason
+        return str(reason)
     made_of_it = [other for other, value in found.values.items() if node in _projections(value)]
     if any(other in found.returned for other in made_of_it):
         return "the function returns what is made of it"

@@ -8,9 +8,9 @@ from torch.fx import Node
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.logits import Logits
-from cce_inductor.reporting.advice import advice
 from cce_inductor.reporting.location import describe, location
 from cce_inductor.reporting.notice import is_large
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.report import LossReport
 from cce_inductor.reporting.sizes import shape_hints, tensor_bytes
 from cce_inductor.rewriting.decide import Decision
@@ -43,7 +43,7 @@ def reports_of(found: Walk, decision: Decision, options: Options) -> list[LossRe
 
 
 def loss_report(
-    found: FoundLoss, reason: str | None, options: Options, *, deferred: bool = False
+    found: FoundLoss, reason: Reason | None, options: Options, *, deferred: bool = False
 ) -> LossReport:
     """The record of a loss that was rewritten (`reason` is None) or left alone."""
     return _report(found.node, found.logits, describe(found.node), reason, options, deferred)
@@ -58,7 +58,7 @@ def _report(
     node: Node,
     logits: Logits | None,
     consumer: str,
-    reason: str | None,
+    reason: Reason | None,
     options: Options,
     deferred: bool,
 ) -> LossReport:
@@ -73,7 +73,7 @@ def _report(
         size = tensor_bytes(read[0]) if read and isinstance(read[0], torch.Tensor) else 0
     return LossReport(
         rewritten=reason is None,
-        reason=reason,
+        reason=None if reason is None else str(reason),
         location=location(node),
         loss=" > ".join((*path, consumer)),
         logits_shape=shape,
@@ -81,5 +81,5 @@ def _report(
         bytes_saved=(size or 0) if reason is None else 0,
         deferred=deferred and reason is None,
         logits_bytes=size,
-        advice=advice(reason, options, size),
+        advice=None if reason is None else reason.advice_for(options, size),
     )

@@ -17,7 +17,8 @@ from cce_inductor.patterns.language.rows import Statistic, is_reduced, nodes_of_
 from cce_inductor.recipe.formula import Formula
 from cce_inductor.recipe.operation import product
 from cce_inductor.recipe.sharded import is_freed_after_forward
-from cce_inductor.reporting.location import at, operation
+from cce_inductor.reporting import reasons
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.rewriting.found import Walk
 from cce_inductor.rewriting.mutation import UNKNOWN, storage_of
 
@@ -83,7 +84,7 @@ class Deferral:
             one, or what it is made of; None if the graph returns what it did.
     """
 
-    why_not: str | None = None
+    why_not: Reason | None = None
     arguments: Sequence[Any] = ()
     outputs: list[int | DeferredOutput] | None = None
 
@@ -119,54 +120,51 @@ class Returned:
         return tuple(value.stride())
 
 
-_STORED = "the logits are returned by the compiled function, so they must be stored"
-
-
 def returned_logits(
     found: Walk, options: Options, deferral: Deferral | None
-) -> tuple[list[Returned], list[tuple[Logits, str]]]:
+) -> tuple[list[Returned], list[tuple[Logits, Reason]]]:
     """Those that can be deferred, and those that must be stored with the reason."""
     deferrable: list[Returned] = []
-    stored: list[tuple[Logits, str]] = []
+    stored: list[tuple[Logits, Reason]] = []
     for node in found.returned:
         value = found.values[node]
-        reason = _STORED
+        reason = reasons.RETURNED
         if options.defer_logits == "never":
-            reason += ', as defer_logits is "never"'
+            reason = reasons.RETURNED_WITHOUT_DEFERRAL
         elif deferral is not None:
             why = deferral.why_not or _reason_to_store(node, found, deferral)
             if why is None:
                 deferrable.append(Returned(node, value))
                 continue
-            reason += f", and cannot be deferred: {why}"
+            reason = reasons.not_deferred(why)
         stored += [(logits, reason) for logits in all_logits(value)]
     return deferrable, stored
 
 
-def _reason_to_store(node: Node, found: Walk, deferral: Deferral) -> str | None:
+def _reason_to_store(node: Node, found: Walk, deferral: Deferral) -> Reason | None:
     value, logits = example(node), found.values[node]
     if not isinstance(logits, Logits):
-        return "they are several"
+        return reasons.SEVERAL_LOGITS_RETURNED
     if not value.dtype.is_floating_point:
-        return f"they are {value.dtype}"
+        return reasons.not_floating(value.dtype)
     returned = Returned(node, logits)
     operands = [leaf for leaf in leaves(returned.expression) if isinstance(leaf, Operand)]
     if any(operand.kind == "b" for operand in operands):
-        return "what they were combined with is as large"
+        return reasons.COMBINED_WITH_LARGE
     if any(is_reduced(operand.source) for operand in operands):
-        return "what they were combined with is computed from them"
+        return reasons.COMBINED_WITH_REDUCTION
     if not _is_contiguous(value, logits.vocabulary_dim) and not _is_static(value):
-        return "their strides are not known before the function runs"
+        return reasons.STRIDES_UNKNOWN
     if is_freed_after_forward(_arguments_read(returned, operands, deferral)):
-        return "FSDP frees the weight after the forward of its module (reshard_after_forward)"
+        return reasons.FSDP_FREES_WEIGHT
     storage = storage_of(node)
     others = [*returned.output.all_input_nodes, *node.graph.find_nodes(op="placeholder")]
     if storage is UNKNOWN or any(o is not node and storage_of(o) == storage for o in others):
-        return "another result or argument shares their memory"
+        return reasons.MEMORY_SHARED
     last = found.position[returned.output]
     mutation = found.changed_before(returned.row, last, last)
     if mutation is not None:
-        return f"{operation(mutation)}{at(mutation)} may change what the projection read"
+        return reasons.may_change_operand(mutation)
     return None
 
 

@@ -7,6 +7,8 @@ from torch.fx import Graph, GraphModule, Node
 from cce_inductor.operators import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.tables import loss
+from cce_inductor.reporting import reasons
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.report import LossReport
 from cce_inductor.rewriting.build import computing_examples
 from cce_inductor.rewriting.decide import decide
@@ -27,7 +29,7 @@ _DONE = "cce_inductor"
 def rewrite(
     module: GraphModule,
     options: Options,
-    refused: str | None = None,
+    against: Reason | None = None,
     deferral: Deferral | None = None,
 ) -> list[LossReport]:
     """Rewrites the losses in `module` and in the subgraphs it calls, in place.
@@ -38,7 +40,7 @@ def rewrite(
     Args:
         module: the graph.
         options: of the pass.
-        refused: why no loss may be rewritten, None if they may.
+        against: why no loss may be rewritten, None if they may.
         deferral: takes the logits that `module` is not to return; None if it must return them.
 
     Returns:
@@ -53,7 +55,7 @@ def rewrite(
         of_graph = deferral if graph_module is module else None
         with computing_examples(), on_error(options.on_error):
             reports += _rewrite_graph(
-                graph_module, options, refused, of_graph, is_inner=graph_module is not module
+                graph_module, options, against, of_graph, is_inner=graph_module is not module
             )
     return reports
 
@@ -89,7 +91,7 @@ def _with_subgraphs(module: GraphModule) -> list[GraphModule]:
 def _rewrite_graph(
     module: GraphModule,
     options: Options,
-    refused: str | None,
+    against: Reason | None,
     deferral: Deferral | None,
     *,
     is_inner: bool,
@@ -97,11 +99,11 @@ def _rewrite_graph(
     try:
         found = walk(module.graph, is_inner=is_inner)
         for each in found.losses:
-            each.reason = each.reason or refused
+            each.reason = each.reason or against
         deferrable, stored = returned_logits(found, options, deferral)
         for logits, reason in stored:
             found.kept.add(logits, reason)
-        if refused is not None:
+        if against is not None:
             deferrable = []
         decision = decide(found, options, deferrable)
         reports = reports_of(found, decision, options)
@@ -114,7 +116,7 @@ def _rewrite_graph(
         return reports
     except Exception as error:
         surprised("a graph is compiled as it was")
-        reason = f"the pass failed with {type(error).__name__}: {error}"
+        reason = reasons.pass_failed(error)
         return [LossReport.of_failure(node, reason) for node in _losses(module.graph)]
 
 

@@ -31,7 +31,9 @@ from cce_inductor.patterns.language.through_view import changed_through_view
 from cce_inductor.patterns.losses.unfused import is_unfused
 from cce_inductor.patterns.transforms.select import begins_vocabulary, in_vocabulary
 from cce_inductor.patterns.transforms.stack import through_stack
-from cce_inductor.reporting.location import at, describe, operation
+from cce_inductor.reporting import reasons
+from cce_inductor.reporting.location import describe, operation
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.rewriting.found import FoundLoss, Walk
 from cce_inductor.rewriting.mutation import (
     called_graphs,
@@ -63,7 +65,7 @@ class _Walker:
         self.kept = self.found.kept
         # Node made from logits by an operation without a rule -> why, the vocabulary's size, and
         # that operation; transforms of its result count as it.
-        self.lost: dict[Node, tuple[str, int | None, Node]] = {}
+        self.lost: dict[Node, tuple[Reason, int | None, Node]] = {}
         # Node computed from a reduction -> the projections of what was reduced.
         self.reduced: dict[Node, set[Node]] = {}
         # Every node that holds a tensor of a storage, in order.
@@ -74,8 +76,8 @@ class _Walker:
         # have their new values.
         self.written: frozenset[object] = frozenset()
         self.assigned: set[object] = set()
-        # How many of each are open, by what they are called.
-        self.open = dict.fromkeys(_OPENED, 0)
+        # How many of each region the walk is inside of, by the reason that they give.
+        self.open = dict.fromkeys(_REGIONS, 0)
         derivatives = (node for node in graph.nodes if node.target is torch.autograd.grad)
         self.derivative = next(derivatives, None)
 
@@ -155,14 +157,14 @@ class _Walker:
         try:
             logits = self._site(node).apply(rule)
         except UnsupportedError as why:
-            reason = f"{operation(node)}{at(node)} is no projection that is known: {why}"
+            reason = reasons.projection_unsupported(node, why.reason)
             self.lost[node] = (reason, size_hint(example(node).shape[-1]), node)
             return
         if logits is None:
             return
         inside = self._inside()
         if inside is not None:
-            reason = f"{operation(node)}{at(node)} cannot be followed: {inside}"
+            reason = reasons.projection_not_followed(node, inside)
             self.lost[node] = (reason, size_hint(example(node).shape[-1]), node)
             return
         if not had_gradient(node) and any(
@@ -188,7 +190,7 @@ class _Walker:
                 return
             if result is not None:
                 if self.written:
-                    raise UnsupportedError("it also changes them in place")
+                    raise UnsupportedError(reasons.REDUCES_AND_CHANGES)
                 found = FoundLoss(node, False, self._first(used), self._row(node, used, result))
                 self._record(found)
                 if storages_of(node) & {storage_of(argument) for argument in used}:
@@ -203,14 +205,14 @@ class _Walker:
             value = self._detached_if_cut(node, used, value)
             mutated = [a for a in used if storage_of(a) in self.written]
             if len(mutated) > 1:
-                raise UnsupportedError("it changes several logits")
+                raise UnsupportedError(reasons.CHANGES_SEVERAL_LOGITS)
             if mutated:
                 self._assign(node, mutated[0], value)
         except UnsupportedError as why:
             if not self.written and _is_unused(node):
                 self.found.unused.append(node)
                 return
-            self._escape(node, used, str(why))
+            self._escape(node, used, why.reason)
             self._visit_projection(node)  # what one projection made may be another's input
         else:
             self._keep_stored(node, site)
@@ -224,24 +226,24 @@ class _Walker:
         if inside is not None:
             raise UnsupportedError(inside)
 
-    def _inside(self) -> str | None:
+    def _inside(self) -> Reason | None:
         """What makes that nothing can be rewritten here, None if nothing does."""
         if self.derivative is not None:
-            return f"the graph takes derivatives itself{at(self.derivative)}"
-        return next((f"it is inside {name}" for name, count in self.open.items() if count), None)
+            return reasons.takes_derivatives(self.derivative)
+        return next((region for region, count in self.open.items() if count), None)
 
     def _count_open(self, node: Node) -> None:
         module = getattr(node.target, "__module__", None) or ""
         name = operation(node)
         if name in ("_enter_inference_mode", "_exit_inference_mode"):
-            self.open[_INFERENCE] += 1 if name == "_enter_inference_mode" else -1
+            self.open[reasons.INSIDE_INFERENCE_MODE] += 1 if name == "_enter_inference_mode" else -1
         elif node.op == "call_function" and "functorch" in module:
-            self.open[_TRANSFORM] += name.endswith("_increment_nesting")
-            self.open[_TRANSFORM] -= name.endswith("_decrement_nesting")
+            self.open[reasons.INSIDE_TRANSFORM] += name.endswith("_increment_nesting")
+            self.open[reasons.INSIDE_TRANSFORM] -= name.endswith("_decrement_nesting")
 
     def _check_others_unchanged(self, node: Node, used: list[Node]) -> None:
         if not self.written <= {storage_of(argument) for argument in used}:
-            raise UnsupportedError("it changes another tensor in place")
+            raise UnsupportedError(reasons.CHANGES_ANOTHER_TENSOR)
 
     def _pointwise(self, site: Site) -> Logits:
         node = site.node
@@ -251,13 +253,12 @@ class _Walker:
             same = isinstance(before, Logits) and value.expression is before.expression
             # Nothing happens to a scalar, but a matrix may be transposed.
             if same and _places(node) != _places(argument):
-                raise UnsupportedError("it moves their elements")
+                raise UnsupportedError(reasons.MOVES_ELEMENTS)
         return value
 
     def _keep_stored(self, node: Node, site: Site) -> None:
         for stored in site.stored:
-            reason = f"the logits are used by {operation(node)}{at(node)} with other logits"
-            self._keep([stored], reason)
+            self._keep([stored], reasons.used_with_other_logits(node))
 
     def _detached_if_cut(self, node: Node, used: list[Node], value: Any) -> Any:
         """What has no gradient in the user's graph has none here."""
@@ -274,9 +275,9 @@ class _Walker:
             value: what `changed` holds afterwards.
         """
         if not isinstance(value, Logits):
-            raise UnsupportedError("it changes several logits")
+            raise UnsupportedError(reasons.CHANGES_SEVERAL_LOGITS)
         if self.found.gradient_mode[node] is False and _requires_grad(changed):
-            raise UnsupportedError("it changes them in place, hidden from their gradient")
+            raise UnsupportedError(reasons.HIDDEN_FROM_GRADIENT)
         before = self.found.values[changed]
         names = self.sharing[storage_of(changed)]
         read = [name for name in names if self._is_read_after(name, node)]
@@ -298,8 +299,7 @@ class _Walker:
         a view of a view that is a value of rows, say."""
         for storage in self.written - self.assigned:
             names = [n for n in self.sharing.get(storage, ()) if n in self.found.values]
-            reason = f"{operation(node)}{at(node)} changes logits in place through a view of them"
-            self._keep(names, reason)
+            self._keep(names, reasons.changed_through_view(node))
 
     def _is_read_after(self, name: Node, node: Node) -> bool:
         return any(self._is_after(user, node) for user in name.users)
@@ -315,14 +315,13 @@ class _Walker:
         try:
             self._check_transforms()
             if len(changed) > 1 or self.written != {storage_of(made)}:
-                raise UnsupportedError("it changes another tensor in place")
+                raise UnsupportedError(reasons.CHANGES_ANOTHER_TENSOR)
             site = self._site(node)
             row = self._row_of(made)
             value = changed_through_view(site, changed[0], row, logits)
             self._assign(node, argument, value)
         except UnsupportedError as why:
-            reason = f"the logits are used by {operation(node)}{at(node)}: {why}"
-            self._keep([argument], reason)
+            self._keep([argument], reasons.used_by(node, why.reason))
         else:
             self.found.assignments[node] = value
             if node.users:
@@ -382,20 +381,18 @@ class _Walker:
     def _first(self, used: list[Node]) -> Logits:
         return all_logits(self.found.values[used[0]])[0]
 
-    def _escape(self, node: Node, used: list[Node], why: str) -> None:
+    def _escape(self, node: Node, used: list[Node], cause: Reason) -> None:
         is_loss = is_unfused(node)
         if is_loss:
-            why = "there is no rule for this loss"
-        reason = f"the logits are used by {operation(node)}{at(node)}"
-        if why:
-            reason += f": {why}"
+            cause = reasons.LOSS_WITHOUT_RULE
+        reason = reasons.used_by(node, cause)
         logits = self._first(used)
         self.lost[node] = (reason, logits.projection.classes, node)
         self._keep(used, reason)
         if is_loss or _holds_softmax(node, size_hint(logits.vocabulary)):
             self._record(FoundLoss(node, True, logits, reason=reason))
 
-    def _keep(self, used: list[Node], reason: str) -> None:
+    def _keep(self, used: list[Node], reason: Reason) -> None:
         for argument in used:
             for logits in all_logits(self.found.values[argument]):
                 self.kept.add(logits, reason)
@@ -443,12 +440,12 @@ class _Walker:
                 return
             found.result = self._row(node, used, result)
         except UnsupportedError as why:
-            found.reason = f"{operation(node)} cannot be rewritten: {why}"
+            found.reason = reasons.loss_unsupported(node, why.reason)
             self._keep(used, found.reason)
             if isinstance(input, Node) and input not in self.found.values:
                 found.logits = None
                 found.reason = self._reason_without_logits(input)
-                self._escape(node, used, "it is not the input of the loss")
+                self._escape(node, used, reasons.NOT_THE_LOSS_INPUT)
         self._record(found)
 
     def _has_classes(self, node: Node) -> bool:
@@ -456,7 +453,7 @@ class _Walker:
         vocabularies = {size_hint(example(origin).shape[-1]) for origin in self.reduced[node]}
         return not vocabularies.isdisjoint({*map(size_hint, example(node).shape)} - {None})
 
-    def _reason_without_logits(self, input: object) -> str:
+    def _reason_without_logits(self, input: object) -> Reason:
         if isinstance(input, Node) and input in self.lost:
             reason, vocabulary, escaped = self.lost[input]
             # Every later node of a model is made from its first projections; of the one before
@@ -467,21 +464,14 @@ class _Walker:
         while isinstance(source, Node) and (_is_transform(source) or _keeps_shape(source)):
             source = max(source.all_input_nodes, key=_rank)
         if not isinstance(source, Node):
-            return "its input is made from no tensor"
+            return reasons.FROM_NO_TENSOR
         if source.op == "placeholder" and isinstance(example(source), torch.nn.Parameter):
-            return f"its input is taken from the parameter {source.name!r}, and is no projection"
+            return reasons.from_parameter(source)
         if source.op == "placeholder" and self.is_inner:
-            return (
-                "its logits come into a function that the graph calls, such as an "
-                "autograd.Function, and are not followed into it"
-            )
+            return reasons.FROM_CALLING_GRAPH
         if source.op == "placeholder":
-            return (
-                f"its logits come into this graph from outside, as {source.name!r}, "
-                "so their projection is not in it"
-            )
-        made_by = f"{operation(source)}{at(source)}"
-        return f"its input is made by {made_by}, which is no projection that is known"
+            return reasons.from_outside(source)
+        return reasons.made_by(source)
 
     def _check_unchanged(self, found: FoundLoss) -> None:
         """What will be read where the loss is, and kept for its backward, must be what was read
@@ -493,10 +483,8 @@ class _Walker:
         last = math.inf if trained else here
         mutation = self.found.changed_before(found.result, here, last)
         if mutation is not None:
-            found.reason = (
-                f"{operation(found.node)} cannot be rewritten: {operation(mutation)}"
-                f"{at(mutation)} may change what the projection read"
-            )
+            cause = reasons.may_change_operand(mutation)
+            found.reason = reasons.loss_unsupported(found.node, cause)
             self.kept.add(found.logits, found.reason)
 
     def _add_unreduced(self) -> None:
@@ -526,7 +514,9 @@ class _Walker:
             ):
                 self.found.losses.append(found)
             elif found.has_softmax:
-                found.reason = self.kept.reason(found.logits) or _reason_of_router(found.logits)
+                found.reason = self.kept.reason(found.logits) or reasons.taken_for_router(
+                    found.logits.projection.classes, found.logits.projection.hidden
+                )
                 self.found.dropped.append(found)
 
 
@@ -557,9 +547,9 @@ def _seen_as(old: Any, before: Logits, value: Logits, is_whole: bool) -> Logits:
         is_whole: whether that name has all of the rows.
     """
     if not isinstance(old, Logits) or old.expression is not before.expression:
-        raise UnsupportedError("it changes logits in place that are also read as a view")
+        raise UnsupportedError(reasons.ALSO_READ_AS_VIEW)
     if value.projection != before.projection:
-        raise UnsupportedError("it changes logits in place that are also read as a view")
+        raise UnsupportedError(reasons.ALSO_READ_AS_VIEW)
     known = list(leaves(before.expression))
     new = [
         leaf
@@ -568,12 +558,12 @@ def _seen_as(old: Any, before: Logits, value: Logits, is_whole: bool) -> Logits:
     ]
     is_derived = old.row_operations[: len(before.row_operations)] == before.row_operations
     if not is_derived and not is_whole:
-        raise UnsupportedError("it changes a part of the logits in place")
+        raise UnsupportedError(reasons.CHANGES_PART)
     if not is_derived and new:  # whose rows are those of the name that was changed
-        raise UnsupportedError("it changes logits in place that are also read as a view")
+        raise UnsupportedError(reasons.ALSO_READ_AS_VIEW)
     expression = in_vocabulary(old, before, value.expression)
     if expression is None:
-        raise UnsupportedError("it changes a part of the logits in place")
+        raise UnsupportedError(reasons.CHANGES_PART)
     return old.replace(expression=expression, compute_dtype=value.compute_dtype)
 
 
@@ -583,14 +573,6 @@ def _is_written_by_hand(found: FoundLoss) -> bool:
     assert found.logits is not None
     projection = found.logits.projection
     return found.has_softmax and projection.has_more_classes
-
-
-def _reason_of_router(logits: Logits) -> str:
-    return (
-        f"a softmax written by hand over {logits.projection.classes} classes, no more than "
-        f"there are hidden units ({logits.projection.hidden}), is taken for that of a router, not "
-        "for a loss"
-    )
 
 
 def _holds_softmax(node: Node, vocabulary: int | None) -> bool:
@@ -675,5 +657,4 @@ def _is_unused(node: Node) -> bool:
     return all(_is_unused(user) for user in node.users)
 
 
-_TRANSFORM, _INFERENCE = "a torch.func transform", "inference mode"
-_OPENED = (_TRANSFORM, _INFERENCE)
+_REGIONS = (reasons.INSIDE_TRANSFORM, reasons.INSIDE_INFERENCE_MODE)

@@ -49,7 +49,6 @@ from cce_inductor.patterns.language.entries import (
     wrapped,
 )
 from cce_inductor.patterns.language.examples import (
-    CHANGING,
     constant,
     dimension,
     example,
@@ -102,7 +101,6 @@ from cce_inductor.patterns.language.tables import (
 )
 
 __all__ = [
-    "CHANGING",
     "COLUMN",
     "COMPUTE_DTYPES",
     "HERE",

@@ -12,6 +12,7 @@ from torch.nn import _reduction
 from torch.utils._pytree import tree_leaves
 
 from cce_inductor.patterns.language.tables import UnsupportedError
+from cce_inductor.reporting import reasons
 
 HAD_GRADIENT = "cce_inductor_had_gradient"
 """In the meta of a node: whether what it made required a gradient then, where the example may say
@@ -63,15 +64,12 @@ def tensor_example(argument: Any) -> torch.Tensor:
     """
     value = example(argument)
     if not isinstance(value, torch.Tensor):
-        raise UnsupportedError(f"{argument} is not a tensor")
+        raise UnsupportedError(reasons.not_a_tensor(argument))
     return value
 
 
 def is_tensor(argument: Any) -> bool:
     return isinstance(example(argument), torch.Tensor)
-
-
-CHANGING = "it takes a number that may be another in the next call"
 
 
 def is_symbol(argument: Any) -> bool:
@@ -108,10 +106,10 @@ def constant(argument: Any) -> float:
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         fixed = _fixed(value)
         if fixed is None:
-            raise UnsupportedError(CHANGING)
+            raise UnsupportedError(reasons.NUMBER_MAY_DIFFER)
         return fixed
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UnsupportedError("it has an operand that is a tensor, not a number")
+        raise UnsupportedError(reasons.NUMBER_EXPECTED)
     return value
 
 
@@ -129,5 +127,5 @@ def dimension(dim: Any, rank: int) -> int:
         UnsupportedError: `dim` is not a plain int.
     """
     if isinstance(dim, bool) or not isinstance(dim, int):
-        raise UnsupportedError("its dimension is not a constant")
+        raise UnsupportedError(reasons.DIMENSION_NOT_CONSTANT)
     return dim + rank if dim < 0 else dim

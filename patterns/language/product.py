@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from cce_inductor.patterns.language.examples import is_tensor, tensor_example
 from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation
 from cce_inductor.patterns.language.site import Site
+from cce_inductor.reporting import reasons
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRANSPOSE = TensorOperation(torch.t, (HERE,))
@@ -51,7 +52,7 @@ def product(
     if not operations and tensor_example(weight).dim() != 2:
         return None
     if not all(_has_value(size) for size in tensor_example(weight).shape):
-        site.unsupported("its weight has a size that depends on data")
+        site.unsupported(reasons.WEIGHT_SIZE_DEPENDS_ON_DATA)
     dim = result.dim() - 1 if vocabulary_dim is None else vocabulary_dim
     vocabulary = result.shape[dim]
     if bias is not None and (
@@ -60,7 +61,7 @@ def product(
         return None
     for operand in (node for node in (input, weight, bias) if node is not None):
         if is_traceable_wrapper_subclass(tensor_example(operand)):
-            site.unsupported(f"its operand is a {type(tensor_example(operand)).__name__}")
+            site.unsupported(reasons.wrapped_operand(tensor_example(operand)))
     while not operations and (source := _transpose_of(weight)) is not None:
         absorbed.append(weight)
         weight, transposed = source, not transposed

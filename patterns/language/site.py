@@ -13,7 +13,6 @@ from torch.fx import Node
 from cce_inductor.kernels.program.tracing import NotPointwiseError, RandomError
 from cce_inductor.patterns.language.capture import capture
 from cce_inductor.patterns.language.examples import (
-    CHANGING,
     dimension,
     example,
     had_gradient,
@@ -38,6 +37,8 @@ from cce_inductor.patterns.language.expression import (
 from cce_inductor.patterns.language.logits import HERE, Call, Logits, Stack, Value
 from cce_inductor.patterns.language.rows import Statistic, parts
 from cce_inductor.patterns.language.tables import Rule, UnsupportedError, block
+from cce_inductor.reporting import reasons
+from cce_inductor.reporting.reasons import Reason
 
 _NUMPY = {
     "axis": "dim",
@@ -93,7 +94,7 @@ class Site:
         try:
             bound = signature.bind(self, *first, *self.node.args, **named)
         except TypeError as error:
-            raise UnsupportedError(f"it is called in an unknown way ({error})") from None
+            raise UnsupportedError(reasons.unknown_call(error)) from None
         return rule(*bound.args, **bound.kwargs)
 
     def logits(self, argument: Any) -> Logits:
@@ -104,9 +105,9 @@ class Site:
         """
         value = self._value(argument)
         if isinstance(value, Stack):
-            raise UnsupportedError("it mixes the logits of several projections")
+            raise UnsupportedError(reasons.MIXES_PROJECTIONS)
         if not isinstance(value, Logits):
-            raise UnsupportedError("the logits are not its first operand")
+            raise UnsupportedError(reasons.LOGITS_NOT_FIRST)
         return value
 
     def is_logits(self, argument: Any) -> bool:
@@ -147,14 +148,14 @@ class Site:
         if dim is None or isinstance(dim, (tuple, list)):
             dims = dim or range(rank)
             if len(dims) != 1:
-                self.unsupported("it reduces over rows and vocabulary")
+                self.unsupported(reasons.REDUCES_ROWS_AND_VOCABULARY)
             (dim,) = dims
         dim = dimension(dim, rank)
         if dim == logits.vocabulary_dim:
             return logits
         swapped = _swapped(logits)
         if swapped is None or swapped.vocabulary_dim != dim:
-            self.unsupported("it reduces over the rows, not over the vocabulary")
+            self.unsupported(reasons.REDUCES_ROWS)
         self._turned.append((swapped, self.shape_of(logits)))
         return swapped
 
@@ -165,7 +166,7 @@ class Site:
             UnsupportedError: it may be another in the next call.
         """
         if not isinstance(logits.vocabulary, int):
-            self.unsupported("its vocabulary may have another size in the next call")
+            self.unsupported(reasons.VOCABULARY_MAY_DIFFER)
         return logits.vocabulary
 
     def shape_of(self, logits: Logits) -> tuple[Any, ...]:
@@ -187,10 +188,10 @@ class Site:
         dim = logits.vocabulary_dim
         sizes = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
         if len(sizes) > len(shape):
-            self.unsupported("it is broadcast to more dimensions")
+            self.unsupported(reasons.BROADCAST_TO_MORE_DIMENSIONS)
         for size, expected in zip(sizes, shape, strict=True):
             if not is_exactly(size, 1) and not same_size(size, expected):
-                self.unsupported("it has an operand that does not broadcast to the logits")
+                self.unsupported(reasons.OPERAND_NOT_BROADCAST)
         over_rows = any(not is_exactly(size, 1) for at, size in enumerate(sizes) if at != dim)
         over_columns = not is_exactly(sizes[dim], 1)
         kind = {
@@ -200,11 +201,9 @@ class Site:
             (True, True): "b",
         }[over_rows, over_columns]
         if kind == "s" and value.dim() > 0 and value.numel() != 1:
-            self.unsupported("it has a size that is not known")
+            self.unsupported(reasons.OPERAND_SIZE_UNKNOWN)
         if kind == "b" and value.requires_grad:
-            self.unsupported(
-                "what it combines them with is as large as the logits and requires a gradient"
-            )
+            self.unsupported(reasons.OPERAND_LARGE_WITH_GRADIENT)
         return Operand(kind, argument, logits.row_operations, dim, self.node)
 
     def pointwise(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Logits:
@@ -217,7 +216,7 @@ class Site:
         torch.fx.map_arg((args, kwargs), nodes.append)
         of_logits = [node for node in dict.fromkeys(nodes) if self.is_logits(node)]
         if not of_logits:
-            self.unsupported("it has no rule")
+            self.unsupported(reasons.WITHOUT_RULE)
         # What needs a gradient cannot be read as a stored tensor.
         main = next((n for n in of_logits if tensor_example(n).requires_grad), of_logits[0])
         logits = self.logits(main)
@@ -273,18 +272,17 @@ class Site:
             return capture(function, args, kwargs, operand_of)
         except NotPointwiseError as why:
             if isinstance(why, RandomError) or _is_random(function):
-                raise UnsupportedError("it is random") from None
+                raise UnsupportedError(reasons.RANDOM) from None
             if numbers:
                 return self._captured_of_tensors(function, args, kwargs, operand_of)
-            operator = f" ({why})" if str(why) else ""
-            raise UnsupportedError(f"it is not a pointwise function{operator}") from None
+            raise UnsupportedError(reasons.not_pointwise(str(why))) from None
 
     def _captured_of_tensors(self, function: Any, args: Any, kwargs: Any, operand_of: Any) -> Any:
         """The same where each number is given as a tensor: some functions take no mixture."""
         try:
             return capture(function, args, kwargs, operand_of, numbers_as_tensors=True)
         except NotPointwiseError:
-            raise UnsupportedError(CHANGING) from None
+            raise UnsupportedError(reasons.NUMBER_MAY_DIFFER) from None
 
     def number(self, argument: Node | Call | int, logits: Logits) -> Operand:
         """A Python number that may be another in the next call, as an operand. Dynamo keeps its
@@ -309,10 +307,10 @@ class Site:
             if alike(other, logits) and same_shape(tensor_example(argument).shape, shape):
                 return other.expression
             if set(other.projection.origins) & set(logits.projection.origins):
-                self.unsupported("it combines logits with other rows of the same logits")
+                self.unsupported(reasons.OTHER_ROWS_OF_SAME_LOGITS)
             self.stored.append(argument)
         elif argument in self._values:
-            self.unsupported("it combines logits with a tuple of logits")
+            self.unsupported(reasons.TUPLE_OF_LOGITS)
         made = self._made_of_smaller(argument, logits, shape)
         if made is None or not (COLUMN in leaves(made) or tensor_example(argument).requires_grad):
             return self.operand(argument, logits, shape)
@@ -354,9 +352,9 @@ class Site:
     def _pointwise_block(self, logits: Logits, shape: tuple[Any, ...]) -> Expression:
         node = self.node
         if node.op not in ("call_function", "call_method") or "out" in node.kwargs:
-            self.unsupported("nothing makes it")
+            self.unsupported(reasons.NOTHING_MAKES_IT)
         if any(map(self._moves, node.all_input_nodes)):
-            self.unsupported("it moves its elements")
+            self.unsupported(reasons.MOVES_ELEMENTS)
         by_method = node.op == "call_method"
         function = getattr(torch.Tensor, node.target) if by_method else node.target
 
@@ -365,12 +363,12 @@ class Site:
             if made is None:
                 made = self.operand(argument, logits, shape)
                 if argument in self._values or made.kind == "b":
-                    self.unsupported("it is made of something as large")
+                    self.unsupported(reasons.MADE_OF_LARGE)
             return made, tensor_example(argument).dtype
 
         expression = self.captured(function, node.args, node.kwargs, logits, meaning)
         if not isinstance(expression, (Apply, Operand)):
-            self.unsupported("it is a constant")
+            self.unsupported(reasons.CONSTANT)
         return _simplified(expression)
 
     def _moves(self, argument: Node) -> bool:
@@ -393,9 +391,9 @@ class Site:
             method: Callable[..., Any] = getattr(torch.Tensor, str(target))
             return method
         if self.node.op != "call_function" or not callable(target):
-            self.unsupported("it has no rule")
+            self.unsupported(reasons.WITHOUT_RULE)
         if isinstance(target, torch._ops.HigherOrderOperator):
-            self.unsupported("what it calls is not followed")
+            self.unsupported(reasons.NOT_FOLLOWED)
         return target
 
     @property
@@ -403,8 +401,8 @@ class Site:
         """The fake tensor that Dynamo computed for the node's result."""
         return tensor_example(self.node)
 
-    def unsupported(self, why: str) -> NoReturn:
-        raise UnsupportedError(why)
+    def unsupported(self, reason: Reason) -> NoReturn:
+        raise UnsupportedError(reason)
 
 
 def _swapped(logits: Logits) -> Logits | None:

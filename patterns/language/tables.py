@@ -2,7 +2,8 @@
 
 A rule is a function with the signature of the operation that it stands for, preceded by a `Site`.
 It is registered for every spelling of the operation in a graph: functions by themselves, methods by
-name. What it may return is written down in `protocol`.
+name. What it may return is written down in `protocol`. For an operation that it cannot follow it
+raises `UnsupportedError`, with a reason from `cce_inductor.reporting.reasons`.
 
 - *projection*: makes logits.
 - *transform*: turns logits into logits. Pointwise functions need no rule.
@@ -26,6 +27,7 @@ from cce_inductor.patterns.language.protocol import (
     ReductionResult,
     TransformResult,
 )
+from cce_inductor.reporting.reasons import Reason
 
 Spelling = str | Callable[..., Any]
 Rule = Callable[..., Any]
@@ -34,6 +36,10 @@ Result = TypeVar("Result")
 
 class UnsupportedError(Exception):
     """An operation has a rule, but the rule cannot follow this form of it."""
+
+    def __init__(self, reason: Reason):
+        super().__init__(reason)
+        self.reason = reason
 
 
 class Table(Generic[Result]):

@@ -18,6 +18,7 @@ from cce_inductor.patterns.language.expression import COLUMN, Apply, Operand, wh
 from cce_inductor.patterns.language.logits import Logits
 from cce_inductor.patterns.language.rows import Row, Statistic, parts
 from cce_inductor.patterns.language.site import Site
+from cce_inductor.reporting import reasons
 
 
 def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Logits:
@@ -44,11 +45,11 @@ def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Lo
         if node is view:
             return logits.expression, value.dtype
         if site.is_logits(node):
-            site.unsupported("it combines a view of the logits with other logits")
+            site.unsupported(reasons.VIEW_WITH_OTHER_LOGITS)
         if value.numel() == 1:
             return Operand("s", node, logits.row_operations, dim, site.node), value.dtype
         if not same_shape(value.shape, tensor_example(view).shape):
-            site.unsupported("it is broadcast to a larger shape")
+            site.unsupported(reasons.BROADCAST_TO_LARGER_SHAPE)
         return one_a_row(node), value.dtype
 
     here = Apply("eq.Tensor", (COLUMN, one_a_row(entry)))
@@ -60,7 +61,7 @@ def _entry_of(site: Site, row: Row) -> Any:
     """The index of each row's entry in the vocabulary."""
     found = [part for part in parts(row) if isinstance(part, Statistic) and part.kind == "index"]
     if not found or any(each.index is not found[0].index for each in found):
-        site.unsupported("it changes a view of the logits whose entries are not known")
+        site.unsupported(reasons.CHANGES_UNKNOWN_ENTRIES)
     return found[0].index
 
 
@@ -70,7 +71,7 @@ def _new_value(site: Site, logits: Logits, meaning: Any) -> Any:
         return site.captured(site.function, node.args, node.kwargs, logits, meaning)
     _, index, value = node.args
     if index not in (slice(None), Ellipsis):
-        site.unsupported("it assigns to some of the rows")
+        site.unsupported(reasons.ASSIGNS_SOME_ROWS)
     if is_symbol(value):
         return site.number(value, logits)
     return meaning(value)[0] if isinstance(value, Node) else value

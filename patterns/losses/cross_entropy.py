@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from cce_inductor.patterns.language import (
-    CHANGING,
     Algebra,
     Apply,
     Call,
@@ -27,6 +26,7 @@ from cce_inductor.patterns.language import (
     tensor_example,
     vocabulary_of,
 )
+from cce_inductor.reporting import reasons
 
 
 @loss(F.cross_entropy)
@@ -143,7 +143,7 @@ def _over_classes(site: Site, input: Any) -> Logits:
     try:
         return site.over_vocabulary(logits, 0 if rank == 1 else 1)
     except UnsupportedError:
-        return site.unsupported("its class dimension is not the vocabulary")
+        return site.unsupported(reasons.CLASS_DIMENSION_NOT_VOCABULARY)
 
 
 def _classes(site: Site, weight: Any, logits: Logits) -> Operand:
@@ -159,18 +159,18 @@ def _targets(site: Site, target: Any, ignore_index: Any) -> tuple[Any, int]:
     if not is_symbol(ignore_index):
         return target, int(constant(ignore_index))
     if tensor_example(target).dtype != torch.int64:
-        site.unsupported(CHANGING)
+        site.unsupported(reasons.NUMBER_MAY_DIFFER)
     ignored = call(torch.eq, target, ignore_index)
     return call(torch.masked_fill, target, ignored, _IGNORED), _IGNORED
 
 
 def _check_weight(site: Site, weight: Any) -> None:
     if weight is not None and tensor_example(weight).requires_grad:
-        site.unsupported("its class weights require a gradient")
+        site.unsupported(reasons.CLASS_WEIGHTS_WITH_GRADIENT)
 
 
 def _check_indices(site: Site, target: Any, input: Any) -> None:
     if site.is_logits(target):
-        site.unsupported("its targets are logits")
+        site.unsupported(reasons.TARGETS_ARE_LOGITS)
     if tensor_example(target).device != tensor_example(input).device:
-        site.unsupported("its targets are on another device")
+        site.unsupported(reasons.TARGETS_ON_ANOTHER_DEVICE)

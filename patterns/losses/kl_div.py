@@ -17,6 +17,7 @@ from cce_inductor.patterns.language import (
     loss_reduction,
     vocabulary_of,
 )
+from cce_inductor.reporting import reasons
 
 
 @loss(F.kl_div)
@@ -46,6 +47,6 @@ def kl_div(
     if reduction == "mean":
         return call(torch.div, call(torch.mean, rows), vocabulary_of(logits))
     if logits.vocabulary_dim == 0:
-        site.unsupported("its batch dimension is the vocabulary")
+        site.unsupported(reasons.BATCH_DIMENSION_IS_VOCABULARY)
     of_batch = call(torch.sum, call(torch.flatten, rows, 1), 1)
     return call(torch.mean, of_batch, 0)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cce_inductor.patterns.language import Algebra, Row, Site, reduction, without_vocabulary
+from cce_inductor.reporting import reasons
 
 
 @reduction(torch.einsum)
@@ -16,11 +17,11 @@ def einsum(site: Site, equation: Any, *operands: Any) -> Row:
     terms, _, result = str(equation).replace(" ", "").partition("->")
     subscripts = terms.split(",")
     if len(operands) != 2 or len(set(subscripts)) != 1 or "." in terms:
-        site.unsupported("it is no product of logits with something like them")
+        site.unsupported(reasons.NOT_A_PRODUCT_OF_ALIKE)
     product = site.pointwise(torch.mul, *operands)
     (summed,) = set(subscripts)
     letter = summed[product.vocabulary_dim]
     if result != summed.replace(letter, "") or len(set(summed)) != len(summed):
-        site.unsupported("it does not sum over the vocabulary alone")
+        site.unsupported(reasons.NOT_A_SUM_OVER_VOCABULARY)
     rows = Algebra(site, product).sum(product.expression)
     return without_vocabulary(rows, product, False)

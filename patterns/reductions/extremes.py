@@ -18,6 +18,7 @@ from cce_inductor.patterns.language import (
     reduction,
     without_vocabulary,
 )
+from cce_inductor.reporting import reasons
 
 
 @reduction(torch.argmax, "argmax")
@@ -40,7 +41,7 @@ def maximum(site: Site, input: Any, dim: Any = None, keepdim: Any = False) -> tu
         value, _ = Algebra(site, site.logits(input)).max(site.logits(input).expression)
         return call(torch.amax, value)
     if not isinstance(dim, int):
-        site.unsupported("it compares logits with another tensor")
+        site.unsupported(reasons.TENSOR_INSTEAD_OF_DIMENSION)
     logits = site.over_vocabulary(site.logits(input), dim)
     value, index = Algebra(site, logits).max(logits.expression)
     return (
@@ -62,14 +63,14 @@ def topk(
 ) -> tuple[Row, Row]:
     logits = site.over_vocabulary(site.logits(input), dim)
     if not largest:
-        site.unsupported("it takes the smallest")
+        site.unsupported(reasons.TAKES_THE_SMALLEST)
     k = int(constant(k))
     if not 0 < k <= TOPK_LIMIT:
-        site.unsupported(f"it takes none, or more than {TOPK_LIMIT}")
+        site.unsupported(reasons.topk_out_of_range(TOPK_LIMIT))
     return Algebra(site, logits).topk(logits.expression, k)
 
 
 def _over_one_dimension(site: Site, input: Any, dim: Any) -> Logits:
     if dim is None:
-        site.unsupported("it reduces over rows and vocabulary")
+        site.unsupported(reasons.REDUCES_ROWS_AND_VOCABULARY)
     return site.over_vocabulary(site.logits(input), dim)

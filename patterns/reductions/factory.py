@@ -18,6 +18,7 @@ from cce_inductor.patterns.language import (
     size_of,
     tensor_example,
 )
+from cce_inductor.reporting import reasons
 
 
 @reduction("new_zeros")
@@ -38,10 +39,10 @@ def new_full(site: Site, input: Any, size: Any, fill_value: Any, **options: Any)
 @reduction("expand_as")
 def expand_as(site: Site, input: Any, other: Any) -> Row:
     if site.is_logits(input):
-        site.unsupported("it repeats them")
+        site.unsupported(reasons.REPEATS_ROWS)
     logits = site.logits(other)
     if tensor_example(input).numel() == site.example.numel():
-        site.unsupported("what it returns may be changed in the place of its argument")
+        site.unsupported(reasons.RESULT_MAY_SHARE_MEMORY)
     sizes = [size_of(logits, dim, size) for dim, size in enumerate(site.shape_of(logits))]
     return call(torch.Tensor.expand, input, tuple(sizes))
 

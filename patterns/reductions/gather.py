@@ -27,12 +27,13 @@ from cce_inductor.patterns.language import (
     without_vocabulary,
     wrapped,
 )
+from cce_inductor.reporting import reasons
 
 
 @reduction(torch.take_along_dim, "take_along_dim")
 def take_along_dim(site: Site, input: Any, indices: Any, dim: Any = None) -> ReductionResult:
     if dim is None:
-        site.unsupported("it takes from all logits")
+        site.unsupported(reasons.TAKES_FROM_ALL)
     return _taken(site, input, dim, indices, wrapped)
 
 
@@ -56,7 +57,7 @@ def _taken(
     if len(taken) != len(shape) or any(
         not same_size(taken[at], shape[at]) for at in range(len(shape)) if at != vocabulary_dim
     ):
-        site.unsupported("its index does not have the rows of the logits")
+        site.unsupported(reasons.INDEX_WITHOUT_ROWS)
     return Algebra(site, logits).gather(logits.expression, read(logits, index))
 
 
@@ -64,9 +65,9 @@ def _rows_by_index(site: Site, logits: Logits, dim: int, index: Any) -> Logits:
     """Rows, where the index is the same for every entry of the vocabulary."""
     source = index.args[0] if index.op == "call_method" and index.target == "expand" else None
     if not isinstance(source, Node) or tensor_example(source).dim() != tensor_example(index).dim():
-        site.unsupported("it gathers from rows by an index that may differ in the vocabulary")
+        site.unsupported(reasons.INDEX_MAY_DIFFER_IN_VOCABULARY)
     if tensor_example(source).shape[logits.vocabulary_dim] != 1:
-        site.unsupported("it gathers from rows by an index that may differ in the vocabulary")
+        site.unsupported(reasons.INDEX_MAY_DIFFER_IN_VOCABULARY)
     return logits.with_row_operation(torch.take_along_dim, HERE, source, dim)
 
 
@@ -93,9 +94,9 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
     logits = site.logits(input)
     shape = tensor_example(input).shape
     if len(shape) != 2 or offset != 0:
-        site.unsupported("it is not the main diagonal of a matrix")
+        site.unsupported(reasons.NOT_THE_DIAGONAL_OF_A_MATRIX)
     if not same_size(site.example.shape[0], shape[1 - logits.vocabulary_dim]):
-        site.unsupported("it may have no entry in some of the rows")
+        site.unsupported(reasons.DIAGONAL_WITHOUT_SOME_ROWS)
     logits = site.over_vocabulary(logits, logits.vocabulary_dim)
     entries = places_of_rows(site, logits)
     found = Algebra(site, logits).gather(logits.expression, entries, kind="index")
@@ -119,11 +120,11 @@ def getitem(site: Site, input: Any, index: Any) -> ReductionResult:
         return None
     result = tensor_example(site.node).shape
     if not same_shape(tensor_example(column).shape, result):
-        site.unsupported("its index is broadcast")
+        site.unsupported(reasons.INDEX_IS_BROADCAST)
     if rows:
         taken, dim = (*rows, slice(None)), len(result)
         logits = logits.with_row_operation(operator.getitem, HERE, taken, vocabulary_dim=dim)
     if rows and not any(same_shape(tensor_example(row).shape, result) for row in rows):
-        site.unsupported("its index is broadcast")
+        site.unsupported(reasons.INDEX_IS_BROADCAST)
     found = Algebra(site, logits).gather(logits.expression, column, kind="index")
     return without_vocabulary(found, logits, False)

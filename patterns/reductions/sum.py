@@ -16,6 +16,7 @@ from cce_inductor.patterns.language import (
     tensor_example,
     vocabulary_of,
 )
+from cce_inductor.reporting import reasons
 
 
 @reduction(torch.sum, "sum")
@@ -39,6 +40,6 @@ def _reduced(site: Site, input: Any, dim: Any, keepdim: Any, over_rows: Any) -> 
     if len(dims) == 1:
         logits = site.over_vocabulary(logits, dims[0])
     if logits.vocabulary_dim not in dims:
-        site.unsupported("it reduces over the rows, not over the vocabulary")
+        site.unsupported(reasons.REDUCES_ROWS)
     rows = Algebra(site, logits).sum(logits.expression)
     return call(over_rows, rows, tuple(dims), keepdim=keepdim)

@@ -32,6 +32,7 @@ from cce_inductor.patterns.language import (
     vocabulary_of,
 )
 from cce_inductor.patterns.transforms.select import without_ellipsis
+from cce_inductor.reporting import reasons
 
 
 @transform(operator.setitem)
@@ -44,20 +45,20 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
         if mask.dtype == torch.bool and same_shape(mask.shape, shape):
             return _where(site, input, index, value)
         if len(shape) > 1 or tensor_example(index).dtype != torch.bool:
-            site.unsupported("it assigns to some of the rows")
+            site.unsupported(reasons.ASSIGNS_SOME_ROWS)
     entries = without_ellipsis(index if isinstance(index, tuple) else (index,), len(shape))
     if len(entries) != len(shape) or None in entries:
-        site.unsupported("it assigns by an index that is not known")
+        site.unsupported(reasons.ASSIGNS_BY_UNKNOWN_INDEX)
     if takes_one_of_each_row(site, logits, entries):
         return _one_of_each_row(site, input, entries[1], value)
     entry = entries[logits.vocabulary_dim]
     if any(dim != logits.vocabulary_dim and e != slice(None) for dim, e in enumerate(entries)):
         if entry == slice(None):
-            site.unsupported("it assigns to some of the rows")
-        site.unsupported("it assigns to entries that an index names by row and by class")
+            site.unsupported(reasons.ASSIGNS_SOME_ROWS)
+        site.unsupported(reasons.ASSIGNS_BY_ROW_AND_CLASS)
     if isinstance(entry, Node) and is_tensor(entry):
         if logits.vocabulary_dim != len(shape) - 1:
-            site.unsupported("it assigns to logits whose last dimension is not the vocabulary")
+            site.unsupported(reasons.ASSIGNS_VOCABULARY_NOT_LAST)
         if tensor_example(entry).dtype == torch.bool:
             return _where(site, input, entry, value)
         return _assigned(site, input, among(site, logits, entry), value)
@@ -81,7 +82,7 @@ def _one_of_each_row(site: Site, input: Node, index: Node, value: Any) -> Logits
     logits = site.logits(input)
     rows = tensor_example(input).shape[:1]
     if not same_shape(tensor_example(index).shape, rows):
-        site.unsupported("its index is broadcast")
+        site.unsupported(reasons.INDEX_IS_BROADCAST)
     here = at_index(site, logits, index)
     if site.is_logits(value) or not is_tensor(value) or not same_shape(example(value).shape, rows):
         return _assigned(site, input, here, value)
@@ -92,7 +93,7 @@ def _assigned(site: Site, input: Any, inside: Any, value: Any) -> Logits:
     logits = site.logits(input)
     if is_tensor(value):
         if any(size != 1 for size in tensor_example(value).shape):
-            site.unsupported("it assigns a tensor")
+            site.unsupported(reasons.ASSIGNS_TENSOR)
         value = site.read(value, logits)
     return overwritten(site, logits, input, inside, value)
 
@@ -103,7 +104,7 @@ def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:
         numbers = [None if part is None else int(constant(part)) for part in parts]
         start, stop, step = slice(*numbers).indices(site.fixed_vocabulary(logits))
         if step != 1:
-            site.unsupported("it assigns to every other entry")
+            site.unsupported(reasons.ASSIGNS_EVERY_OTHER_ENTRY)
         return start, max(start, stop)
     at = _place(site, logits, entry)
     return at, at + 1
@@ -118,7 +119,7 @@ def _place(site: Site, logits: Logits, at: Any) -> int:
 def _in_changing_range(site: Site, logits: Logits, entries: slice) -> Apply:
     """Where the vocabulary's entry is in a range whose ends may be others in the next call."""
     if entries.step not in (None, 1):
-        site.unsupported("it assigns to every other entry")
+        site.unsupported(reasons.ASSIGNS_EVERY_OTHER_ENTRY)
     found = []
     for compare, at in (("ge", entries.start or 0), ("lt", entries.stop)):
         if isinstance(at, int) and at >= 0:
@@ -139,5 +140,5 @@ def _from_the_front(site: Site, logits: Logits, at: Any) -> Operand:
 
 def _where(site: Site, input: Node, mask: Node, value: Any) -> Logits:
     if is_tensor(value) and tensor_example(value).dim() > 0:
-        site.unsupported("it assigns a tensor")
+        site.unsupported(reasons.ASSIGNS_TENSOR)
     return site.pointwise(torch.where, mask, value, input)

@@ -17,6 +17,7 @@ from cce_inductor.patterns.language import (
     tensor_example,
     transform,
 )
+from cce_inductor.reporting import reasons
 
 
 @transform("float", "double", "half", "bfloat16", "type", "bool", "int", "long")
@@ -24,12 +25,12 @@ def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
     logits = site.logits(input)
     before, after = tensor_example(input), site.example
     if after.device != before.device:
-        site.unsupported(f"it moves the logits from {before.device} to {after.device}")
+        site.unsupported(reasons.moves_between(before.device, after.device))
     if after.dtype == torch.bool:
         return logits.replace(expression=Apply("ne.Scalar", (logits.expression, 0)))
     exact = not before.dtype.is_floating_point  # a truth value or a small number
     if after.dtype not in COMPUTE_DTYPES and not exact:
-        site.unsupported(f"it casts the logits to {after.dtype}")
+        site.unsupported(reasons.casts_to(after.dtype))
     if before.dtype == torch.bool:
         one_or_zero = Apply("where.Scalar", (logits.expression, 1.0, 0.0))
         logits = logits.replace(expression=one_or_zero)
@@ -45,5 +46,5 @@ def cast_as(site: Site, input: Any, *args: Any, **kwargs: Any) -> ReductionResul
         return cast(site, input)
     after = site.example
     if after.dtype == tensor_example(input).dtype:
-        site.unsupported("it may share its memory with what it casts")
+        site.unsupported(reasons.RESULT_MAY_SHARE_MEMORY)
     return call(torch.Tensor.to, input, after.device, after.dtype)

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from cce_inductor.patterns.language import Logits, Site, constant, tensor_example, transform
+from cce_inductor.reporting import reasons
 
 
 @transform("contiguous", "clone", torch.clone, "detach", torch.detach, "requires_grad_", "cpu")
 @transform(operator.pos, torch.positive, "positive", "__pos__")
 def copy(site: Site, input: Any, *, memory_format: Any = None) -> Logits:
     if site.example.device != tensor_example(input).device:
-        site.unsupported("it moves the logits to another device")
+        site.unsupported(reasons.MOVES_TO_ANOTHER_DEVICE)
     return site.logits(input)
 
 
@@ -24,5 +25,5 @@ def dropout(
     site: Site, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False
 ) -> Logits:
     if training and constant(p) != 0:
-        site.unsupported("it is random")
+        site.unsupported(reasons.RANDOM)
     return site.logits(input)

@@ -12,11 +12,12 @@ from cce_inductor.patterns.language import (
     tensor_example,
     transform,
 )
+from cce_inductor.reporting import reasons
 
 
 @transform("fill_diagonal_")
 def fill_diagonal_(site: Site, input: Any, fill_value: Any, wrap: Any = False) -> Logits:
     logits = site.logits(input)
     if tensor_example(input).dim() != 2 or wrap:
-        site.unsupported("it fills the diagonal of something else than a matrix")
+        site.unsupported(reasons.FILLS_DIAGONAL_OF_NO_MATRIX)
     return overwritten(site, logits, input, at_diagonal(site, logits), fill_value)

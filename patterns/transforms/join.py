@@ -34,6 +34,7 @@ from cce_inductor.patterns.language import (
     tensor_example,
     transform,
 )
+from cce_inductor.reporting import reasons
 
 
 @transform(torch.cat, torch.concat, torch.concatenate)
@@ -47,11 +48,11 @@ def cat(site: Site, tensors: Any, dim: Any = 0) -> Logits:
         part.vocabulary_dim != first.vocabulary_dim or part.compute_dtype != first.compute_dtype
         for part in parts
     ):
-        site.unsupported("it joins logits of several forms")
+        site.unsupported(reasons.JOINS_SEVERAL_FORMS)
     if dim == first.vocabulary_dim:
         return _vocabularies(site, tensors, parts)
     if len(parts) < len(tensors):
-        site.unsupported("it joins logits with something else")
+        site.unsupported(reasons.JOINS_WITH_SOMETHING_ELSE)
     return _rows(site, parts, dim)
 
 
@@ -72,7 +73,7 @@ def _rows(site: Site, parts: list[Logits], dim: int) -> Logits:
             and same_size(part.vocabulary, parts[0].vocabulary)
         )
         if not same_weight or not _same(site, part.expression, parts[0].expression):
-            site.unsupported("it joins logits of several weights")
+            site.unsupported(reasons.JOINS_SEVERAL_WEIGHTS)
     inputs = tuple(_input(part) for part in parts)
     return parts[0].replace(
         projection=first.replace(
@@ -97,9 +98,9 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
         )
         same_function = part is first or _same(site, part.expression, first.expression)
         if not same_rows or not same_function or any(bias is not None for bias in biases):
-            site.unsupported("it joins logits of several inputs or functions, or with a bias")
+            site.unsupported(reasons.JOINS_SEVERAL_INPUTS)
     if not _is_of_logit_alone(first.expression):
-        site.unsupported("it joins logits after a function of their place in the vocabulary")
+        site.unsupported(reasons.JOINS_AFTER_FUNCTION_OF_PLACE)
     weights, columns, place = [], [], 0
     for tensor in tensors:
         if site.is_logits(tensor):
@@ -110,7 +111,7 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
             _check_column(site, tensor, tensors, first)
             weights.append(None)
             if not isinstance(place, int):
-                site.unsupported("it joins a column after a vocabulary that may change its size")
+                site.unsupported(reasons.JOINS_AFTER_DYNAMIC_VOCABULARY)
             columns.append((place, tensor))
             place += 1
     filled = next(weight for weight in weights if weight is not None)
@@ -141,9 +142,9 @@ def _check_column(site: Site, tensor: Node, tensors: Any, logits: Logits) -> Non
     shape[logits.vocabulary_dim] = 1
     value = tensor_example(tensor)
     if value.dim() != len(shape) or not all(map(same_size, value.shape, shape)):
-        site.unsupported("it joins logits with something else than a column")
+        site.unsupported(reasons.JOINS_WITH_NO_COLUMN)
     if not value.dtype.is_floating_point:
-        site.unsupported("it joins logits with a column that is no floating point number")
+        site.unsupported(reasons.JOINS_WITH_INTEGERS)
 
 
 def _is_of_logit_alone(expression: Any) -> bool:

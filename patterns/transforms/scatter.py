@@ -18,6 +18,7 @@ from cce_inductor.patterns.language import (
     tensor_example,
     transform,
 )
+from cce_inductor.reporting import reasons
 
 
 @transform("scatter", "scatter_", torch.scatter)
@@ -27,17 +28,17 @@ def scatter(
     logits = site.logits(input)
     value = named.pop("src", value)
     if named:
-        site.unsupported("it reduces what it scatters")
+        site.unsupported(reasons.SCATTER_REDUCES)
     if dimension(dim, tensor_example(input).dim()) != logits.vocabulary_dim:
-        site.unsupported("it scatters over the rows")
+        site.unsupported(reasons.SCATTERS_OVER_ROWS)
     sizes, shape = tensor_example(index).shape, tensor_example(input).shape
     if sizes[logits.vocabulary_dim] != 1 or len(sizes) != len(shape):
-        site.unsupported("it scatters to several entries of a row")
+        site.unsupported(reasons.SCATTERS_SEVERAL_ENTRIES)
     rows = [dim for dim in range(len(shape)) if dim != logits.vocabulary_dim]
     if not all(same_size(sizes[dim], shape[dim]) for dim in rows):
-        site.unsupported("its index does not have the rows of the logits")
+        site.unsupported(reasons.INDEX_WITHOUT_ROWS)
     if is_tensor(value):
         if site.is_logits(value) or not same_shape(tensor_example(value).shape, sizes):
-            site.unsupported("it scatters a tensor that has not one value for each row")
+            site.unsupported(reasons.SCATTERS_NO_VALUE_PER_ROW)
         value = site.read(value, logits)
     return overwritten(site, logits, input, at_scatter(site, logits, index), value)

@@ -30,6 +30,7 @@ from cce_inductor.patterns.language import (
     transform,
     where,
 )
+from cce_inductor.reporting import reasons
 from cce_inductor.torch_internals.symbols import size_hint
 
 
@@ -38,7 +39,7 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
     several = site.several(input)
     if several is not None:
         if not isinstance(index, int):
-            site.unsupported("it takes several of the parts")
+            site.unsupported(reasons.SELECTS_SEVERAL_PARTS)
         return several[index]
     logits = site.logits(input)
     rank = tensor_example(input).dim()
@@ -50,7 +51,7 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
     for place, entry in enumerate(entries):
         if source == logits.vocabulary_dim and entry is not None:
             if not isinstance(entry, slice):
-                site.unsupported("it selects one entry of the vocabulary")
+                site.unsupported(reasons.SELECTS_ONE_ENTRY)
             size = site.example.shape[result]
             logits = vocabulary_range(site, logits, entry, size)
             entries = (*entries[:place], slice(None), *entries[place + 1 :])
@@ -79,7 +80,7 @@ def vocabulary_range(
         return logits
     if any(map(is_symbol, (entries.start, entries.stop))) or not isinstance(logits.vocabulary, int):
         if entries.step not in (None, 1):
-            site.unsupported("it selects some entries of the vocabulary")
+            site.unsupported(reasons.SELECTS_SOME_ENTRIES)
     else:
         parts = (entries.start, entries.stop, entries.step)
         numbers = (None if part is None else int(constant(part)) for part in parts)
@@ -87,13 +88,13 @@ def vocabulary_range(
         if (start, stop, step) == (0, logits.vocabulary, 1):
             return logits
         if step != 1 or stop <= start:
-            site.unsupported("it selects some entries of the vocabulary")
+            site.unsupported(reasons.SELECTS_SOME_ENTRIES)
         entries, size = slice(start, stop), stop - start
     for leaf in leaves(logits.expression):
         if isinstance(leaf, Operand) and is_reduced(leaf.source):
-            site.unsupported("it selects some entries of a softmax over the vocabulary")
+            site.unsupported(reasons.SELECTS_ENTRIES_OF_SOFTMAX)
     if _depends_on_column(logits.expression):
-        site.unsupported("it selects some entries of the vocabulary after a mask or bias")
+        site.unsupported(reasons.SELECTS_ENTRIES_AFTER_MASK)
     return _narrowed(logits, entries, size)
 
 
@@ -173,9 +174,9 @@ def _gathered(
     """Rows by index tensors or masks, which leave the last dimension last when it is not
     indexed."""
     if logits.vocabulary_dim != rank - 1 or entries[-1] != slice(None):
-        site.unsupported("it selects some entries of the vocabulary")
+        site.unsupported(reasons.SELECTS_SOME_ENTRIES)
     if any(isinstance(entry, (list, tuple)) for entry in entries):
-        site.unsupported("it selects rows by a list")
+        site.unsupported(reasons.SELECTS_ROWS_BY_LIST)
     return logits.with_row_operation(
         operator.getitem, HERE, index, vocabulary_dim=site.example.dim() - 1
     )
@@ -183,7 +184,7 @@ def _gathered(
 
 def _is_index_tensor(entry: Any) -> bool:
     if isinstance(entry, (list, tuple)):
-        raise UnsupportedError("it selects rows by a list")
+        raise UnsupportedError(reasons.SELECTS_ROWS_BY_LIST)
     return isinstance(entry, Node) and isinstance(example(entry), torch.Tensor)
 
 
@@ -220,7 +221,7 @@ def select(site: Site, input: Any, dim: Any, index: Any) -> Logits:
     logits = site.logits(input)
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
-        site.unsupported("it selects one entry of the vocabulary")
+        site.unsupported(reasons.SELECTS_ONE_ENTRY)
     moved = logits.vocabulary_dim - (dim < logits.vocabulary_dim)
     return logits.with_row_operation(torch.select, HERE, dim, index, vocabulary_dim=moved)
 
@@ -230,7 +231,7 @@ def index_select(site: Site, input: Any, dim: Any, index: Any) -> Logits:
     logits = site.logits(input)
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
-        site.unsupported("it selects some entries of the vocabulary")
+        site.unsupported(reasons.SELECTS_SOME_ENTRIES)
     return logits.with_row_operation(torch.index_select, HERE, dim, index)
 
 
@@ -240,12 +241,12 @@ def split(site: Site, input: Any, sizes: Any, dim: Any = 0) -> tuple[Logits, ...
     logits = site.logits(input)
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
-        site.unsupported("it splits the vocabulary")
+        site.unsupported(reasons.SPLITS_VOCABULARY)
     parts, start = [], 0
     for part in example(site.node):
         length = part.shape[dim]
         if not isinstance(length, int):
-            site.unsupported("it splits rows of a dynamic number")
+            site.unsupported(reasons.SPLITS_DYNAMIC_ROWS)
         parts.append(logits.with_row_operation(torch.narrow, HERE, dim, start, length))
         start += length
     return tuple(parts)
@@ -256,7 +257,7 @@ def unbind(site: Site, input: Any, dim: Any = 0) -> tuple[Logits, ...]:
     logits = site.logits(input)
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
-        site.unsupported("it splits the vocabulary")
+        site.unsupported(reasons.SPLITS_VOCABULARY)
     moved = logits.vocabulary_dim - (dim < logits.vocabulary_dim)
     return tuple(
         logits.with_row_operation(torch.select, HERE, dim, index, vocabulary_dim=moved)

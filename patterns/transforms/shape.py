@@ -17,6 +17,7 @@ from cce_inductor.patterns.language import (
     tensor_example,
     transform,
 )
+from cce_inductor.reporting import reasons
 
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -34,17 +35,17 @@ def view(site: Site, input: Any, *shape: Any, **named: Any) -> Logits:
     if site.node.target in ("view_as", "reshape_as"):
         sizes = tuple(after.shape)
         if not all(isinstance(size, int) for size in sizes):
-            site.unsupported("it takes a dynamic shape from another tensor")
+            site.unsupported(reasons.DYNAMIC_SHAPE_OF_TENSOR)
     if not sizes or isinstance(sizes[0], torch.dtype):
-        site.unsupported("it reinterprets the logits as another dtype")
+        site.unsupported(reasons.REINTERPRETS_BITS)
     if after.dim() == before.dim() and all(map(same_size, after.shape, before.shape)):
         return logits
     if any(isinstance(example(size), torch.Size) for size in sizes):
-        site.unsupported("it takes a dynamic shape from another tensor")
+        site.unsupported(reasons.DYNAMIC_SHAPE_OF_TENSOR)
     if logits.vocabulary_dim != before.dim() - 1:
-        site.unsupported("it reshapes logits whose last dimension is not the vocabulary")
+        site.unsupported(reasons.RESHAPES_VOCABULARY_NOT_LAST)
     if after.dim() == 0 or not same_size(after.shape[-1], before.shape[-1]):
-        site.unsupported("it does not keep the vocabulary as the last dimension")
+        site.unsupported(reasons.VOCABULARY_NOT_KEPT_LAST)
     return logits.with_row_operation(
         torch.reshape, HERE, (*sizes[:-1], WIDTH), vocabulary_dim=after.dim() - 1, reshapes=True
     )
@@ -56,7 +57,7 @@ def flatten(site: Site, input: Any, start_dim: Any = 0, end_dim: Any = -1) -> Lo
     rank = tensor_example(input).dim()
     start, end = dimension(start_dim, rank), dimension(end_dim, rank)
     if start <= logits.vocabulary_dim <= end and start != end:
-        site.unsupported("it flattens the vocabulary into the rows")
+        site.unsupported(reasons.FLATTENS_VOCABULARY)
     shift = end - start if end < logits.vocabulary_dim else 0
     return logits.with_row_operation(
         torch.flatten,
@@ -73,7 +74,7 @@ def unflatten(site: Site, input: Any, dim: Any, sizes: Any) -> Logits:
     logits = site.logits(input)
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
-        site.unsupported("it splits the vocabulary")
+        site.unsupported(reasons.SPLITS_VOCABULARY)
     moved = logits.vocabulary_dim + (len(sizes) - 1 if dim < logits.vocabulary_dim else 0)
     return logits.with_row_operation(
         torch.unflatten, HERE, dim, tuple(sizes), vocabulary_dim=moved, reshapes=True
@@ -98,9 +99,9 @@ def squeeze(site: Site, input: Any, dim: Any = None) -> Logits:
     dims = {dimension(each, before.dim()) for each in given}
     gone = sorted(each for each in dims if _is_one(before.shape[each]))
     if logits.vocabulary_dim in gone:
-        site.unsupported("it squeezes the vocabulary")
+        site.unsupported(reasons.SQUEEZES_VOCABULARY)
     if site.example.dim() != before.dim() - len(gone):
-        site.unsupported("it squeezes dimensions of a size that is not known")
+        site.unsupported(reasons.SQUEEZES_UNKNOWN_SIZE)
     for each in reversed(gone):
         moved = logits.vocabulary_dim - (each < logits.vocabulary_dim)
         logits = logits.with_row_operation(
@@ -132,7 +133,7 @@ def permute(site: Site, input: Any, *dims: Any, **named: Any) -> Logits:
 @transform("movedim", torch.movedim, "moveaxis", torch.moveaxis)
 def movedim(site: Site, input: Any, source: Any, destination: Any) -> Logits:
     if not isinstance(source, int) or not isinstance(destination, int):
-        site.unsupported("it moves several dimensions")
+        site.unsupported(reasons.MOVES_SEVERAL_DIMENSIONS)
     rank = tensor_example(input).dim()
     order = list(range(rank))
     moved = order.pop(dimension(source, rank))
@@ -157,7 +158,7 @@ def attribute(site: Site, input: Any, name: Any) -> Logits:
         return matrix_transpose(site, input)
     if name == "mT":
         return matrices_transpose(site, input)
-    return site.unsupported(f"it reads their attribute {name}")
+    return site.unsupported(reasons.reads_attribute(name))
 
 
 @transform("expand", torch.broadcast_to, "broadcast_to")

@@ -17,6 +17,7 @@ from cce_inductor.patterns.language import (
     tensor_example,
     vocabulary_of,
 )
+from cce_inductor.reporting import reasons
 
 
 @reduction(torch.ops.aten.sym_size.int, "size")
@@ -31,5 +32,5 @@ def size(site: Site, input: Any, dim: Any = None) -> Row:
         return call(torch.Tensor.size, call(torch.Tensor.expand, column, tuple(sizes)))
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:
-        site.unsupported("it asks for the size of their vocabulary")
+        site.unsupported(reasons.READS_VOCABULARY_SIZE)
     return size_of(logits, dim)

@@ -23,18 +23,19 @@ from cce_inductor.patterns.transforms.cast import cast
 from cce_inductor.patterns.transforms.copy import copy
 from cce_inductor.patterns.transforms.select import getitem, without_ellipsis
 from cce_inductor.patterns.transforms.shape import permute, transpose, unsqueeze
+from cce_inductor.reporting import reasons
 
 
 @transform(torch.stack)
 def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
     if not all(site.is_logits(tensor) for tensor in tensors):
-        site.unsupported("it stacks logits with something else")
+        site.unsupported(reasons.STACKS_WITH_SOMETHING_ELSE)
     dim = dimension(dim, site.example.dim())
     shape = tensor_example(tensors[0]).shape
     parts = []
     for tensor in tensors:
         if not same_shape(tensor_example(tensor).shape, shape):
-            site.unsupported("it stacks logits of several shapes")
+            site.unsupported(reasons.STACKS_SEVERAL_SHAPES)
         parts.append(unsqueeze(site.seeing(tensor, site.logits(tensor)), tensor, dim))
     return Stack(dim, tuple(parts))
 
@@ -62,9 +63,9 @@ def through_stack(
         for other in site.node.all_input_nodes
         if other is not input
     ):
-        site.unsupported("it combines the logits of several projections with a tensor")
+        site.unsupported(reasons.STACK_WITH_TENSOR)
     if rule not in (None, cast, copy, permute, transpose):
-        site.unsupported("it mixes the logits of several projections")
+        site.unsupported(reasons.MIXES_PROJECTIONS)
     parts = []
     for part in stacked.parts:
         inner = site.seeing(input, part)
@@ -79,14 +80,14 @@ def _taken(site: Site, stacked: Stack, input: Any, index: Any) -> TransformResul
     rank = tensor_example(input).dim()
     entries = without_ellipsis(index if isinstance(index, tuple) else (index,), rank)
     if len(entries) != rank or None in entries:
-        site.unsupported("it adds dimensions to the logits of several projections")
+        site.unsupported(reasons.ADDS_DIMENSIONS_TO_STACK)
     entry = entries[stacked.dim]
     if isinstance(entry, slice) and entry == slice(None):
         parts = tuple(getitem(site.seeing(input, p), input, entries) for p in stacked.parts)
         gone = sum(not isinstance(e, slice) for e in entries[: stacked.dim])
         return Stack(stacked.dim - gone, parts)
     if not isinstance(entry, int):
-        site.unsupported("it takes several of the projections")
+        site.unsupported(reasons.TAKES_SEVERAL_PROJECTIONS)
     part = stacked.parts[entry]
     first = (*entries[: stacked.dim], 0, *entries[stacked.dim + 1 :])
     return getitem(site.seeing(input, part), input, first)

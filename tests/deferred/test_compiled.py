@@ -17,6 +17,7 @@ from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.deferred.tensor import DeferredLogits
 from cce_inductor.options import Options
 from cce_inductor.recipe.stale import StaleLogitsError
+from cce_inductor.reporting import reasons
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.torch_internals.patches import wrap_inductor
 
@@ -141,10 +142,7 @@ def test_never():
     _, logits = compiled(loss_and_logits, defer_logits="never")(*args)
     assert type(logits) is torch.Tensor
     (report,) = cce_inductor.reports()
-    assert report.reason == (
-        "the logits are returned by the compiled function, so they must be stored, as "
-        'defer_logits is "never"'
-    )
+    assert report.reason == reasons.RETURNED_WITHOUT_DEFERRAL.sentence
     assert "with_loss" in report.advice
 
 

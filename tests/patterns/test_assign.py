@@ -13,6 +13,8 @@ from checks import (
 )
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -316,9 +318,7 @@ def test_other_rows_are_left_alone(rows_of):
         return F.cross_entropy(logits, FLAT)
 
     arguments = (INPUT.view(6, 8), WEIGHT, torch.arange(6), VALUES)
-    assert reason_against(fn, *arguments).endswith(
-        ": it assigns to entries that an index names by row and by class"
-    )
+    assert reason_against(fn, *arguments).endswith(f": {reasons.ASSIGNS_BY_ROW_AND_CLASS.sentence}")
     assert_compiled_like_eager(fn, *arguments)
 
 
@@ -362,19 +362,19 @@ def test_one_value_of_everything_has_no_gradient():
     assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
 
 
-ROWS = "it assigns to some of the rows"
+ROWS = reasons.ASSIGNS_SOME_ROWS.sentence
 LEFT_ALONE = {
     "every other entry": (
         assigned((..., slice(None, None, 2)), 0.0),
         "setitem",
-        "it assigns to every other entry",
+        reasons.ASSIGNS_EVERY_OTHER_ENTRY.sentence,
     ),
     "a row": (assigned((0,), 0.0), "setitem", ROWS),
     "the last rows": (assigned((slice(None), -1), 0.0), "setitem", ROWS),
     "an entry of a row": (
         assigned((0, slice(None), 3), 0.0),
         "setitem",
-        "it assigns to entries that an index names by row and by class",
+        reasons.ASSIGNS_BY_ROW_AND_CLASS.sentence,
     ),
     "rows by a mask": (
         assigned(torch.ones(2, 3, dtype=torch.bool), 0.0),
@@ -384,22 +384,22 @@ LEFT_ALONE = {
     "a new dimension": (
         assigned((None, ..., slice(40, None)), 0.0),
         "setitem",
-        "it assigns by an index that is not known",
+        reasons.ASSIGNS_BY_UNKNOWN_INDEX.sentence,
     ),
     "two entries of a row": (
         assigned((slice(None), [0, 1, 2], torch.tensor([4, 5, 6])), 0.0),
         "setitem",
-        "it assigns to entries that an index names by row and by class",
+        reasons.ASSIGNS_BY_ROW_AND_CLASS.sentence,
     ),
     "several values": (
         assigned((..., slice(40, None)), torch.ones(10)),
         "setitem",
-        "it assigns a tensor",
+        reasons.ASSIGNS_TENSOR.sentence,
     ),
     "a row by another operation": (
         lambda x: (x[0].mul_(2), x)[1],
         "mul_",
-        "it changes a part of the logits in place",
+        reasons.CHANGES_PART.sentence,
     ),
 }
 

@@ -7,6 +7,7 @@ from checks import assert_as_accurate_as_eager, capture, reason_against, rewritt
 from expecttest import assert_expected_inline
 
 from cce_inductor.options import Options
+from cce_inductor.reporting import reasons
 from cce_inductor.rewriting.rewrite import rewrite
 
 torch.manual_seed(0)
@@ -158,29 +159,29 @@ LEFT_ALONE = {
     "to integers": (
         lambda x: x.to(torch.int64).float(),
         "to",
-        "it casts the logits to torch.int64",
+        str(reasons.casts_to(torch.int64)),
     ),
     "type of integers": (
         lambda x: x.type(torch.int32).float(),
         "type",
-        "it casts the logits to torch.int32",
+        str(reasons.casts_to(torch.int32)),
     ),
     "to eight bits": (
         lambda x: x.to(torch.float8_e4m3fn).float(),
         "to",
-        "it casts the logits to torch.float8_e4m3fn",
+        str(reasons.casts_to(torch.float8_e4m3fn)),
     ),
     "to complex": (
         lambda x: x.to(torch.complex64).real,
         "to",
-        "it casts the logits to torch.complex64",
+        str(reasons.casts_to(torch.complex64)),
     ),
-    "long": (lambda x: x.long().float(), "long", "it casts the logits to torch.int64"),
-    "int": (lambda x: x.int().float(), "int", "it casts the logits to torch.int32"),
+    "long": (lambda x: x.long().float(), "long", str(reasons.casts_to(torch.int64))),
+    "int": (lambda x: x.int().float(), "int", str(reasons.casts_to(torch.int32))),
     "bits": (
         lambda x: x.view(torch.int16).float(),
         "view",
-        "it reinterprets the logits as another dtype",
+        reasons.REINTERPRETS_BITS.sentence,
     ),
 }
 

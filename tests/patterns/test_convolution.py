@@ -79,4 +79,4 @@ NO_PROJECTION = {
 @pytest.mark.parametrize("project", NO_PROJECTION.values(), ids=NO_PROJECTION)
 def test_no_projection(project):
     reason = reason_against(loss_of(project), INPUT, WEIGHT, BIAS, TARGET)
-    assert reason.endswith("which is no projection that is known")
+    assert reason.endswith("which is not a known projection")

@@ -7,6 +7,7 @@ from checks import assert_as_accurate_as_eager, reason_against, rewritten_graph
 from expecttest import assert_expected_inline
 
 from cce_inductor.options import Options
+from cce_inductor.reporting import reasons
 from cce_inductor.rewriting.rewrite import rewrite
 
 torch.manual_seed(0)
@@ -111,7 +112,7 @@ LEFT_ALONE = {
 def test_left_alone(copy, name):
     reason = reason_against(loss_after(copy), INPUT, WEIGHT, TARGET)
     assert reason.startswith(f"the logits are used by {name} at ")
-    assert name != "dropout" or reason.endswith(": it is random")
+    assert name != "dropout" or reason.endswith(f": {reasons.RANDOM.sentence}")
 
 
 def test_another_device_is_left_alone():
@@ -126,7 +127,7 @@ def test_another_device_is_left_alone():
     input, weight = INPUT.detach().view(6, 8).to("meta"), WEIGHT.detach().to("meta")
     torch.compile(fn, backend=backend)(input, weight, TARGET)
     (report,) = rewrite(graphs[0], Options(min_logits_bytes=0, on_error="raise"))
-    assert report.reason.endswith(": it moves the logits to another device")
+    assert report.reason.endswith(f": {reasons.MOVES_TO_ANOTHER_DEVICE.sentence}")
 
 
 def without_gradients(function, *args):

@@ -12,6 +12,8 @@ from checks import (
 )
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -315,8 +317,7 @@ def test_probabilities_with_a_gradient_are_left_alone():
 
     target = PROBABILITIES.clone().requires_grad_()
     assert reason_against(fn, INPUT, WEIGHT, target) == (
-        "cross_entropy cannot be rewritten: "
-        "what it combines them with is as large as the logits and requires a gradient"
+        "cross_entropy cannot be rewritten: " + reasons.OPERAND_LARGE_WITH_GRADIENT.sentence
     )
 
 
@@ -335,7 +336,7 @@ def test_class_weights_with_a_gradient_are_left_alone():
     class_weight = CLASS_WEIGHT.clone().requires_grad_()
     with torch.no_grad():  # anywhere else cross_entropy refuses them
         assert reason_against(fn, INPUT, WEIGHT, TARGET, class_weight) == (
-            "cross_entropy cannot be rewritten: its class weights require a gradient"
+            f"cross_entropy cannot be rewritten: {reasons.CLASS_WEIGHTS_WITH_GRADIENT.sentence}"
         )
 
 
@@ -345,7 +346,7 @@ def test_another_class_dimension_is_left_alone():
 
     target = torch.randint(50, (50, 50))
     assert reason_against(fn, torch.randn(50, 50, 8), WEIGHT, target) == (
-        "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
+        f"cross_entropy cannot be rewritten: {reasons.CLASS_DIMENSION_NOT_VOCABULARY.sentence}"
     )
 
 
@@ -362,7 +363,7 @@ def test_softmax_over_the_tokens_of_a_head_with_bias_is_left_alone():
 
     bias = torch.zeros(50)
     assert reason_against(fn, INPUT, WEIGHT, bias, torch.randint(6, (50,))) == (
-        "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
+        f"cross_entropy cannot be rewritten: {reasons.CLASS_DIMENSION_NOT_VOCABULARY.sentence}"
     )
 
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, beside_a_loss, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -46,8 +48,8 @@ def test_numbers(reduce):
     assert_as_accurate_as_eager(beside_a_loss(reduce), INPUT, WEIGHT, TARGET, slack=2)
 
 
-NO_PRODUCT = "it is no product of logits with something like them"
-NO_SUM = "it does not sum over the vocabulary alone"
+NO_PRODUCT = reasons.NOT_A_PRODUCT_OF_ALIKE.sentence
+NO_SUM = reasons.NOT_A_SUM_OVER_VOCABULARY.sentence
 LEFT_ALONE = {
     "a vector": (lambda x, t: torch.einsum("nv,v->n", x, torch.ones(50)), "einsum", NO_PRODUCT),
     "other rows": (lambda x, t: torch.einsum("nv,mv->nm", x, x), "einsum", NO_PRODUCT),

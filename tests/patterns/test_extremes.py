@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, beside_a_loss, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -93,8 +95,8 @@ def test_alone_it_is_no_loss():
     assert reports_of(lambda x, w: F.linear(x, w).argmax(-1), INPUT, WEIGHT) == []
 
 
-ROWS = "it reduces over the rows, not over the vocabulary"
-BOTH = "it reduces over rows and vocabulary"
+ROWS = reasons.REDUCES_ROWS.sentence
+BOTH = reasons.REDUCES_ROWS_AND_VOCABULARY.sentence
 OTHER = "it is not a pointwise function"
 LEFT_ALONE = {
     "argmax of rows": (lambda x, t: (x + torch.arange(50)).argmax(0), "argmax", ROWS),
@@ -104,12 +106,12 @@ LEFT_ALONE = {
     "max with a tensor": (
         lambda x, t: torch.max(x, torch.zeros(50)),
         "max",
-        "it compares logits with another tensor",
+        reasons.TENSOR_INSTEAD_OF_DIMENSION.sentence,
     ),
     "the smallest": (
         lambda x, t: x.topk(3, largest=False).values,
         "topk",
-        "it takes the smallest",
+        reasons.TAKES_THE_SMALLEST.sentence,
     ),
     "min": (lambda x, t: x.min(-1).values, "min", f"{OTHER} (aten.min.dim)"),
     "amin": (lambda x, t: x.amin(-1), "amin", f"{OTHER} (aten.amin.default)"),

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, reason_against, reports_of
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -57,8 +59,8 @@ def cast_and_changed(x):
 @pytest.mark.parametrize(
     ("use", "reason"),
     [
-        (expanded_and_changed, "what it returns may be changed in the place of its argument"),
-        (cast_and_changed, "it may share its memory with what it casts"),
+        (expanded_and_changed, reasons.RESULT_MAY_SHARE_MEMORY.sentence),
+        (cast_and_changed, reasons.RESULT_MAY_SHARE_MEMORY.sentence),
     ],
 )
 def test_what_may_be_changed_in_two_places_is_left_alone(use, reason):

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, beside_a_loss, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -124,9 +126,9 @@ def test_diagonal_of_more_classes_than_rows():
 
 
 OTHER_DIAGONALS = [
-    (lambda x: x.diagonal(1), "it is not the main diagonal of a matrix"),
-    (lambda x: x[:, :4].diagonal(), "it may have no entry in some of the rows"),
-    (lambda x: x.diag(-1), "it is not the main diagonal of a matrix"),
+    (lambda x: x.diagonal(1), reasons.NOT_THE_DIAGONAL_OF_A_MATRIX.sentence),
+    (lambda x: x[:, :4].diagonal(), reasons.DIAGONAL_WITHOUT_SOME_ROWS.sentence),
+    (lambda x: x.diag(-1), reasons.NOT_THE_DIAGONAL_OF_A_MATRIX.sentence),
 ]
 
 
@@ -144,28 +146,32 @@ LEFT_ALONE = {
     "fewer rows": (
         lambda x, t: x.gather(1, t[:3, None]),
         "gather",
-        "its index does not have the rows of the logits",
+        reasons.INDEX_WITHOUT_ROWS.sentence,
     ),
     "rows that differ in the vocabulary": (
         lambda x, t: x.gather(0, torch.zeros(6, 50, dtype=torch.int64)),
         "gather",
-        "it gathers from rows by an index that may differ in the vocabulary",
+        reasons.INDEX_MAY_DIFFER_IN_VOCABULARY.sentence,
     ),
     "from all logits": (
         lambda x, t: x.take_along_dim(t),
         "take_along_dim",
-        "it takes from all logits",
+        reasons.TAKES_FROM_ALL.sentence,
     ),
     "index tensors of two shapes": (
         lambda x, t: x[torch.arange(6)[:, None], t],
         "getitem",
-        "its index is broadcast",
+        reasons.INDEX_IS_BROADCAST.sentence,
     ),
-    "one row": (lambda x, t: x[torch.tensor([2]), t], "getitem", "its index is broadcast"),
+    "one row": (
+        lambda x, t: x[torch.tensor([2]), t],
+        "getitem",
+        reasons.INDEX_IS_BROADCAST.sentence,
+    ),
     "one entry": (
         lambda x, t: x[torch.arange(6), 3],
         "getitem",
-        "it selects some entries of the vocabulary",
+        reasons.SELECTS_SOME_ENTRIES.sentence,
     ),
 }
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor.options import Options
+from cce_inductor.reporting import reasons
 from cce_inductor.rewriting.rewrite import rewrite
 
 torch.manual_seed(0)
@@ -200,9 +201,9 @@ def test_filled_logits():
 
 
 NOT_FOLLOWED = {
-    "flatten": "it flattens the vocabulary into the rows",
-    "detach": "it changes logits in place that are also read as a view",
-    "narrow": "it changes a part of the logits in place",
+    "flatten": reasons.FLATTENS_VOCABULARY.sentence,
+    "detach": reasons.ALSO_READ_AS_VIEW.sentence,
+    "narrow": reasons.CHANGES_PART.sentence,
 }
 
 
@@ -270,7 +271,7 @@ def test_logits_changed_through_data_are_left_alone():
         return F.cross_entropy(logits, target)
 
     reason = reason_with_same_numbers(fn, INPUT, WEIGHT, TARGET)
-    assert reason.endswith(": it changes logits in place that are also read as a view")
+    assert reason.endswith(f": {reasons.ALSO_READ_AS_VIEW.sentence}")
 
 
 def test_added_to_another_tensor_in_place_is_left_alone():

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, beside_a_loss, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -65,12 +67,12 @@ LEFT_ALONE = {
     "of rows": (
         lambda x, t: (x + torch.arange(50)).logsumexp(0),
         "logsumexp",
-        "it reduces over the rows, not over the vocabulary",
+        reasons.REDUCES_ROWS.sentence,
     ),
     "of everything": (
         lambda x, t: x.logsumexp((0, 1)),
         "logsumexp",
-        "it reduces over rows and vocabulary",
+        reasons.REDUCES_ROWS_AND_VOCABULARY.sentence,
     ),
     "logcumsumexp": (
         lambda x, t: x.logcumsumexp(-1),

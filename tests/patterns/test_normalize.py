@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, loss_after, reason_against, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -84,14 +86,14 @@ def test_numbers(change):
     assert_as_accurate_as_eager(loss_after(change), INPUT, WEIGHT, TARGET, slack=3)
 
 
-ROWS = "it reduces over the rows, not over the vocabulary"
+ROWS = reasons.REDUCES_ROWS.sentence
 LEFT_ALONE = {
     "log_softmax of rows": (lambda x: x.log_softmax(1), "log_softmax", ROWS),
     "softmax of rows": (lambda x: x.softmax(0), "softmax", ROWS),
     "part of a softmax": (
         lambda x: x.softmax(-1)[..., :49].repeat(1, 1, 2)[..., :50],
         "getitem",
-        "it selects some entries of a softmax over the vocabulary",
+        reasons.SELECTS_ENTRIES_OF_SOFTMAX.sentence,
     ),
 }
 

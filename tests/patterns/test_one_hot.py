@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, reason_against, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -117,7 +119,7 @@ def changed_before(x, t, m):
     return x + one_hot * m[:, None]
 
 
-LARGE = "what it combines them with is as large as the logits and requires a gradient"
+LARGE = reasons.OPERAND_LARGE_WITH_GRADIENT.sentence
 LEFT_ALONE = {
     "changed in place": (changed, LARGE),
     "made of something that was changed": (changed_before, LARGE),

@@ -16,6 +16,7 @@ from expecttest import assert_expected_inline
 
 from cce_inductor.kernels.program import derivative
 from cce_inductor.patterns.language import capture
+from cce_inductor.reporting import reasons
 
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
@@ -344,19 +345,19 @@ def test_numbers_with_an_operand_as_large_as_the_logits():
 
 NO_FUNCTION = "it is not a pointwise function"
 LEFT_ALONE = {
-    "cat": (lambda x: torch.cat([x, x * 2]), "cat", "it joins logits of several weights"),
+    "cat": (lambda x: torch.cat([x, x * 2]), "cat", reasons.JOINS_SEVERAL_WEIGHTS.sentence),
     "other rows": (
         lambda x: x + x[:1],
         "add",
-        "it combines logits with other rows of the same logits",
+        reasons.OTHER_ROWS_OF_SAME_LOGITS.sentence,
     ),
     "cumsum": (lambda x: x.cumsum(-1), "cumsum", None),
-    "dropout": (lambda x: F.dropout(x, 0.5), "dropout", "it is random"),
+    "dropout": (lambda x: F.dropout(x, 0.5), "dropout", reasons.RANDOM.sentence),
     "flip": (lambda x: x.flip(-1), "flip", None),
     "layer_norm": (lambda x: F.layer_norm(x, (50,)), "layer_norm", None),
-    "noise": (lambda x: x + torch.rand_like(x), "rand_like", "it is random"),
+    "noise": (lambda x: x + torch.rand_like(x), "rand_like", reasons.RANDOM.sentence),
     "normalize": (lambda x: F.normalize(x, dim=-1), "normalize", None),
-    "rrelu": (lambda x: F.rrelu(x, training=True), "rrelu", "it is random"),
+    "rrelu": (lambda x: F.rrelu(x, training=True), "rrelu", reasons.RANDOM.sentence),
     "sort": (lambda x: x.sort(-1).values, "sort", None),
     "x // c": (lambda x: x // 2, "floordiv", None),
 }
@@ -394,7 +395,7 @@ def test_operand_as_large_as_the_logits_with_a_gradient_is_left_alone():
         return F.cross_entropy(F.linear(input, weight) * noise, target)
 
     reason = reason_against(fn, INPUT, WEIGHT, TARGET, torch.rand(6, 50, requires_grad=True))
-    assert reason.endswith("is as large as the logits and requires a gradient")
+    assert reason.endswith(reasons.OPERAND_LARGE_WITH_GRADIENT.sentence)
 
 
 def test_operand_that_enlarges_the_logits_is_left_alone():
@@ -402,7 +403,7 @@ def test_operand_that_enlarges_the_logits_is_left_alone():
         return F.cross_entropy((F.linear(input, weight) * noise)[0], target)
 
     reason = reason_against(fn, INPUT, WEIGHT, TARGET, torch.rand(3, 1, 1))
-    assert reason.endswith(": it is broadcast to more dimensions")
+    assert reason.endswith(f": {reasons.BROADCAST_TO_MORE_DIMENSIONS.sentence}")
 
 
 @torch.compiler.allow_in_graph

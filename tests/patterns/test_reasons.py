@@ -2,7 +2,9 @@
 
 import inspect
 import re
+from pathlib import Path
 
+import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,12 @@ from checks import capture, reason_against, reports_of
 
 import cce_inductor
 from cce_inductor.options import Options
+from cce_inductor.reporting import reasons
+from cce_inductor.reporting.reasons import Reason
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.testing import assert_matches_eager
 
+ROOT = Path(__file__).parents[2]
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -98,7 +103,7 @@ def test_logits_used_by_an_operation_in_an_unsupported_form():
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
         f"the logits are used by getitem at {place(fn, '::2')}: "
-        "it selects some entries of the vocabulary"
+        + reasons.SELECTS_SOME_ENTRIES.sentence
     )
 
 
@@ -174,9 +179,7 @@ def test_returned_logits():
         return loss, logits
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
-    assert report.reason == (
-        "the logits are returned by the compiled function, so they must be stored"
-    )
+    assert report.reason == reasons.RETURNED.sentence
     assert report.location == place(fn, "cross_entropy")
 
 
@@ -217,7 +220,7 @@ def test_unknown_projection():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert not report.rewritten
-    assert "no projection" in report.reason
+    assert "which is not a known projection" in report.reason
 
 
 def test_class_probabilities_with_a_gradient():
@@ -227,8 +230,7 @@ def test_class_probabilities_with_a_gradient():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, torch.rand(6, 50, requires_grad=True))
     assert report.reason == (
-        "cross_entropy cannot be rewritten: "
-        "what it combines them with is as large as the logits and requires a gradient"
+        "cross_entropy cannot be rewritten: " + reasons.OPERAND_LARGE_WITH_GRADIENT.sentence
     )
     assert report.location == place(fn, "cross_entropy")
 
@@ -291,9 +293,8 @@ def test_text_of_a_loss_that_is_left_alone():
         "left alone: linear > cross_entropy\n"
         f"  at {place(fn, 'cross_entropy')}\n"
         "  logits: 6x50 float32\n"
-        "  because the logits are returned by the compiled function, so they must be stored\n"
-        "  to change that: return only the loss from the compiled function, as a training step "
-        "needs no logits"
+        f"  because {reasons.RETURNED.sentence}\n"
+        f"  to change that: {reasons.RETURNED.advice}"
     )
 
 
@@ -326,7 +327,7 @@ def test_what_is_random_is_called_so(change):
         return F.cross_entropy(change(F.linear(input, weight)), target)
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
-    assert report.reason.endswith(": it is random"), report.reason
+    assert report.reason.endswith(f": {reasons.RANDOM.sentence}"), report.reason
     assert report.advice.startswith("draw the random numbers before the projection")
 
 
@@ -444,9 +445,7 @@ def test_one_entry_of_every_row_is_not_some_of_the_rows():
         return F.cross_entropy(logits, target)
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET.clamp(min=0))
-    assert report.rewritten or report.reason.endswith(
-        "it assigns to entries that an index names by row and by class"
-    )
+    assert report.rewritten or report.reason.endswith(reasons.ASSIGNS_BY_ROW_AND_CLASS.sentence)
 
 
 def mask_by_scatter(z, y):
@@ -505,7 +504,8 @@ def test_a_table_of_logits_is_no_graph_break():
 
     (report,) = reports_of(fn, TARGET.clamp(min=0), TARGET)
     assert re.fullmatch(
-        r"its input is taken from the parameter '\w*table\w*', and is no projection", report.reason
+        r"its input is taken from the parameter '\w*table\w*', and is not a projection",
+        report.reason,
     )
     assert report.advice is None
 
@@ -517,4 +517,252 @@ def test_an_index_is_not_said_to_be_broadcast():
         return F.cross_entropy(torch.where(seen, logits / 1.2, logits), target)
 
     reason = reason_against(fn, INPUT, WEIGHT, TARGET)
-    assert reason.endswith(": it has an operand that does not broadcast to the logits")
+    assert reason.endswith(f": {reasons.OPERAND_NOT_BROADCAST.sentence}")
+
+
+def test_a_reason_is_a_value():
+    cause = Reason("it is late", "come sooner", place="b.py:2")
+    reason = Reason("the train{at} was missed", place="a.py:1", cause=cause)
+    assert str(reason) == "the train at a.py:1 was missed: it is late"
+    assert reason.cause is cause
+    assert reason == Reason("the train{at} was missed", place="a.py:1", cause=cause)
+    assert reason != Reason("the train{at} was missed", place="a.py:2", cause=cause)
+    assert str(Reason("the train{at} was missed")) == "the train was missed"
+
+
+def test_advice_is_that_of_the_reason_or_of_its_cause():
+    options = Options()
+    cause = Reason("it is late", "come sooner")
+    assert Reason("the train was missed", cause=cause).advice_for(options, 0) == "come sooner"
+    own = Reason("the train was missed", "take a bus", cause=cause)
+    assert own.advice_for(options, 0) == "take a bus"
+    assert Reason("the train was missed").advice_for(options, 0) is None
+
+
+def test_every_reason_is_used():
+    sources = [
+        file.read_text()
+        for folder in ("cce_inductor", "patterns")
+        for file in (ROOT / folder).rglob("*.py")
+    ]
+    defined = {
+        name
+        for name, value in vars(reasons).items()
+        if name[0] != "_" and getattr(value, "__module__", "") == reasons.__name__
+    }
+    used = {name for source in sources for name in re.findall(r"\breasons\.(\w+)", source)}
+    assert defined - used <= {"Reason", "LogitsFromOutside"}
+
+
+class TestSentences(expecttest.TestCase):
+    """The one test of the words: other tests compare with the constants."""
+
+    def test_of_constants(self):
+        constants = {k: v for k, v in vars(reasons).items() if isinstance(v, Reason)}
+        self.assertExpectedInline(
+            listed(constants),
+            """\
+INSIDE_TRANSFORM: it is inside a torch.func transform
+    advice: compile the loss outside of the transform
+INSIDE_INFERENCE_MODE: it is inside inference mode
+    advice: use torch.no_grad() in the place of inference mode
+FROM_CALLING_GRAPH: its logits come into a function that the graph calls (an autograd.Function, for example), and are not followed into it
+FROM_NO_TENSOR: its input is made from no tensor
+NO_PYTHON_IN_CPP_WRAPPER: the operator is called from Python, which Inductor's C++ wrapper does not do
+    advice: compile with Inductor's option cpp_wrapper=False
+RETURNED: the logits are returned by the compiled function, so they must be stored
+    advice: return only the loss from the compiled function, as a training step needs no logits
+RETURNED_WITHOUT_DEFERRAL: the logits are returned by the compiled function, so they must be stored, as defer_logits is "never"
+    advice: pass defer_logits="with_loss", so that nobody has to compute them
+SEVERAL_LOGITS_RETURNED: the function returns a tuple or a stack of logits
+COMBINED_WITH_LARGE: they were combined with a tensor that is as large as the logits
+COMBINED_WITH_REDUCTION: they were combined with a value that is computed from them
+STRIDES_UNKNOWN: their strides are not known before the function runs
+FSDP_FREES_WEIGHT: FSDP frees the weight after the forward of its module (reshard_after_forward)
+MEMORY_SHARED: another result or argument shares their memory
+FUNCTION_IS_SAVED: the compiled function is saved, and loaded without what computes the logits
+CACHE_MAY_ANSWER: pre_grad_pass_timing lets a cache answer in the place of the pass
+WITHOUT_RULE: it has no rule
+LOSS_WITHOUT_RULE: there is no rule for this loss
+NOT_FOLLOWED: the graph that it calls is not followed
+RANDOM: it is random
+    advice: draw the random numbers before the projection, or evaluate with dropout off
+NUMBER_MAY_DIFFER: it takes a number that may differ in the next call
+VOCABULARY_MAY_DIFFER: its vocabulary may have another size in the next call
+NUMBER_EXPECTED: it has an operand that is a tensor, not a number
+DIMENSION_NOT_CONSTANT: its dimension is not a constant
+LOGITS_NOT_FIRST: the logits are not its first operand
+NOT_THE_LOSS_INPUT: it is not the input of the loss
+TENSOR_INSTEAD_OF_DIMENSION: it compares logits with another tensor
+OPERAND_NOT_BROADCAST: it has an operand that does not broadcast to the logits
+BROADCAST_TO_MORE_DIMENSIONS: it broadcasts the logits to more dimensions
+BROADCAST_TO_LARGER_SHAPE: it broadcasts the logits to a larger shape
+OPERAND_SIZE_UNKNOWN: it has an operand whose size is not known
+OPERAND_LARGE_WITH_GRADIENT: it combines the logits with a tensor that is as large as they are and requires a gradient
+    advice: detach it, if the loss need not train what made it
+OTHER_ROWS_OF_SAME_LOGITS: it combines logits with other rows of the same logits
+TUPLE_OF_LOGITS: it combines logits with a tuple of logits
+VIEW_WITH_OTHER_LOGITS: it combines a view of the logits with other logits
+NOTHING_MAKES_IT: no operation makes it
+MADE_OF_LARGE: it is made of a tensor that is as large
+CONSTANT: it is a constant
+CLASSES_ARE_NOT_VOCABULARY: its classes are not the vocabulary
+WEIGHT_SIZE_DEPENDS_ON_DATA: its weight has a size that depends on data
+MOVES_ELEMENTS: it moves their elements
+MOVES_TO_ANOTHER_DEVICE: it moves the logits to another device
+REINTERPRETS_BITS: it reinterprets the bits of the logits as another dtype
+RESULT_MAY_SHARE_MEMORY: its result may share memory with its argument
+READS_VOCABULARY_SIZE: it reads the size of the vocabulary
+DYNAMIC_SHAPE_OF_TENSOR: it takes a dynamic shape from another tensor
+RESHAPES_VOCABULARY_NOT_LAST: it reshapes logits whose last dimension is not the vocabulary
+VOCABULARY_NOT_KEPT_LAST: it does not keep the vocabulary as the last dimension
+FLATTENS_VOCABULARY: it flattens the vocabulary into the rows
+SPLITS_VOCABULARY: it splits the vocabulary
+SQUEEZES_VOCABULARY: it squeezes the vocabulary
+SQUEEZES_UNKNOWN_SIZE: it squeezes a dimension whose size is not known
+MOVES_SEVERAL_DIMENSIONS: it moves several dimensions
+REPEATS_ROWS: it repeats them
+SELECTS_ONE_ENTRY: it selects one entry of the vocabulary
+SELECTS_SOME_ENTRIES: it selects some entries of the vocabulary
+SELECTS_ENTRIES_OF_SOFTMAX: it selects some entries of a softmax over the vocabulary
+SELECTS_ENTRIES_AFTER_MASK: it selects some entries of the vocabulary after a mask or bias
+SELECTS_ROWS_BY_LIST: it selects rows by a list
+SELECTS_SEVERAL_PARTS: it takes several of the parts
+SPLITS_DYNAMIC_ROWS: it splits a number of rows that may differ in the next call
+INDEX_IS_BROADCAST: its index is broadcast
+INDEX_WITHOUT_ROWS: its index does not have the rows of the logits
+INDEX_MAY_DIFFER_IN_VOCABULARY: it gathers from rows by an index that may differ in the vocabulary
+TAKES_FROM_ALL: it takes entries from the flattened logits
+NOT_THE_DIAGONAL_OF_A_MATRIX: it is not the main diagonal of a matrix
+DIAGONAL_WITHOUT_SOME_ROWS: it may have no entry in some of the rows
+REDUCES_ROWS: it reduces over the rows, not over the vocabulary
+REDUCES_ROWS_AND_VOCABULARY: it reduces over rows and vocabulary
+TAKES_THE_SMALLEST: it takes the smallest
+NOT_A_PRODUCT_OF_ALIKE: it is not a product of the logits with a tensor of their shape
+NOT_A_SUM_OVER_VOCABULARY: it does not sum over the vocabulary alone
+CLASS_DIMENSION_NOT_VOCABULARY: its class dimension is not the vocabulary
+BATCH_DIMENSION_IS_VOCABULARY: its batch dimension is the vocabulary
+CLASS_WEIGHTS_WITH_GRADIENT: its class weights require a gradient
+    advice: pass weight.detach()
+TARGETS_ARE_LOGITS: its targets are logits
+TARGETS_ON_ANOTHER_DEVICE: its targets are on another device
+    advice: move the targets to the logits' device before the loss
+JOINS_SEVERAL_FORMS: it joins logits of several forms
+JOINS_WITH_SOMETHING_ELSE: it joins logits with a tensor that holds no logits
+JOINS_SEVERAL_WEIGHTS: it joins logits of several weights
+JOINS_SEVERAL_INPUTS: it joins logits of several inputs or functions, or with a bias
+JOINS_AFTER_FUNCTION_OF_PLACE: it joins logits after a function of their place in the vocabulary
+JOINS_AFTER_DYNAMIC_VOCABULARY: it joins a column after a vocabulary that may have another size in the next call
+JOINS_WITH_NO_COLUMN: it joins logits with a tensor that is not a column
+JOINS_WITH_INTEGERS: it joins logits with a column that is not floating point
+STACKS_WITH_SOMETHING_ELSE: it stacks logits with a tensor that holds no logits
+STACKS_SEVERAL_SHAPES: it stacks logits of several shapes
+STACK_WITH_TENSOR: it combines the logits of several projections with a tensor
+MIXES_PROJECTIONS: it mixes the logits of several projections
+ADDS_DIMENSIONS_TO_STACK: it adds dimensions to the logits of several projections
+TAKES_SEVERAL_PROJECTIONS: it takes several of the projections
+CHANGES_SEVERAL_LOGITS: it changes several logits
+CHANGES_ANOTHER_TENSOR: it changes another tensor in place
+REDUCES_AND_CHANGES: it also changes them in place
+HIDDEN_FROM_GRADIENT: it changes them in place, hidden from their gradient
+ALSO_READ_AS_VIEW: it changes logits in place that are also read as a view
+CHANGES_PART: it changes a part of the logits in place
+CHANGES_UNKNOWN_ENTRIES: it changes a view of the logits whose entries are not known
+ASSIGNS_SOME_ROWS: it assigns to some of the rows
+ASSIGNS_EVERY_OTHER_ENTRY: it assigns to every other entry
+ASSIGNS_BY_UNKNOWN_INDEX: it assigns by an index that is not known
+ASSIGNS_BY_ROW_AND_CLASS: it assigns to entries that an index names by row and by class
+ASSIGNS_VOCABULARY_NOT_LAST: it assigns to logits whose last dimension is not the vocabulary
+ASSIGNS_TENSOR: it assigns a tensor
+FILLS_DIAGONAL_OF_NO_MATRIX: it fills the diagonal of a tensor that is not a matrix
+SCATTER_REDUCES: it reduces what it scatters
+SCATTERS_OVER_ROWS: it scatters over the rows
+SCATTERS_SEVERAL_ENTRIES: it scatters to several entries of a row
+SCATTERS_NO_VALUE_PER_ROW: it scatters a tensor that does not have one value for each row
+""",
+        )
+
+    def test_of_functions(self):
+        graph = torch.fx.Graph()
+        argument = graph.placeholder("logits")
+        node = graph.call_method("view", (argument, -1))
+        node.meta["stack_trace"] = '  File "train.py", line 10, in step\n'
+        cause = Reason("CAUSE")
+        float16 = torch.empty(2, dtype=torch.float16)
+        made = [
+            reasons.used_by(node, cause),
+            reasons.used_with_other_logits(node),
+            reasons.changed_through_view(node),
+            reasons.loss_unsupported(node, cause),
+            reasons.may_change_operand(node),
+            reasons.projection_unsupported(node, cause),
+            reasons.projection_not_followed(node, cause),
+            reasons.takes_derivatives(node),
+            reasons.from_outside(argument),
+            reasons.from_parameter(argument),
+            reasons.made_by(node),
+            reasons.taken_for_router(64, 4096),
+            reasons.no_kernel("meta"),
+            reasons.too_small(2**10, 2**24),
+            reasons.derivative_not_pointwise("aten.sort.default"),
+            reasons.pass_failed(KeyError("name")),
+            reasons.not_deferred(cause),
+            reasons.not_floating(torch.bool),
+            reasons.not_pointwise(""),
+            reasons.not_pointwise("aten.sort.default"),
+            reasons.unknown_call(TypeError("missing a required argument: 'dim'")),
+            reasons.not_a_tensor(3),
+            reasons.wrapped_operand(float16),
+            reasons.casts_to(torch.int64),
+            reasons.moves_between(torch.device("cpu"), torch.device("meta")),
+            reasons.reads_attribute("H"),
+            reasons.topk_out_of_range(16),
+        ]
+        self.assertExpectedInline(
+            listed(dict(enumerate(made))),
+            """\
+the logits are used by view at train.py:10: CAUSE
+the logits are used by view at train.py:10 with other logits
+view at train.py:10 changes logits in place through a view of them
+view cannot be rewritten: CAUSE
+view at train.py:10 may change what the projection read
+    advice: change that tensor before the projection, after the backward, or in a copy of it
+view at train.py:10 is not a known projection: CAUSE
+view at train.py:10 cannot be followed: CAUSE
+the graph takes derivatives itself at train.py:10
+    advice: let the compiled function return the loss, and take its derivatives outside of it
+its logits come into this graph from outside, as 'logits', so their projection is not in it
+    advice: compute the logits and the loss in one compiled function, without a graph break between them; or, if a compiled function returns them, pass defer_logits="always" (this does not help where FSDP frees the weight of the head after its forward)
+its input is taken from the parameter 'logits', and is not a projection
+its input is made by view at train.py:10, which is not a known projection
+a softmax written by hand over 64 classes, no more than there are hidden units (4096), is taken for that of a router, not for a loss
+    advice: take the loss by its name, with F.cross_entropy or F.nll_loss(F.log_softmax(...))
+there is no kernel for the device 'meta'
+the logits are small (1 KiB, and min_logits_bytes is 16 MiB)
+    advice: pass min_logits_bytes=0 to rewrite them all the same
+the function of the logits has a derivative that is not pointwise (aten.sort.default)
+the pass failed with KeyError: 'name'
+the logits are returned by the compiled function, so they must be stored, and cannot be deferred: CAUSE
+    advice: return only the loss from the compiled function, as a training step needs no logits
+they are torch.bool
+it is not a pointwise function
+it is not a pointwise function (aten.sort.default)
+it is called in an unknown way (missing a required argument: 'dim')
+3 is not a tensor
+its operand is a Tensor
+it casts the logits to torch.int64
+it moves the logits from cpu to meta
+it reads their attribute H
+it takes none, or more than 16
+""",
+        )
+
+
+def listed(chosen):
+    """Each reason with its advice."""
+    lines = []
+    for name, reason in chosen.items():
+        lines.append(f"{name}: {reason}" if isinstance(name, str) else str(reason))
+        advice = reason.advice_for(Options(), 2**30)
+        lines += [] if advice is None else [f"    advice: {advice}"]
+    return "\n".join(lines) + "\n"

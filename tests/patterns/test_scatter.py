@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, loss_after, reason_against, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -138,27 +140,27 @@ LEFT_ALONE = {
     "the first of several values": (
         lambda x: x.scatter(-1, INDEX, torch.ones(2, 3, 50)),
         "scatter",
-        "it scatters a tensor that has not one value for each row",
+        reasons.SCATTERS_NO_VALUE_PER_ROW.sentence,
     ),
     "the logits": (
         lambda x: x.scatter(-1, INDEX, x.cos()),
         "scatter",
-        "it scatters a tensor that has not one value for each row",
+        reasons.SCATTERS_NO_VALUE_PER_ROW.sentence,
     ),
     "a sum": (
         lambda x: x.detach().scatter(-1, INDEX, 2.0, reduce="add"),
         "scatter",
-        "it reduces what it scatters",
+        reasons.SCATTER_REDUCES.sentence,
     ),
     "several entries": (
         lambda x: x.scatter(-1, INDEX.expand(2, 3, 2), 2.0),
         "scatter",
-        "it scatters to several entries of a row",
+        reasons.SCATTERS_SEVERAL_ENTRIES.sentence,
     ),
     "over the rows": (
         lambda x: x.scatter(1, INDEX.expand(2, 3, 50) % 3, 2.0),
         "scatter",
-        "it scatters over the rows",
+        reasons.SCATTERS_OVER_ROWS.sentence,
     ),
     "scatter_add": (
         lambda x: x.scatter_add(-1, INDEX, torch.ones(2, 3, 1)),

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(3, 4, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -266,7 +268,7 @@ return (add,)
     )
 
 
-VOCABULARY = "it selects some entries of the vocabulary"
+VOCABULARY = reasons.SELECTS_SOME_ENTRIES.sentence
 LEFT_ALONE = {
     "every other entry": (lambda x, i: x[..., ::2], "getitem", VOCABULARY),
     "entries by a tensor": (lambda x, i: x[:, :, i], "getitem", VOCABULARY),
@@ -279,32 +281,36 @@ LEFT_ALONE = {
     "one entry": (
         lambda x, i: x[:, :, 3, None],
         "getitem",
-        "it selects one entry of the vocabulary",
+        reasons.SELECTS_ONE_ENTRY.sentence,
     ),
     "one entry, select": (
         lambda x, i: x.select(2, 3)[..., None],
         "select",
-        "it selects one entry of the vocabulary",
+        reasons.SELECTS_ONE_ENTRY.sentence,
     ),
     "index_select": (lambda x, i: x.index_select(2, i), "index_select", VOCABULARY),
-    "split": (lambda x, i: x.split(25, -1)[0], "split", "it splits the vocabulary"),
-    "unbind": (lambda x, i: x.unbind(-1)[0][..., None], "unbind", "it splits the vocabulary"),
+    "split": (lambda x, i: x.split(25, -1)[0], "split", reasons.SPLITS_VOCABULARY.sentence),
+    "unbind": (
+        lambda x, i: x.unbind(-1)[0][..., None],
+        "unbind",
+        reasons.SPLITS_VOCABULARY.sentence,
+    ),
     "a part of a softmax": (
         lambda x, i: x.softmax(-1)[..., 5:],
         "getitem",
-        "it selects some entries of a softmax over the vocabulary",
+        reasons.SELECTS_ENTRIES_OF_SOFTMAX.sentence,
     ),
     "a part of scaled entries": (
         lambda x, i: (x * torch.arange(50))[..., 5:],
         "getitem",
-        "it selects some entries of the vocabulary after a mask or bias",
+        reasons.SELECTS_ENTRIES_AFTER_MASK.sentence,
     ),
     "rows by a tensor after transpose": (
         lambda x, i: x.transpose(1, 2)[i],
         "getitem",
         VOCABULARY,
     ),
-    "rows by a list": (lambda x, i: x[[0, 1]], "getitem", "it selects rows by a list"),
+    "rows by a list": (lambda x, i: x[[0, 1]], "getitem", reasons.SELECTS_ROWS_BY_LIST.sentence),
 }
 
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -219,52 +221,52 @@ LEFT_ALONE = {
     "vocabulary folded": (
         lambda x: x.view(-1, 25),
         "view",
-        "it does not keep the vocabulary as the last dimension",
+        reasons.VOCABULARY_NOT_KEPT_LAST.sentence,
     ),
     "everything in one dimension": (
         lambda x: x.reshape(-1).view(6, 50),
         "reshape",
-        "it does not keep the vocabulary as the last dimension",
+        reasons.VOCABULARY_NOT_KEPT_LAST.sentence,
     ),
     "vocabulary split": (
         lambda x: x.view(2, 3, 5, 10).view(6, 50),
         "view",
-        "it does not keep the vocabulary as the last dimension",
+        reasons.VOCABULARY_NOT_KEPT_LAST.sentence,
     ),
     "bits": (
         lambda x: x.view(torch.int32).view(torch.float32).view(6, 50),
         "view",
-        "it reinterprets the logits as another dtype",
+        reasons.REINTERPRETS_BITS.sentence,
     ),
     "view of transposed logits": (
         lambda x: x.transpose(1, 2).reshape(6, 50),
         "reshape",
-        "it reshapes logits whose last dimension is not the vocabulary",
+        reasons.RESHAPES_VOCABULARY_NOT_LAST.sentence,
     ),
     "vocabulary flattened": (
         lambda x: x.flatten().view(6, 50),
         "flatten",
-        "it flattens the vocabulary into the rows",
+        reasons.FLATTENS_VOCABULARY.sentence,
     ),
     "vocabulary flattened with a row": (
         lambda x: x.flatten(1).view(6, 50),
         "flatten",
-        "it flattens the vocabulary into the rows",
+        reasons.FLATTENS_VOCABULARY.sentence,
     ),
     "a new dimension flattened into it": (
         lambda x: x.unsqueeze(-1).flatten(2, 3).view(6, 50),
         "flatten",
-        "it flattens the vocabulary into the rows",
+        reasons.FLATTENS_VOCABULARY.sentence,
     ),
     "vocabulary split by unflatten": (
         lambda x: x.unflatten(2, (5, 10)).view(6, 50),
         "unflatten",
-        "it splits the vocabulary",
+        reasons.SPLITS_VOCABULARY.sentence,
     ),
     "several dimensions moved": (
         lambda x: x.movedim((0, 1), (1, 0)).reshape(6, 50),
         "movedim",
-        "it moves several dimensions",
+        reasons.MOVES_SEVERAL_DIMENSIONS.sentence,
     ),
     "repeat": (lambda x: x.repeat(1, 1, 1).view(6, 50), "repeat", None),
     "flip": (lambda x: x.flip(-1).view(6, 50), "flip", None),
@@ -300,7 +302,7 @@ def test_vocabulary_of_one_entry_squeezed():
         return F.cross_entropy(F.linear(input, weight).squeeze(-1), torch.zeros(2).long())
 
     reason = reason_against(fn, INPUT, WEIGHT[:1])
-    assert reason.endswith(": it squeezes the vocabulary")
+    assert reason.endswith(f": {reasons.SQUEEZES_VOCABULARY.sentence}")
 
 
 def test_tokens_as_classes_are_left_alone():
@@ -308,5 +310,5 @@ def test_tokens_as_classes_are_left_alone():
         return F.cross_entropy(F.linear(input, weight), target)
 
     assert reason_against(fn, INPUT, WEIGHT, torch.randint(3, (2, 50))) == (
-        "cross_entropy cannot be rewritten: its class dimension is not the vocabulary"
+        f"cross_entropy cannot be rewritten: {reasons.CLASS_DIMENSION_NOT_VOCABULARY.sentence}"
     )

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
 FIRST, SECOND = (torch.randn(50, 8, requires_grad=True) for _ in range(2))
@@ -61,7 +63,7 @@ def test_numbers(change):
     assert_as_accurate_as_eager(losses_after(change), INPUT, FIRST, SECOND, TARGET)
 
 
-MIXED = "it mixes the logits of several projections"
+MIXED = reasons.MIXES_PROJECTIONS.sentence
 LEFT_ALONE = {
     "summed": (lambda heads: [torch.stack(heads).sum(0)] * 2, "sum", MIXED),
     "biased": (lambda heads: torch.stack(heads) + torch.ones(50), "add", MIXED),
@@ -69,17 +71,17 @@ LEFT_ALONE = {
     "masked": (
         lambda heads: torch.stack(heads).masked_fill(torch.arange(50) > 49, 0),
         "masked_fill",
-        "it combines the logits of several projections with a tensor",
+        reasons.STACK_WITH_TENSOR.sentence,
     ),
     "with something else": (
         lambda heads: torch.stack([*heads, torch.ones(2, 3, 50)]),
         "stack",
-        "it stacks logits with something else",
+        reasons.STACKS_WITH_SOMETHING_ELSE.sentence,
     ),
     "several of them": (
         lambda heads: torch.stack(heads)[0:2],
         "getitem",
-        "it takes several of the projections",
+        reasons.TAKES_SEVERAL_PROJECTIONS.sentence,
     ),
 }
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, beside_a_loss, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(6, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -79,7 +81,7 @@ def test_alone_it_is_no_loss():
     assert reports_of(lambda x, w: F.linear(x, w).square().sum(-1), INPUT, WEIGHT) == []
 
 
-ROWS = "it reduces over the rows, not over the vocabulary"
+ROWS = reasons.REDUCES_ROWS.sentence
 LEFT_ALONE = {
     "sum of rows": (lambda x, t: (x + torch.arange(50)).sum(0), "sum", ROWS),
     "mean of rows": (lambda x, t: (x * torch.arange(50)).mean(0), "mean", ROWS),

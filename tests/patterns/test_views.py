@@ -7,6 +7,7 @@ from checks import reports_of, rewritten_graph, value_and_gradients
 from expecttest import assert_expected_inline
 
 import cce_inductor
+from cce_inductor.reporting import reasons
 
 SIZE = 12
 torch.manual_seed(0)
@@ -269,16 +270,16 @@ def view_in_a_list(z, diagonal, margin):
 
 NOT_FOLLOWED = {
     in_a_list: "it is not a pointwise function (aten._foreach_mul_.Scalar)",
-    in_a_list_with_another: "it changes another tensor in place",
+    in_a_list_with_another: reasons.CHANGES_ANOTHER_TENSOR.sentence,
     view_in_a_list: "it is not a pointwise function (aten._foreach_neg_.default)",
-    view_of_a_view: "it changes logits in place that are also read as a view",
+    view_of_a_view: reasons.ALSO_READ_AS_VIEW.sentence,
     by_another_view: "it is not a pointwise function (aten.as_strided.default)",
-    sub_matrix: "it changes a part of the logits in place",
-    hidden_from_the_gradient: "it changes them in place, hidden from their gradient",
-    through_detach: "it changes logits in place that are also read as a view",
-    some_entries: "it assigns to some of the rows",
-    one_entry_of_every_row: "it selects one entry of the vocabulary",
-    some_rows: "it changes a part of the logits in place",
+    sub_matrix: reasons.CHANGES_PART.sentence,
+    hidden_from_the_gradient: reasons.HIDDEN_FROM_GRADIENT.sentence,
+    through_detach: reasons.ALSO_READ_AS_VIEW.sentence,
+    some_entries: reasons.ASSIGNS_SOME_ROWS.sentence,
+    one_entry_of_every_row: reasons.SELECTS_ONE_ENTRY.sentence,
+    some_rows: reasons.CHANGES_PART.sentence,
 }
 
 
