@@ -17,11 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES, Options
-from cce_inductor.patterns.language.algebra import vocabulary_of
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Operand
 from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
-from cce_inductor.patterns.language.rows import AtRows, Statistic
+from cce_inductor.patterns.language.rows import AtRows, Statistic, vocabulary_of
 from cce_inductor.recipe.formula import Formula
 from cce_inductor.rewriting.found import FoundLoss, Walk
 from cce_inductor.rewriting.plan import Group

@@ -16,11 +16,17 @@ from torch.fx import Node
 
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import INDEXED, WEIGHTED, Name, Program, Reduction, Step
-from cce_inductor.patterns.language.algebra import rest_of
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Leaf, Operand, leaves
 from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
-from cce_inductor.patterns.language.rows import AtRows, Statistic, is_reduced, is_sum, parts
+from cce_inductor.patterns.language.rows import (
+    AtRows,
+    Statistic,
+    is_reduced,
+    is_sum,
+    parts,
+    rest_of,
+)
 from cce_inductor.rewriting.found import FoundLoss, Walk
 
 

@@ -14,12 +14,21 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
-from cce_inductor.patterns.language.algebra import detach_row
 from cce_inductor.patterns.language.examples import HAD_GRADIENT, example, had_gradient, same_shape
-from cce_inductor.patterns.language.expression import Operand, leaves
+from cce_inductor.patterns.language.expression import Operand, detach_expression, leaves
 from cce_inductor.patterns.language.logits import Logits, all_logits, each_logits
-from cce_inductor.patterns.language.rows import Row, Statistic, nodes_of, nodes_of_projection, parts
-from cce_inductor.patterns.language.site import Site, detached
+from cce_inductor.patterns.language.pointwise import pointwise
+from cce_inductor.patterns.language.ranges import begins_vocabulary, expression_after_change
+from cce_inductor.patterns.language.row_views import changed_through_view
+from cce_inductor.patterns.language.rows import (
+    Row,
+    Statistic,
+    detach_row,
+    nodes_of,
+    nodes_of_projection,
+    parts,
+)
+from cce_inductor.patterns.language.site import Site
 from cce_inductor.patterns.language.tables import (
     UnsupportedError,
     loss,
@@ -27,9 +36,7 @@ from cce_inductor.patterns.language.tables import (
     reduction,
     transform,
 )
-from cce_inductor.patterns.language.through_view import changed_through_view
 from cce_inductor.patterns.losses.unfused import is_unfused
-from cce_inductor.patterns.transforms.select import begins_vocabulary, in_vocabulary
 from cce_inductor.patterns.transforms.stack import through_stack
 from cce_inductor.reporting import reasons
 from cce_inductor.reporting.location import describe, operation
@@ -170,7 +177,7 @@ class _Walker:
         if not had_gradient(node) and any(
             map(_requires_grad, nodes_of_projection(logits.projection))
         ):
-            logits = logits.replace(expression=detached(logits.expression))
+            logits = logits.replace(expression=detach_expression(logits.expression))
         self.found.values[node] = logits.replace(path=(describe(node),))
 
     def _visit_use(self, node: Node, used: list[Node]) -> None:
@@ -247,7 +254,7 @@ class _Walker:
 
     def _pointwise(self, site: Site) -> Logits:
         node = site.node
-        value = site.pointwise(site.function, *node.args, **node.kwargs)
+        value = pointwise(site, site.function, *node.args, **node.kwargs)
         for argument in node.all_input_nodes:
             before = self.found.values.get(argument)
             same = isinstance(before, Logits) and value.expression is before.expression
@@ -264,7 +271,7 @@ class _Walker:
         """What has no gradient in the user's graph has none here."""
         if had_gradient(node) or not _has_tensors(node) or not any(map(_requires_grad, used)):
             return value
-        return each_logits(value, lambda v: v.replace(expression=detached(v.expression)))
+        return each_logits(value, lambda v: v.replace(expression=detach_expression(v.expression)))
 
     def _assign(self, node: Node, changed: Node, value: Any) -> None:
         """Gives every name of the changed memory its new value.
@@ -554,14 +561,14 @@ def _seen_as(old: Any, before: Logits, value: Logits, is_whole: bool) -> Logits:
     new = [
         leaf
         for leaf in leaves(value.expression)
-        if isinstance(leaf, Operand) and leaf not in known and leaf.kind in "rb"
+        if isinstance(leaf, Operand) and leaf not in known and leaf.kind.varies_over_rows
     ]
     is_derived = old.row_operations[: len(before.row_operations)] == before.row_operations
     if not is_derived and not is_whole:
         raise UnsupportedError(reasons.CHANGES_PART)
     if not is_derived and new:  # whose rows are those of the name that was changed
         raise UnsupportedError(reasons.ALSO_READ_AS_VIEW)
-    expression = in_vocabulary(old, before, value.expression)
+    expression = expression_after_change(old, before, value.expression)
     if expression is None:
         raise UnsupportedError(reasons.CHANGES_PART)
     return old.replace(expression=expression, compute_dtype=value.compute_dtype)

@@ -27,27 +27,9 @@ Glossary:
   report names the source line of the escape.
 """
 
-from cce_inductor.patterns.language.algebra import (
-    Algebra,
-    call,
-    ignoring,
-    late,
-    size_of,
-    vocabulary_of,
-    without_vocabulary,
-)
-from cce_inductor.patterns.language.entries import (
-    among,
-    at_diagonal,
-    at_index,
-    at_scatter,
-    is_index,
-    overwritten,
-    places_of_rows,
-    takes_one_of_each_row,
-    value_of_rows,
-    wrapped,
-)
+from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.patterns.language.algebra import Algebra
+from cce_inductor.patterns.language.blocks import read
 from cce_inductor.patterns.language.examples import (
     constant,
     dimension,
@@ -65,9 +47,18 @@ from cce_inductor.patterns.language.expression import (
     Apply,
     Expression,
     Operand,
+    depends_on_column,
     leaves,
     only_where,
+    operands_of,
     where,
+)
+from cce_inductor.patterns.language.indexing import (
+    is_integer_tensor,
+    non_negative,
+    row_numbers,
+    takes_one_of_each_row,
+    without_ellipsis,
 )
 from cce_inductor.patterns.language.logits import (
     HERE,
@@ -80,6 +71,17 @@ from cce_inductor.patterns.language.logits import (
     Value,
     applied,
 )
+from cce_inductor.patterns.language.masks import (
+    columns_mask,
+    diagonal_mask,
+    index_mask,
+    overwritten,
+    range_mask,
+    scatter_mask,
+    target_mask,
+)
+from cce_inductor.patterns.language.operands import late, number_operand, operand, row_operand
+from cce_inductor.patterns.language.pointwise import pointwise
 from cce_inductor.patterns.language.product import COMPUTE_DTYPES, product
 from cce_inductor.patterns.language.protocol import (
     BlockResult,
@@ -88,7 +90,16 @@ from cce_inductor.patterns.language.protocol import (
     ReductionResult,
     TransformResult,
 )
-from cce_inductor.patterns.language.rows import Row, is_reduced
+from cce_inductor.patterns.language.ranges import vocabulary_range
+from cce_inductor.patterns.language.rows import (
+    Row,
+    call,
+    ignoring,
+    is_reduced,
+    size_of,
+    vocabulary_of,
+    without_vocabulary,
+)
 from cce_inductor.patterns.language.site import Site
 from cce_inductor.patterns.language.tables import (
     Rule,
@@ -114,6 +125,7 @@ __all__ = [
     "Logits",
     "LossResult",
     "Operand",
+    "OperandKind",
     "Projection",
     "ProjectionResult",
     "ReductionResult",
@@ -125,18 +137,18 @@ __all__ = [
     "TransformResult",
     "UnsupportedError",
     "Value",
-    "among",
     "applied",
-    "at_diagonal",
-    "at_index",
-    "at_scatter",
     "block",
     "call",
+    "columns_mask",
     "constant",
+    "depends_on_column",
+    "diagonal_mask",
     "dimension",
     "example",
     "ignoring",
-    "is_index",
+    "index_mask",
+    "is_integer_tensor",
     "is_reduced",
     "is_symbol",
     "is_tensor",
@@ -144,21 +156,31 @@ __all__ = [
     "leaves",
     "loss",
     "loss_reduction",
+    "non_negative",
+    "number_operand",
     "only_where",
+    "operand",
+    "operands_of",
     "overwritten",
-    "places_of_rows",
+    "pointwise",
     "product",
     "projection",
+    "range_mask",
+    "read",
     "reduction",
+    "row_numbers",
+    "row_operand",
     "same_shape",
     "same_size",
+    "scatter_mask",
     "size_of",
     "takes_one_of_each_row",
+    "target_mask",
     "tensor_example",
     "transform",
-    "value_of_rows",
     "vocabulary_of",
+    "vocabulary_range",
     "where",
+    "without_ellipsis",
     "without_vocabulary",
-    "wrapped",
 ]

@@ -1,15 +1,14 @@
-"""Reductions of an expression over the vocabulary, each in as few passes as algebra allows.
+"""Reductions of an expression over the vocabulary, in as few passes as identities allow.
 
-What a row's softmax needs is one pass over its logits. But ``log_softmax(z)`` is written as
-``z - lse`` with an `lse` that is known after that pass only; so is a hand-written ``z - max(z)``.
-Such values are *late*. The sum of ``q * (z - lse)`` is ``sum(q * z) - lse * sum(q)``, and needs
-no second pass. Where no such identity is known, the late value becomes an operand of a second
-pass, which is always right.
+The softmax of a row needs one pass over its logits. But ``log_softmax(z)`` is the expression
+``z - lse``, whose `lse` is known only after that pass, and a hand-written ``z - max(z)`` is alike.
+Such values are *late*. The sum of ``q * (z - lse)`` equals ``sum(q * z) - lse * sum(q)``, which
+needs no second pass. If no such identity is known, the late value is an operand of a second pass,
+which is always correct.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 from typing import Any
@@ -26,8 +25,15 @@ from cce_inductor.patterns.language.expression import (
     is_constant_over_row,
     leaves,
 )
-from cce_inductor.patterns.language.logits import Call, Logits, applied
-from cce_inductor.patterns.language.rows import AtRows, Row, Statistic
+from cce_inductor.patterns.language.logits import Call, Logits
+from cce_inductor.patterns.language.rows import (
+    AtRows,
+    Row,
+    Statistic,
+    call,
+    detach_row,
+    vocabulary_of,
+)
 from cce_inductor.patterns.language.site import Site
 
 _ADD, _SUB, _MUL, _DIV = "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"
@@ -37,40 +43,15 @@ def _is_detached(x: Any) -> bool:
     return isinstance(x, Apply) and x.target == "detach"
 
 
-def call(target: Any, *args: Any, **kwargs: Any) -> Call:
-    return Call(target, args, tuple(kwargs.items()))
-
-
-def size_of(logits: Logits, dim: int, size: int | torch.SymInt | None = None) -> Any:
-    """The size of a dimension of logits: the number, or what computes it in the graph, if it may
-    be another in the next call.
-
-    Args:
-        size: as an example has it, None to have it computed in the graph.
-    """
-    if isinstance(size, int):
-        return size
-    projection = logits.projection
-    if dim == logits.vocabulary_dim:
-        weight = applied(projection.linear_weight, projection.weight_operations, projection.hidden)
-        return call(torch.ops.aten.sym_size.int, weight, 0)
-    rows = applied(projection.input, logits.row_operations, projection.hidden)
-    return call(torch.ops.aten.sym_size.int, rows, dim)
-
-
-def vocabulary_of(logits: Logits) -> Any:
-    """`size_of` the vocabulary."""
-    return size_of(logits, logits.vocabulary_dim, logits.vocabulary)
-
-
 class Algebra:
-    """Reductions of expressions over the rows of one `Logits`."""
+    """Reductions of expressions over the vocabulary of one `Logits`."""
 
     def __init__(self, site: Site, logits: Logits):
         self.site = site
         self.logits = logits
 
     def logsumexp(self, x: Any) -> Row:
+        """Return ``log(sum(exp(x)))`` over the vocabulary."""
         if _is_detached(x):
             return detach_row(self.logsumexp(x.args[0]))
         if is_constant_over_row(x):
@@ -81,7 +62,16 @@ class Algebra:
         return lse if shift is None else call(operator.add, lse, shift)
 
     def gather(self, x: Any, index: Node, *, kind: str = "gather", constants: Any = ()) -> Row:
-        """`x` at the indices: a function of the values there, where those are late."""
+        """Return `x` at the indices.
+
+        A pointwise function of late values is applied after gathering: it needs no second pass.
+
+        Args:
+            x: an expression.
+            index: the indices, [rows] or [rows, k] according to `kind`.
+            kind: "gather", "index" or "target", a reduction of `kernels.program`.
+            constants: further arguments of the reduction.
+        """
         if _is_detached(x):
             return detach_row(self.gather(x.args[0], index, kind=kind, constants=constants))
         if is_constant_over_row(x):
@@ -96,11 +86,11 @@ class Algebra:
         return Statistic(kind, self.logits, (x,), index, constants)
 
     def max(self, x: Any) -> tuple[Row, Row]:
-        """The greatest value and its index."""
+        """Return the greatest value and its index."""
         return self._greatest("max", x)
 
     def topk(self, x: Any, k: int) -> tuple[Row, Row]:
-        """The greatest k values and their indices."""
+        """Return the greatest k values and their indices."""
         return self._greatest("topk", x, k)
 
     def _greatest(self, kind: str, x: Any, *constants: int) -> tuple[Row, Row]:
@@ -118,6 +108,7 @@ class Algebra:
         return value if shift is None else call(operator.add, value, shift), index
 
     def sum(self, x: Any) -> Row:
+        """Return the sum over the vocabulary."""
         if _is_detached(x):
             return detach_row(self.sum(x.args[0]))
         if is_constant_over_row(x):
@@ -143,7 +134,7 @@ class Algebra:
         return self._statistic("sum", x)
 
     def row(self, x: Any) -> Any:
-        """An expression that is constant over the row, as a value of rows."""
+        """Return an expression that is constant over the row, computed once for each row."""
         if isinstance(x, Operand):
             return AtRows(x, self.logits)
         if isinstance(x, Apply):
@@ -152,7 +143,7 @@ class Algebra:
         return x
 
     def _sum_of_product(self, first: Any, second: Any) -> Row | None:
-        """None if no identity is known."""
+        """Return the sum of a product with a late factor, None if no identity is known."""
         for weight, value in ((first, second), (second, first)):
             factor, rest = self._factor(weight)
             if isinstance(rest, Apply) and rest.target == "exp":
@@ -178,13 +169,16 @@ class Algebra:
         return None
 
     def _dot(self, fixed: Any, term: Any) -> Row:
-        """The sum of a product, of which only a late value is to be subtracted."""
+        """Return the sum of a product from which a late value will be subtracted."""
         if is_constant_over_row(fixed) or is_constant_over_row(term) or self._late(term):
             return self.sum(Apply(_MUL, (fixed, term)))
         return Statistic("dot", self.logits, (fixed, term))
 
     def _mean(self, core: Any, value: Any) -> Row | None:
-        """Of `value` under softmax(core); None if it is late in a way that is not linear."""
+        """Return the mean of `value` under softmax(core).
+
+        None if `value` is not a linear function of late values.
+        """
         if is_constant_over_row(value):
             return self.row(value)
         if not self._late(value):
@@ -200,7 +194,12 @@ class Algebra:
         return None
 
     def _factor(self, x: Any) -> tuple[Any, Any]:
-        """A function of rows that multiplies, None for the identity, and what it multiplies."""
+        """Split `x` into a factor that is constant over the row and the rest.
+
+        Returns:
+            A function that multiplies a row by the factor (None if there is no factor), and the
+            rest.
+        """
         if not isinstance(x, Apply) or x.kwargs:
             return None, x
         if x.target == "neg":
@@ -221,7 +220,7 @@ class Algebra:
         return None, x
 
     def _split(self, x: Any) -> tuple[Any, Row | None]:
-        """`x` as a core and a late value of rows that is added to it, None if there is none."""
+        """Split `x` into a core and the late rows that are added to it, None if there are none."""
         if isinstance(x, Apply) and x.target in (_ADD, _SUB) and not x.kwargs and self._late(x):
             first, second = x.args
             if is_constant_over_row(second) and self._late(second):
@@ -241,37 +240,3 @@ class Algebra:
 
     def _statistic(self, kind: str, x: Expression) -> Statistic:
         return Statistic(kind, self.logits, (x,))
-
-
-def late(site: Site, row: Row, logits: Logits) -> Operand:
-    """A value of rows, made of statistics of `logits`, as an operand of their expression."""
-    return Operand("r", row, logits.row_operations, logits.vocabulary_dim, site.node)
-
-
-def without_vocabulary(row: Row, logits: Logits, keepdim: bool) -> Row:
-    """A value of rows in the shape of a reduction over the vocabulary."""
-    return row if keepdim else call(torch.squeeze, row, logits.vocabulary_dim)
-
-
-def detach_row(row: Row) -> Row:
-    """The same value without a gradient."""
-    return call(torch.detach, row)
-
-
-def rest_of(row: Row) -> Row:
-    """What float32 cannot hold of a value of rows, without a gradient; 0 of an infinite one."""
-    rest = call(operator.sub, row, call(torch.Tensor.to, row, torch.float32))
-    return call(torch.detach, call(torch.nan_to_num, rest, 0.0, 0.0, 0.0))
-
-
-def ignoring(row: Any, target: Node, ignore_index: int) -> Any:
-    """The same value, which nobody looks at where the target is ignored."""
-    if isinstance(row, Statistic):
-        return dataclasses.replace(row, ignored=(target, ignore_index))
-    if isinstance(row, Call):
-        args = tuple(ignoring(a, target, ignore_index) for a in row.args)
-        return dataclasses.replace(row, args=args)
-    if isinstance(row, AtRows) and not isinstance(row.operand.source, Node):
-        source = ignoring(row.operand.source, target, ignore_index)
-        return dataclasses.replace(row, operand=dataclasses.replace(row.operand, source=source))
-    return row

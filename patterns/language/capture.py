@@ -1,7 +1,7 @@
 """What a function of PyTorch does to each element, as an expression.
 
-Nothing is known about an operator but that it is pointwise, which ATen says of itself: any
-function of PyTorch made of such operators can be captured.
+ATen tags its pointwise operators. Any function that is composed of such operators can be captured,
+and nothing else is known about them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from torch.utils._pytree import tree_map
 
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Name, Program, Reduction, Step
-from cce_inductor.kernels.program.tracing import NotPointwiseError, record
+from cce_inductor.kernels.program.tracing import NotPointwiseError, RandomError, record
+from cce_inductor.patterns.language.examples import is_symbol, with_fixed_number
 from cce_inductor.patterns.language.expression import Apply
+from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.operands import number_operand
+from cce_inductor.patterns.language.site import Site
+from cce_inductor.patterns.language.tables import UnsupportedError
+from cce_inductor.reporting import reasons
 
 
 def capture(
@@ -31,21 +37,21 @@ def capture(
     *,
     numbers_as_tensors: bool = False,
 ) -> Any:
-    """What ``function(*args, **kwargs)`` does to each element.
+    """Return what ``function(*args, **kwargs)`` does to each element.
 
     Args:
-        function: anything that works on tensors; an in-place one counts as the function of the
-            same name that is not.
+        function: any function of tensors. A function that works in place is captured as its
+            out-of-place form.
         args, kwargs: its arguments, with nodes for tensors.
-        numbers_as_tensors: whether it is given its constants as tensors.
-        operand_of: for a node, the expression that it stands for, and its dtype.
+        operand_of: returns the expression that a node stands for, and its dtype.
+        numbers_as_tensors: whether numbers among the arguments are passed as tensors.
 
     Returns:
         An `Expression`, or a number.
 
     Raises:
-        NotPointwiseError: it mixes elements, draws random numbers or returns something else than
-            one tensor.
+        NotPointwiseError: the function mixes elements, draws random numbers or does not return
+            exactly one tensor.
     """
     nodes: list[Node] = []
     torch.fx.map_arg((args, kwargs), nodes.append)
@@ -69,9 +75,57 @@ def capture(
     return made[result] if isinstance(result, Name) else result
 
 
+def captured(
+    site: Site,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    logits: Logits,
+    meaning: Callable[[Node], tuple[Any, torch.dtype]],
+) -> Any:
+    """Return the expression of a pointwise function that a node calls, or a number.
+
+    Args:
+        site: the node.
+        function, args, kwargs: see `capture`.
+        logits: the logits that the expression is a function of.
+        meaning: returns the expression that a tensor stands for, and its dtype.
+
+    Raises:
+        UnsupportedError: the function is not pointwise.
+    """
+    args, kwargs = torch.fx.map_arg((args, kwargs), with_fixed_number)
+    numbers: list[Node] = []
+
+    def operand_of(node: Node) -> tuple[Any, torch.dtype]:
+        if not is_symbol(node):
+            return meaning(node)
+        numbers.append(node)
+        return number_operand(site, node, logits), torch.float64
+
+    try:
+        return capture(function, args, kwargs, operand_of)
+    except NotPointwiseError as error:
+        if isinstance(error, RandomError) or _is_random(function):
+            raise UnsupportedError(reasons.RANDOM) from None
+        if not numbers:
+            raise UnsupportedError(reasons.not_pointwise(str(error))) from None
+    try:  # some functions accept no mixture of numbers and tensors
+        return capture(function, args, kwargs, operand_of, numbers_as_tensors=True)
+    except NotPointwiseError:
+        raise UnsupportedError(reasons.NUMBER_MAY_DIFFER) from None
+
+
+def _is_random(function: Callable[..., Any]) -> bool:
+    """Whether an ATen operator of that name draws random numbers."""
+    packet = getattr(torch.ops.aten, getattr(function, "__name__", ""), None)
+    overloads = [] if packet is None else [getattr(packet, name) for name in packet.overloads()]
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Stands in arguments for a tensor."""
+    """Stands for a tensor among the arguments."""
 
     number: int
 
@@ -97,11 +151,11 @@ def _trace(
     constants: str,
     numbers_as_tensors: bool,
 ) -> tuple[tuple[Step, ...], Any] | NotPointwiseError:
-    """The steps of a function and its result, or why it is not pointwise."""
+    """Return the steps of a function and its result, or why it is not pointwise."""
     names = [_name(_Slot(number)) for number in range(len(dtypes))]
 
     def on_scalars(*values: Tensor) -> Any:
-        # 0-d tensors have no elements to mix.
+        # Tensors without dimensions have no elements to mix.
         def fill(argument: Any) -> Any:
             if numbers_as_tensors and type(argument) in (int, float):
                 return torch.tensor(argument, dtype=torch.float64)
@@ -110,7 +164,7 @@ def _trace(
         given, named = tree_map(fill, (args, dict(kwargs)))
         try:
             return function(*given, **named)
-        except Exception as error:  # it wants something else than 0-d tensors
+        except Exception as error:  # it does not accept tensors without dimensions
             raise NotPointwiseError() from error
 
     inputs = dict(zip(names, dtypes, strict=True))
@@ -122,7 +176,7 @@ def _trace(
             alone = Program(tuple(steps), (Reduction("sum", (results[0],)),))
             derivative(alone, [torch.empty((), dtype=dtype) for dtype in dtypes])
     except NotPointwiseError as error:
-        return type(error)(*error.args)  # without the frames that it has come through
+        return type(error)(*error.args)  # without its traceback, which holds the frames
     return tuple(steps), results[0]
 
 
@@ -147,9 +201,9 @@ _UNTAGGED = {
 }
 _UNTAGGED[torch.ops.aten.masked_fill.Tensor] = _masked_fill
 _UNTAGGED[torch.ops.aten.masked_fill_.Tensor] = _masked_fill_
-"""Pointwise operators that ATen does not call so in every version, by others."""
+"""Decompositions of pointwise operators that some versions of ATen do not tag."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """One dtype for all floating operands, so that a trace shows no conversions."""
+    """Return one dtype for all floating operands, so that a trace has no conversions."""
     return torch.float64 if dtype.is_floating_point else dtype

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.fx import Node
+
+from cce_inductor.kernels.program.names import OperandKind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,18 +23,17 @@ LOGIT, COLUMN = Leaf("z"), Leaf("j")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operand:
-    """A tensor that a pointwise operator read beside the logits.
+    """A tensor that a pointwise operator reads beside the logits.
 
     Attributes:
-        kind: ``"r"``: one value a row, ``"c"``: one a vocabulary entry, ``"s"``: one, ``"b"``:
-            one a logit.
-        source: a node, or a value made of statistics of the same logits.
+        kind: the dimensions of the logits over which it varies.
+        source: a node, or a value computed from statistics of the same logits.
         row_operations: those of the logits when it was read.
-        vocabulary_dim: the dimension that counted the vocabulary then.
+        vocabulary_dim: the vocabulary's dimension at that time.
         reader: the node that read it.
     """
 
-    kind: str
+    kind: OperandKind
     source: Any
     row_operations: tuple[Any, ...]
     vocabulary_dim: int
@@ -48,13 +49,17 @@ class Apply:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
 
-Expression = Leaf | Operand | Apply
+Expression: TypeAlias = Leaf | Operand | Apply
 
 
 def leaves(
     expression: Any, *, through: Callable[[Apply], bool] = lambda _: True
 ) -> Iterator[Leaf | Operand]:
-    """Each leaf of an expression, once; what is below a call only if it leads `through`."""
+    """Yield each leaf of an expression once.
+
+    Args:
+        through: whether the leaves below a call are wanted.
+    """
     seen: set[int] = set()
     pending = [expression]
     while pending:
@@ -68,21 +73,44 @@ def leaves(
             pending += [*item.args, *(value for _, value in item.kwargs)]
 
 
-def trains(expression: Any) -> bool:
-    """Whether it has a derivative by the logit: reads it, and not only detached."""
+def operands_of(expression: Any) -> list[Operand]:
+    """Return each operand of an expression once."""
+    return [leaf for leaf in leaves(expression) if isinstance(leaf, Operand)]
+
+
+def detach_expression(expression: Any) -> Apply:
+    """Return the same value without a gradient."""
+    return Apply("detach", (expression,))
+
+
+def is_differentiable(expression: Any) -> bool:
+    """Whether an expression has a derivative by the logit: reads it, and not only detached."""
     return LOGIT in leaves(expression, through=lambda call: call.target != "detach")
 
 
+def depends_on_column(expression: Any) -> bool:
+    """Whether an expression reads the place in the vocabulary, or a value for each place."""
+    return any(
+        leaf is COLUMN or (isinstance(leaf, Operand) and leaf.kind.varies_over_columns)
+        for leaf in leaves(expression)
+    )
+
+
 def is_constant_over_row(expression: Any) -> bool:
-    """Whether every entry of a row has the same value: no logit and nothing of its column."""
-    return not any(isinstance(leaf, Leaf) or leaf.kind in ("c", "b") for leaf in leaves(expression))
+    """Whether an expression has the same value in every column: it reads no logit either."""
+    return not any(
+        isinstance(leaf, Leaf) or leaf.kind.varies_over_columns for leaf in leaves(expression)
+    )
 
 
 def where(inside: Any, new: Any, old: Any) -> Apply:
-    """A logit that is `new`, a function of `old` or a number, where `inside` is true, else `old`.
+    """Return `new` where `inside` is true and `old` elsewhere.
 
-    Nobody computes `new` elsewhere: there its derivative, which may be infinite or NaN, is that at
-    a number that hardly any function minds.
+    Args:
+        inside: a boolean expression.
+        new: a function of `old`, or a number. It is not evaluated at logits outside of `inside`:
+            its derivative there may be infinite or NaN.
+        old: the logit before.
     """
     if isinstance(new, (int, float)):
         return Apply("where.ScalarSelf", (inside, new, old))
@@ -90,7 +118,11 @@ def where(inside: Any, new: Any, old: Any) -> Apply:
 
 
 def only_where(inside: Any, function: Any, argument: Any) -> Any:
-    """A function of `argument` that is read only where `inside` is true."""
+    """Return a function of `argument` with another argument (0.5) wherever `inside` is false.
+
+    For use where the result is read only where `inside` is true. Without this, an infinite
+    derivative elsewhere would make the gradient NaN.
+    """
     if _is_polynomial(function, argument):
         return function
     return _substituted(function, argument, Apply("where.ScalarOther", (inside, argument, 0.5)))
@@ -100,7 +132,7 @@ _RING = ("add.Tensor", "sub.Tensor", "mul.Tensor", "neg")
 
 
 def _is_polynomial(function: Any, argument: Any) -> bool:
-    """Whether it is finite, and its derivative too, wherever `argument` is."""
+    """Whether a function and its derivative are finite wherever `argument` is."""
     if function is argument or not isinstance(function, Apply):
         return True
     parts = function.args
@@ -112,7 +144,7 @@ def _is_polynomial(function: Any, argument: Any) -> bool:
 
 
 def _substituted(expression: Any, old: Any, new: Any) -> Any:
-    """The same with `new` in the place of `old`."""
+    """Return the expression with `new` in the place of `old`."""
     made: dict[int, Any] = {id(old): new}
 
     def visit(item: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Logits as an abstract value: what a graph node would hold, without having been computed."""
+"""Logits as an abstract value, which stands for the tensor of a node that is never computed."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ HERE = _Placeholder("here")
 """Stands in `TensorOperation.args` for the tensor that the operation is applied to."""
 
 WIDTH = _Placeholder("width")
-"""Stands there for the size of that tensor in the vocabulary dimension."""
+"""Stands in `TensorOperation.args` for the size of that tensor in the vocabulary dimension."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorOperation:
-    """An operation on the rows of the logits, to be replayed on the projection's input and on
-    whatever else has such rows; or an operation on the weight.
+    """An operation on the rows of the logits, or on the weight.
+
+    An operation on rows is replayed on the projection's input and on every operand that has these
+    rows.
 
     Attributes:
         target: a function, called with `args` and `kwargs`.
-        args: its positional arguments, `HERE` in the place of the tensor.
+        args: its positional arguments, with `HERE` for the tensor.
         kwargs: its keyword arguments.
-        reshapes: whether it leaves all rows in their order in memory.
-        vocabulary_dim: the dimension that counts the vocabulary afterwards.
+        reshapes: whether all rows keep their order in memory.
+        vocabulary_dim: the vocabulary's dimension afterwards.
     """
 
     target: Any
@@ -49,12 +51,18 @@ class TensorOperation:
 
     @property
     def nodes(self) -> list[Node]:
-        found: list[Node] = []
-        torch.fx.map_arg((self.args, dict(self.kwargs)), found.append)
-        return found
+        """The nodes among the arguments."""
+        nodes: list[Node] = []
+        torch.fx.map_arg((self.args, dict(self.kwargs)), nodes.append)
+        return nodes
 
     def args_for(self, tensor: Any, width: Any = None) -> tuple[Any, ...]:
-        """The arguments that apply it to `tensor`, whose vocabulary dimension has size `width`."""
+        """Return the arguments that apply the operation to `tensor`.
+
+        Args:
+            tensor: stands where `HERE` is.
+            width: the size of its vocabulary dimension, which stands where `WIDTH` is.
+        """
 
         def fill(argument: Any) -> Any:
             if isinstance(argument, tuple):
@@ -69,17 +77,18 @@ class Projection:
     """A matrix product that makes logits: ``input @ weight.T + bias``.
 
     Attributes:
-        node: whose result they are, in the user's code.
-        input: [..., hidden], hidden in `vocabulary_dim`; a node, or what is made of several.
-        linear_weight: what `weight_operations` make a [vocabulary, hidden] matrix of.
-        weight_operations: in order.
+        node: the node of the user's graph that makes the logits.
+        input: [..., hidden], with hidden in `vocabulary_dim`; a node, or a call of several nodes.
+        linear_weight: a node, or a call of several.
+        weight_operations: turn `linear_weight` into [vocabulary, hidden], in order.
         linear_bias: a node of `vocabulary` elements, or None.
-        bias_operations: what makes [vocabulary] of the bias, in order.
-        vocabulary: of the node's result; symbolic if it may be another in the next call.
-        hidden: its size.
-        vocabulary_dim: the dimension of the result that counts the vocabulary, from the front.
-        absorbed: nodes that a rule looked through, of no use once their users are gone.
-        joined: the projections that this one is made of, if several.
+        bias_operations: turn `linear_bias` into [vocabulary], in order.
+        vocabulary: the size of the vocabulary; symbolic if it may change in the next call.
+        hidden: the size that is summed over.
+        vocabulary_dim: the vocabulary's dimension in the result, counted from the front.
+        absorbed: nodes that the rule looked through (the transpose of the weight, for example).
+            They are erased if nothing else uses them.
+        joined: the projections that this one joins, empty if it is only one.
     """
 
     node: Node
@@ -99,18 +108,17 @@ class Projection:
 
     @property
     def classes(self) -> int | None:
-        """The size of the vocabulary at compilation, None where only data tells."""
+        """The size of the vocabulary at compilation, None if it depends on data."""
         return size_hint(self.vocabulary)
 
     @property
     def has_more_classes(self) -> bool:
-        """Whether there are more classes than hidden units, so that logits are larger than what
-        they are made of."""
+        """Whether there are more classes than hidden units: the logits are larger than `input`."""
         return self.classes is None or self.classes > self.hidden
 
     @property
     def origins(self) -> tuple[Node, ...]:
-        """The nodes that compute the logits, all of which go or stay."""
+        """The nodes that compute the logits. Either all of them are replaced or none."""
         if not self.joined:
             return (self.node,)
         return tuple(dict.fromkeys(node for each in self.joined for node in each.origins))
@@ -118,16 +126,16 @@ class Projection:
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """Logits that nobody has computed, or a pointwise function of them.
+    """Logits that are not computed, or a pointwise function of them.
 
     Attributes:
-        projection: where they come from.
-        vocabulary_dim: the dimension that counts the vocabulary, from the front.
-        vocabulary: its size.
-        compute_dtype: dtype of the matrix product.
-        row_operations: what happened to the rows since, first applied first.
-        expression: what happened to each logit.
-        path: the operations so far as a person would write them, for reports.
+        projection: the matrix product that makes them.
+        vocabulary_dim: the vocabulary's dimension, counted from the front.
+        vocabulary: the size of the vocabulary.
+        compute_dtype: the dtype of the matrix product.
+        row_operations: what was done to the rows since the projection, in order.
+        expression: what was done to each logit since the projection.
+        path: the operations so far as the user would write them, for reports.
     """
 
     projection: Projection
@@ -149,19 +157,34 @@ class Logits:
         reshapes: bool = False,
         **kwargs: Any,
     ) -> Logits:
-        """After one more operation on rows, which leaves the vocabulary in `vocabulary_dim`."""
+        """Return the logits after one more operation on their rows.
+
+        Args:
+            target: a function that works on any tensor with these rows.
+            args, kwargs: its arguments, with `HERE` for the logits and `WIDTH` for their
+                vocabulary.
+            vocabulary_dim: the vocabulary's dimension afterwards, unchanged if None.
+            reshapes: whether all rows keep their order in memory.
+        """
         dim = self.vocabulary_dim if vocabulary_dim is None else vocabulary_dim
         operation = TensorOperation(target, args, tuple(kwargs.items()), reshapes, dim)
         return self.replace(row_operations=(*self.row_operations, operation), vocabulary_dim=dim)
 
 
+def same_logits(first: Logits, second: Logits) -> bool:
+    """Whether both are pointwise functions of the same logits in the same places."""
+    return first.replace(expression=second.expression, path=(), compute_dtype=torch.float32) == (
+        second.replace(path=(), compute_dtype=torch.float32)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Logits of several projections, stacked.
+    """Logits of several projections, stacked along a new dimension.
 
     Attributes:
-        dim: the dimension that counts them, from the front.
-        parts: of each projection, with 1 in that dimension.
+        dim: the new dimension, counted from the front.
+        parts: the logits of each projection, with size 1 in that dimension.
     """
 
     dim: int
@@ -173,13 +196,14 @@ Value = Logits | Stack | tuple[Logits, ...]
 
 
 def all_logits(value: Value) -> tuple[Logits, ...]:
+    """Return every `Logits` in a value."""
     if isinstance(value, Logits):
         return (value,)
     return value.parts if isinstance(value, Stack) else value
 
 
 def each_logits(value: Value, change: Callable[[Logits], Logits]) -> Value:
-    """The value with all its logits changed."""
+    """Return the value with every `Logits` in it changed."""
     if isinstance(value, Logits):
         return change(value)
     if isinstance(value, Stack):
@@ -189,7 +213,7 @@ def each_logits(value: Value, change: Callable[[Logits], Logits]) -> Value:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """A function of values of rows: ``target(*args, **kwargs)``."""
+    """``target(*args, **kwargs)``, a node of the rewritten graph. Its arguments may be rows."""
 
     target: Any
     args: tuple[Any, ...]
@@ -197,7 +221,13 @@ class Call:
 
 
 def applied(source: Any, operations: tuple[TensorOperation, ...], width: int) -> Any:
-    """A tensor after operations, of a given size in the vocabulary dimension."""
+    """Return a tensor after operations.
+
+    Args:
+        source: a node or a call.
+        operations: in order.
+        width: the size of its vocabulary dimension.
+    """
     for operation in operations:
         source = Call(operation.target, operation.args_for(source, width), operation.kwargs)
     return source

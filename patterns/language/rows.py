@@ -1,31 +1,35 @@
-"""Values of rows: one number for each row of logits, and what is made of such numbers."""
+"""Values of rows: one number for each row of logits, and what is computed from such numbers.
+
+They have the shape of the logits with 1 in the vocabulary dimension, or the number of indices.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import operator
+from typing import Any, TypeAlias
 
+import torch
 from torch.fx import Node
 
 from cce_inductor.patterns.language.expression import Expression, Operand, leaves
-from cce_inductor.patterns.language.logits import Call, Logits, Projection
+from cce_inductor.patterns.language.logits import Call, Logits, Projection, applied
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistic:
-    """A reduction over the vocabulary, by `kernels.program`.
+    """A reduction over the vocabulary, which the fused operator computes.
 
-    As all values of rows, it has the shape of the logits with 1 in the vocabulary dimension (or
-    the number of indices), and is float64 unless it is an index.
+    The result is float64 unless it is an index.
 
     Attributes:
-        kind: of the reduction.
-        logits: whose rows these are; their expression is not what is reduced.
-        values: what is reduced; for "mean" the logits of the softmax, then of what.
-        index: the indices of "gather", "index" and "target", a node or a call.
+        kind: the reduction, one of `kernels.program`.
+        logits: the logits whose rows are reduced. `values` is reduced, not their expression.
+        values: what is reduced; for "mean" the logits of the softmax and the averaged value.
+        index: the indices of "gather", "index" and "target": a node or a call.
         constants: further arguments of the reduction.
-        output: which of its results.
-        ignored: a target and the index of it that make the row's value one nobody looks at.
+        output: which of the reduction's results this is.
+        ignored: a target and the index in it that marks rows whose value is not used.
     """
 
     kind: str
@@ -38,37 +42,94 @@ class Statistic:
 
     @property
     def reads(self) -> list[tuple[Node, Node | None]]:
-        """Every node that it reads by itself, each with the one that reads it in the user's code;
-        None where that is whatever consumes the statistic."""
+        """Every node that the statistic reads directly, each with its reader in the user's graph.
+
+        The reader is None where it is the consumer of the statistic, whichever that is.
+        """
         origins = self.logits.projection.origins
-        found = [(node, origin) for node in nodes_of_logits(self.logits) for origin in origins]
+        read = [(node, origin) for node in nodes_of_logits(self.logits) for origin in origins]
         for operand in _operands(self.values):
             sources = parts(operand.source)
-            found += [(part, operand.reader) for part in sources if isinstance(part, Node)]
-        return [*found, *((part, None) for part in parts(self.index) if isinstance(part, Node))]
+            read += [(part, operand.reader) for part in sources if isinstance(part, Node)]
+        return [*read, *((part, None) for part in parts(self.index) if isinstance(part, Node))]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AtRows:
-    """An operand of kind "r" or "s" as a value of rows of `logits`."""
+    """An operand without the vocabulary's dimension, as a value of rows of `logits`."""
 
     operand: Operand
     logits: Logits
 
 
-Row = Statistic | Call | AtRows | Node
-"""A value for each row, or what is made of such values: what takes the place of a loss."""
+Row: TypeAlias = Statistic | Call | AtRows | Node
+"""One value for each row, or a value computed from such values: what replaces a loss."""
+
+
+def call(target: Any, *args: Any, **kwargs: Any) -> Call:
+    """Return a call that will be a node of the rewritten graph."""
+    return Call(target, args, tuple(kwargs.items()))
+
+
+def without_vocabulary(row: Row, logits: Logits, keepdim: bool) -> Row:
+    """Return a row in the shape of a reduction over the vocabulary."""
+    return row if keepdim else call(torch.squeeze, row, logits.vocabulary_dim)
+
+
+def size_of(logits: Logits, dim: int, size: int | torch.SymInt | None = None) -> Any:
+    """Return the size of a dimension of logits: an int, or a call if it is known only at run time.
+
+    Args:
+        size: the size in the example, None to compute it at run time in any case.
+    """
+    if isinstance(size, int):
+        return size
+    projection = logits.projection
+    if dim == logits.vocabulary_dim:
+        weight = applied(projection.linear_weight, projection.weight_operations, projection.hidden)
+        return call(torch.ops.aten.sym_size.int, weight, 0)
+    rows = applied(projection.input, logits.row_operations, projection.hidden)
+    return call(torch.ops.aten.sym_size.int, rows, dim)
+
+
+def vocabulary_of(logits: Logits) -> Any:
+    """Return the size of the vocabulary: an int, or a call if it is known only at run time."""
+    return size_of(logits, logits.vocabulary_dim, logits.vocabulary)
+
+
+def detach_row(row: Row) -> Row:
+    """Return the same value without a gradient."""
+    return call(torch.detach, row)
+
+
+def rest_of(row: Row) -> Row:
+    """Return the part of a row that float32 cannot hold, detached; 0 where the row is infinite."""
+    rest = call(operator.sub, row, call(torch.Tensor.to, row, torch.float32))
+    return call(torch.detach, call(torch.nan_to_num, rest, 0.0, 0.0, 0.0))
+
+
+def ignoring(row: Any, target: Node, ignore_index: int) -> Any:
+    """Return the same value, marked as not used in rows whose target is ignored."""
+    if isinstance(row, Statistic):
+        return dataclasses.replace(row, ignored=(target, ignore_index))
+    if isinstance(row, Call):
+        args = tuple(ignoring(a, target, ignore_index) for a in row.args)
+        return dataclasses.replace(row, args=args)
+    if isinstance(row, AtRows) and not isinstance(row.operand.source, Node):
+        source = ignoring(row.operand.source, target, ignore_index)
+        return dataclasses.replace(row, operand=dataclasses.replace(row.operand, source=source))
+    return row
 
 
 def parts(row: Any) -> list[Any]:
-    """What a value of rows is made of, the innermost first, itself last."""
-    found: dict[int, Any] = {}
+    """Return all values that a row is computed from, each before its users, the row itself last."""
+    reached: dict[int, Any] = {}
 
     def visit(item: Any) -> None:
         if isinstance(item, (tuple, list)):
             for each in item:
                 visit(each)
-        elif isinstance(item, (Statistic, Call, AtRows, Node)) and id(item) not in found:
+        elif isinstance(item, (Statistic, Call, AtRows, Node)) and id(item) not in reached:
             if isinstance(item, Call):
                 visit((item.args, [value for _, value in item.kwargs]))
             elif isinstance(item, AtRows):
@@ -76,19 +137,19 @@ def parts(row: Any) -> list[Any]:
             elif isinstance(item, Statistic):
                 visit([operand.source for operand in _operands(item.values)])
                 visit(item.index)
-            found[id(item)] = item
+            reached[id(item)] = item
 
     visit(row)
-    return list(found.values())
+    return list(reached.values())
 
 
 def is_reduced(source: Any) -> bool:
-    """Whether a value of rows is made of reductions of logits."""
+    """Whether a row is computed from reductions of logits."""
     return any(isinstance(part, Statistic) for part in parts(source))
 
 
 def is_sum(source: Any) -> bool:
-    """Whether a value of rows is made of sums over the vocabulary, not of chosen logits only."""
+    """Whether a row is computed from sums over the vocabulary, and not only from chosen logits."""
     return any(isinstance(part, Statistic) and part.kind in _SUMS for part in parts(source))
 
 
@@ -96,33 +157,34 @@ _SUMS = ("logsumexp", "sum", "mean", "dot")
 
 
 def _operands(expressions: tuple[Expression, ...]) -> list[Operand]:
-    found = [leaf for each in expressions for leaf in leaves(each)]
-    return [leaf for leaf in found if isinstance(leaf, Operand)]
+    reached = [leaf for each in expressions for leaf in leaves(each)]
+    return [leaf for leaf in reached if isinstance(leaf, Operand)]
 
 
 def nodes_of(row: Any) -> list[Node]:
-    """Every node that a value of rows is computed from."""
-    found = []
+    """Return every node that a row is computed from."""
+    nodes = []
     for part in parts(row):
         if isinstance(part, Node):
-            found.append(part)
+            nodes.append(part)
         elif isinstance(part, Statistic):
-            found += nodes_of_logits(part.logits)
-    return found
+            nodes += nodes_of_logits(part.logits)
+    return nodes
 
 
 def nodes_of_projection(projection: Projection) -> list[Node]:
-    """Every node that a projection reads."""
+    """Return every node that a projection reads."""
     sources = parts((projection.input, projection.linear_weight))
-    found = [part for part in sources if isinstance(part, Node)]
+    nodes = [part for part in sources if isinstance(part, Node)]
     if projection.linear_bias is not None:
-        found.append(projection.linear_bias)
+        nodes.append(projection.linear_bias)
     for operation in projection.weight_operations:
-        found += operation.nodes
-    return found
+        nodes += operation.nodes
+    return nodes
 
 
 def nodes_of_logits(logits: Logits) -> list[Node]:
-    """Every node that the rows of logits are computed from; not what their expression reads."""
+    """Return every node that the rows of logits are computed from, without those that their
+    expression reads."""
     operations = [node for operation in logits.row_operations for node in operation.nodes]
     return [*nodes_of_projection(logits.projection), *operations]

@@ -13,6 +13,7 @@ from cce_inductor.patterns.language import (
     Call,
     Logits,
     Operand,
+    OperandKind,
     Row,
     Site,
     UnsupportedError,
@@ -23,6 +24,9 @@ from cce_inductor.patterns.language import (
     late,
     loss,
     loss_reduction,
+    number_operand,
+    operand,
+    read,
     tensor_example,
     vocabulary_of,
 )
@@ -120,13 +124,15 @@ def _with_probabilities(
     site: Site, logits: Logits, target: Any, weight: Any, reduction: str, smoothing: float
 ) -> Row:
     algebra, x = Algebra(site, logits), logits.expression
-    expected = site.read(target, logits)
+    expected = read(site, target, logits)
     if smoothing > 0:
         scaled = Apply("mul.Tensor", (expected, 1.0 - smoothing))
         if isinstance(logits.vocabulary, int):
             share: Any = smoothing / logits.vocabulary
         else:
-            share = Apply("div.Tensor", (smoothing, site.number(vocabulary_of(logits), logits)))
+            share = Apply(
+                "div.Tensor", (smoothing, number_operand(site, vocabulary_of(logits), logits))
+            )
         expected = Apply("add.Tensor", (scaled, share))
     if weight is not None:
         expected = Apply("mul.Tensor", (expected, _classes(site, weight, logits)))
@@ -147,7 +153,7 @@ def _over_classes(site: Site, input: Any) -> Logits:
 
 
 def _classes(site: Site, weight: Any, logits: Logits) -> Operand:
-    return Operand("c", weight, logits.row_operations, logits.vocabulary_dim, site.node)
+    return operand(site, OperandKind.COLUMN, weight, logits)
 
 
 _IGNORED = torch.iinfo(torch.int64).min

@@ -15,6 +15,7 @@ from cce_inductor.patterns.language import (
     call,
     loss,
     loss_reduction,
+    read,
     vocabulary_of,
 )
 from cce_inductor.reporting import reasons
@@ -32,7 +33,7 @@ def kl_div(
 ) -> LossResult:
     reduction = loss_reduction(size_average, reduce, reduction)
     logits = site.logits(input if site.is_logits(input) else target)
-    input, target = site.read(input, logits), site.read(target, logits)
+    input, target = read(site, input, logits), read(site, target, logits)
     if log_target:
         difference = Apply("sub.Tensor", (target, input))
         divergence = Apply("mul.Tensor", (Apply("exp", (target,)), difference))

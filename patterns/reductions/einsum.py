@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 
-from cce_inductor.patterns.language import Algebra, Row, Site, reduction, without_vocabulary
+from cce_inductor.patterns.language import (
+    Algebra,
+    Row,
+    Site,
+    pointwise,
+    reduction,
+    without_vocabulary,
+)
 from cce_inductor.reporting import reasons
 
 
@@ -18,7 +25,7 @@ def einsum(site: Site, equation: Any, *operands: Any) -> Row:
     subscripts = terms.split(",")
     if len(operands) != 2 or len(set(subscripts)) != 1 or "." in terms:
         site.unsupported(reasons.NOT_A_PRODUCT_OF_ALIKE)
-    product = site.pointwise(torch.mul, *operands)
+    product = pointwise(site, torch.mul, *operands)
     (summed,) = set(subscripts)
     letter = summed[product.vocabulary_dim]
     if result != summed.replace(letter, "") or len(set(summed)) != len(summed):

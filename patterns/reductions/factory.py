@@ -13,6 +13,7 @@ from cce_inductor.patterns.language import (
     Row,
     Site,
     call,
+    pointwise,
     reduction,
     same_size,
     size_of,
@@ -59,7 +60,7 @@ def _made(
     made, shape = site.example, tensor_example(input).shape
     if made.dim() == len(shape) and all(map(same_size, made.shape, shape)):
         filler = given[1:] if function is torch.full else ()
-        return site.pointwise(like, input, *filler, **options)  # a constant, not stored
+        return pointwise(site, like, input, *filler, **options)  # a constant, not stored
     kept = {name: value for name, value in options.items() if name not in ("dtype", "device")}
     given = tuple(tuple(each) if isinstance(each, (list, tuple)) else each for each in given)
     return call(function, *given, dtype=made.dtype, device=made.device, **kept)

@@ -17,15 +17,15 @@ from cce_inductor.patterns.language import (
     Row,
     Site,
     dimension,
-    is_index,
-    places_of_rows,
+    is_integer_tensor,
+    non_negative,
     reduction,
+    row_numbers,
     same_shape,
     same_size,
     takes_one_of_each_row,
     tensor_example,
     without_vocabulary,
-    wrapped,
 )
 from cce_inductor.reporting import reasons
 
@@ -34,7 +34,7 @@ from cce_inductor.reporting import reasons
 def take_along_dim(site: Site, input: Any, indices: Any, dim: Any = None) -> ReductionResult:
     if dim is None:
         site.unsupported(reasons.TAKES_FROM_ALL)
-    return _taken(site, input, dim, indices, wrapped)
+    return _taken(site, input, dim, indices, non_negative)
 
 
 @reduction(torch.gather, "gather")
@@ -98,7 +98,7 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
     if not same_size(site.example.shape[0], shape[1 - logits.vocabulary_dim]):
         site.unsupported(reasons.DIAGONAL_WITHOUT_SOME_ROWS)
     logits = site.over_vocabulary(logits, logits.vocabulary_dim)
-    entries = places_of_rows(site, logits)
+    entries = row_numbers(site, logits)
     found = Algebra(site, logits).gather(logits.expression, entries, kind="index")
     return without_vocabulary(found, logits, False)
 
@@ -116,7 +116,7 @@ def getitem(site: Site, input: Any, index: Any) -> ReductionResult:
     *rows, column = entries
     if takes_one_of_each_row(site, logits, entries):
         rows = []
-    if not all(map(is_index, (*rows, column))):
+    if not all(map(is_integer_tensor, (*rows, column))):
         return None
     result = tensor_example(site.node).shape
     if not same_shape(tensor_example(column).shape, result):

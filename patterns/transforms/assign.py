@@ -16,22 +16,26 @@ from cce_inductor.patterns.language import (
     Logits,
     Operand,
     Site,
-    among,
-    at_index,
     call,
+    columns_mask,
     constant,
     example,
+    index_mask,
     is_symbol,
     is_tensor,
+    number_operand,
     overwritten,
+    pointwise,
+    range_mask,
+    read,
+    row_operand,
     same_shape,
     takes_one_of_each_row,
     tensor_example,
     transform,
-    value_of_rows,
     vocabulary_of,
+    without_ellipsis,
 )
-from cce_inductor.patterns.transforms.select import without_ellipsis
 from cce_inductor.reporting import reasons
 
 
@@ -61,7 +65,7 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
             site.unsupported(reasons.ASSIGNS_VOCABULARY_NOT_LAST)
         if tensor_example(entry).dtype == torch.bool:
             return _where(site, input, entry, value)
-        return _assigned(site, input, among(site, logits, entry), value)
+        return _assigned(site, input, columns_mask(site, logits, entry), value)
     if isinstance(entry, (list, tuple)):
         inside = None
         for at in entry:
@@ -72,10 +76,8 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
     if isinstance(entry, slice) and (changes or any(map(is_symbol, (entry.start, entry.stop)))):
         return _assigned(site, input, _in_changing_range(site, logits, entry), value)
     start, stop = _range(site, logits, entry)
-    inside = Apply("ge.Scalar", (COLUMN, start))
-    if changes or stop < logits.vocabulary:
-        inside = Apply("logical_and", (inside, Apply("lt.Scalar", (COLUMN, stop))))
-    return _assigned(site, input, inside, value)
+    to_the_end = not changes and stop >= logits.vocabulary
+    return _assigned(site, input, range_mask(start, None if to_the_end else stop), value)
 
 
 def _one_of_each_row(site: Site, input: Node, index: Node, value: Any) -> Logits:
@@ -83,10 +85,10 @@ def _one_of_each_row(site: Site, input: Node, index: Node, value: Any) -> Logits
     rows = tensor_example(input).shape[:1]
     if not same_shape(tensor_example(index).shape, rows):
         site.unsupported(reasons.INDEX_IS_BROADCAST)
-    here = at_index(site, logits, index)
+    here = index_mask(site, logits, index)
     if site.is_logits(value) or not is_tensor(value) or not same_shape(example(value).shape, rows):
         return _assigned(site, input, here, value)
-    return overwritten(site, logits, input, here, value_of_rows(site, logits, value))
+    return overwritten(site, logits, input, here, row_operand(site, value, logits))
 
 
 def _assigned(site: Site, input: Any, inside: Any, value: Any) -> Logits:
@@ -94,7 +96,7 @@ def _assigned(site: Site, input: Any, inside: Any, value: Any) -> Logits:
     if is_tensor(value):
         if any(size != 1 for size in tensor_example(value).shape):
             site.unsupported(reasons.ASSIGNS_TENSOR)
-        value = site.read(value, logits)
+        value = read(site, value, logits)
     return overwritten(site, logits, input, inside, value)
 
 
@@ -120,19 +122,15 @@ def _in_changing_range(site: Site, logits: Logits, entries: slice) -> Apply:
     """Where the vocabulary's entry is in a range whose ends may be others in the next call."""
     if entries.step not in (None, 1):
         site.unsupported(reasons.ASSIGNS_EVERY_OTHER_ENTRY)
-    found = []
-    for compare, at in (("ge", entries.start or 0), ("lt", entries.stop)):
-        if isinstance(at, int) and at >= 0:
-            found.append(Apply(f"{compare}.Scalar", (COLUMN, at)))
-        elif at is not None:
-            place = _from_the_front(site, logits, at)
-            found.append(Apply(f"{compare}.Tensor", (COLUMN, place)))
-    return found[0] if len(found) == 1 else Apply("logical_and", tuple(found))
+    start, stop = (_bound(site, logits, at) for at in (entries.start or 0, entries.stop))
+    return range_mask(start, stop)
 
 
-def _from_the_front(site: Site, logits: Logits, at: Any) -> Operand:
-    """A place in the vocabulary as an operand, which counts from the end if it is negative."""
-    place = site.number(at, logits)
+def _bound(site: Site, logits: Logits, at: Any) -> int | Operand | None:
+    """Return a place in the vocabulary, counted from the end if negative, from the front."""
+    if at is None or (isinstance(at, int) and at >= 0):
+        return at
+    place = number_operand(site, at, logits)
     from_the_end = call(torch.add, place.source, vocabulary_of(logits))
     counted = call(torch.where, call(torch.lt, place.source, 0), from_the_end, place.source)
     return dataclasses.replace(place, source=counted)
@@ -141,4 +139,4 @@ def _from_the_front(site: Site, logits: Logits, at: Any) -> Operand:
 def _where(site: Site, input: Node, mask: Node, value: Any) -> Logits:
     if is_tensor(value) and tensor_example(value).dim() > 0:
         site.unsupported(reasons.ASSIGNS_TENSOR)
-    return site.pointwise(torch.where, mask, value, input)
+    return pointwise(site, torch.where, mask, value, input)

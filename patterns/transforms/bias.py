@@ -17,6 +17,7 @@ from cce_inductor.patterns.language import (
     Logits,
     Site,
     is_tensor,
+    pointwise,
     same_shape,
     same_size,
     tensor_example,
@@ -41,7 +42,7 @@ def add(site: Site, input: Any, other: Any, *, alpha: Any = 1) -> Logits:
                 if _is_bias(site, logits, logits_node, bias):
                     projection = logits.projection.replace(linear_bias=bias)
                     return logits.replace(projection=projection)
-    return site.pointwise(torch.add, input, other, alpha=alpha)
+    return pointwise(site, torch.add, input, other, alpha=alpha)
 
 
 def _is_bias(site: Site, logits: Logits, logits_node: Node, bias: Node) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from cce_inductor.patterns.language import (
     Logits,
     Site,
-    at_diagonal,
+    diagonal_mask,
     overwritten,
     tensor_example,
     transform,
@@ -20,4 +20,4 @@ def fill_diagonal_(site: Site, input: Any, fill_value: Any, wrap: Any = False) -
     logits = site.logits(input)
     if tensor_example(input).dim() != 2 or wrap:
         site.unsupported(reasons.FILLS_DIAGONAL_OF_NO_MATRIX)
-    return overwritten(site, logits, input, at_diagonal(site, logits), fill_value)
+    return overwritten(site, logits, input, diagonal_mask(site, logits), fill_value)

@@ -21,15 +21,18 @@ from cce_inductor.patterns.language import (
     Call,
     Logits,
     Operand,
+    OperandKind,
     Projection,
     Site,
     applied,
     call,
+    depends_on_column,
     dimension,
     is_reduced,
     is_tensor,
-    leaves,
     only_where,
+    operands_of,
+    read,
     same_size,
     tensor_example,
     transform,
@@ -126,7 +129,7 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
     )
     if site.example.dtype == torch.float64:
         logits = logits.replace(compute_dtype=torch.float64)
-    values = [site.read(column, logits, tuple(site.example.shape)) for _, column in columns]
+    values = [read(site, column, logits, tuple(site.example.shape)) for _, column in columns]
     places = [Apply("eq.Scalar", (COLUMN, place)) for place, _ in columns]
     joined = first.expression
     for here in places:
@@ -148,11 +151,9 @@ def _check_column(site: Site, tensor: Node, tensors: Any, logits: Logits) -> Non
 
 
 def _is_of_logit_alone(expression: Any) -> bool:
-    """Whether it does not depend on the place in the vocabulary, nor on what is over it."""
-    return all(
-        leaf is LOGIT
-        or (isinstance(leaf, Operand) and leaf.kind in "rs" and not is_reduced(leaf.source))
-        for leaf in leaves(expression)
+    """Whether the expression depends neither on the column nor on other logits of the row."""
+    return not depends_on_column(expression) and not any(
+        is_reduced(operand.source) for operand in operands_of(expression)
     )
 
 
@@ -248,7 +249,7 @@ def _factor(expression: Any) -> tuple[Any, Any] | None:
             x, factor = factor, x
         if x is LOGIT and isinstance(factor, (int, float)):
             return factor, _FACTORS[expression.target]
-        is_scalar = isinstance(factor, Operand) and factor.kind == "s"
+        is_scalar = isinstance(factor, Operand) and factor.kind is OperandKind.SCALAR
         if x is LOGIT and is_scalar and not is_reduced(factor.source):
             return factor.source, _FACTORS[expression.target]
     return None
@@ -264,5 +265,7 @@ def _same(site: Site, first: Any, second: Any) -> bool:
             and dict(first.kwargs) == dict(second.kwargs)
         )
     if isinstance(first, Operand) and isinstance(second, Operand):
-        return first.kind == second.kind == "s" and _are_equal(site, first.source, second.source)
+        return first.kind is second.kind is OperandKind.SCALAR and _are_equal(
+            site, first.source, second.source
+        )
     return first is second or (type(first) is type(second) and first == second)

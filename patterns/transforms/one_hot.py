@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from cce_inductor.patterns.language import COLUMN, Apply, Logits, Site, block, value_of_rows
+from cce_inductor.patterns.language import Apply, Logits, Site, block, target_mask
 from cce_inductor.reporting import reasons
 
 
@@ -17,5 +17,4 @@ from cce_inductor.reporting import reasons
 def one_hot(site: Site, logits: Logits, tensor: Any, num_classes: Any = -1) -> Apply:
     if logits.vocabulary_dim != len(site.shape_of(logits)) - 1:
         site.unsupported(reasons.CLASSES_ARE_NOT_VOCABULARY)
-    here = Apply("eq.Tensor", (COLUMN, value_of_rows(site, logits, tensor)))
-    return Apply("where.Scalar", (here, 1, 0))
+    return Apply("where.Scalar", (target_mask(site, logits, tensor), 1, 0))

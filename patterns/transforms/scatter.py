@@ -9,12 +9,13 @@ import torch
 from cce_inductor.patterns.language import (
     Logits,
     Site,
-    at_scatter,
     dimension,
     is_tensor,
     overwritten,
+    read,
     same_shape,
     same_size,
+    scatter_mask,
     tensor_example,
     transform,
 )
@@ -40,5 +41,5 @@ def scatter(
     if is_tensor(value):
         if site.is_logits(value) or not same_shape(tensor_example(value).shape, sizes):
             site.unsupported(reasons.SCATTERS_NO_VALUE_PER_ROW)
-        value = site.read(value, logits)
-    return overwritten(site, logits, input, at_scatter(site, logits, index), value)
+        value = read(site, value, logits)
+    return overwritten(site, logits, input, scatter_mask(site, logits, index), value)

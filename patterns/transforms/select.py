@@ -9,29 +9,19 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.patterns.language import (
-    COLUMN,
     HERE,
-    Apply,
-    Expression,
     Logits,
-    Operand,
-    Projection,
     Site,
-    TensorOperation,
     UnsupportedError,
     constant,
     dimension,
     example,
-    is_reduced,
-    is_symbol,
-    is_tensor,
-    leaves,
     tensor_example,
     transform,
-    where,
+    vocabulary_range,
+    without_ellipsis,
 )
 from cce_inductor.reporting import reasons
-from cce_inductor.torch_internals.symbols import size_hint
 
 
 @transform(operator.getitem)
@@ -68,106 +58,6 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
     return logits.with_row_operation(operator.getitem, HERE, index, vocabulary_dim=moved)
 
 
-def vocabulary_range(
-    site: Site, logits: Logits, entries: slice, size: int | torch.SymInt
-) -> Logits:
-    """The logits of a range of the vocabulary: of a range of the weight's rows.
-
-    Args:
-        size: of the range.
-    """
-    if entries == slice(None):
-        return logits
-    if any(map(is_symbol, (entries.start, entries.stop))) or not isinstance(logits.vocabulary, int):
-        if entries.step not in (None, 1):
-            site.unsupported(reasons.SELECTS_SOME_ENTRIES)
-    else:
-        parts = (entries.start, entries.stop, entries.step)
-        numbers = (None if part is None else int(constant(part)) for part in parts)
-        start, stop, step = slice(*numbers).indices(logits.vocabulary)
-        if (start, stop, step) == (0, logits.vocabulary, 1):
-            return logits
-        if step != 1 or stop <= start:
-            site.unsupported(reasons.SELECTS_SOME_ENTRIES)
-        entries, size = slice(start, stop), stop - start
-    for leaf in leaves(logits.expression):
-        if isinstance(leaf, Operand) and is_reduced(leaf.source):
-            site.unsupported(reasons.SELECTS_ENTRIES_OF_SOFTMAX)
-    if _depends_on_column(logits.expression):
-        site.unsupported(reasons.SELECTS_ENTRIES_AFTER_MASK)
-    return _narrowed(logits, entries, size)
-
-
-def _depends_on_column(expression: Expression) -> bool:
-    return any(
-        leaf is COLUMN or (isinstance(leaf, Operand) and leaf.kind in ("c", "b"))
-        for leaf in leaves(expression)
-    )
-
-
-def _narrowed(logits: Logits, entries: slice, size: int | torch.SymInt) -> Logits:
-    projection = logits.projection
-    chosen = TensorOperation(operator.getitem, (HERE, entries))
-    projection = projection.replace(
-        weight_operations=(*projection.weight_operations, chosen),
-        bias_operations=(*projection.bias_operations, chosen),
-    )
-    return logits.replace(projection=projection, vocabulary=size)
-
-
-def in_vocabulary(logits: Logits, changed: Logits, expression: Expression) -> Expression | None:
-    """What is done to each of `logits` after a change in place of `changed`, which has the same
-    memory and may have a range of their vocabulary, or they of its.
-
-    Args:
-        expression: what is done to each of `changed` now.
-
-    Returns:
-        None if their entries of the vocabulary cannot be compared.
-    """
-    if changed.projection == logits.projection:
-        return expression
-    if _depends_on_column(expression):
-        return None
-    if _range_in(changed.projection, logits.projection) is not None:
-        return expression
-    entries = _range_in(logits.projection, changed.projection)
-    if entries is None:
-        return None
-    inside = Apply("ge.Scalar", (COLUMN, entries.start))
-    inside = Apply("logical_and", (inside, Apply("lt.Scalar", (COLUMN, entries.stop))))
-    return where(inside, expression, logits.expression)
-
-
-def begins_vocabulary(part: Logits, whole: Logits) -> bool:
-    """Whether each entry of the vocabulary of `part` has the same place in that of `whole`, whose
-    memory it has."""
-    if part.projection == whole.projection:
-        return True
-    entries = _range_in(whole.projection, part.projection)
-    return entries is not None and entries.start == 0
-
-
-def _range_in(whole: Projection, part: Projection) -> slice | None:
-    """The entries of the vocabulary of `whole` that `part` has, None if that is not how they
-    differ."""
-    count = len(whole.weight_operations)
-    ranges = part.weight_operations[count:]
-    start, stop = 0, size_hint(whole.vocabulary)
-    for operation in ranges:
-        if operation.target is not operator.getitem or not isinstance(operation.args[1], slice):
-            return None
-        entries = operation.args[1]
-        if not isinstance(entries.start, int) or not isinstance(entries.stop, int):
-            return None
-        start, stop = start + entries.start, start + entries.stop
-    same = part.replace(
-        weight_operations=part.weight_operations[:count],
-        bias_operations=part.bias_operations[: len(whole.bias_operations)],
-    )
-    return slice(start, stop) if same == whole and ranges else None
-
-
 def _gathered(
     site: Site, logits: Logits, entries: tuple[Any, ...], index: Any, rank: int
 ) -> Logits:
@@ -186,24 +76,6 @@ def _is_index_tensor(entry: Any) -> bool:
     if isinstance(entry, (list, tuple)):
         raise UnsupportedError(reasons.SELECTS_ROWS_BY_LIST)
     return isinstance(entry, Node) and isinstance(example(entry), torch.Tensor)
-
-
-def without_ellipsis(entries: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
-    """One entry for each dimension, None for each new one; a mask stands for as many as it has."""
-    used = sum(_dimensions(entry) for entry in entries)
-    fill = (slice(None),) * (rank - used)
-    for position, entry in enumerate(entries):
-        if entry is Ellipsis:
-            return (*entries[:position], *fill, *entries[position + 1 :])
-    return (*entries, *fill)
-
-
-def _dimensions(entry: Any) -> int:
-    if entry is None or entry is Ellipsis:
-        return 0
-    if isinstance(entry, Node) and is_tensor(entry) and tensor_example(entry).dtype == torch.bool:
-        return tensor_example(entry).dim()
-    return 1
 
 
 @transform(torch.narrow, "narrow")

@@ -18,10 +18,11 @@ from cce_inductor.patterns.language import (
     same_shape,
     tensor_example,
     transform,
+    without_ellipsis,
 )
 from cce_inductor.patterns.transforms.cast import cast
 from cce_inductor.patterns.transforms.copy import copy
-from cce_inductor.patterns.transforms.select import getitem, without_ellipsis
+from cce_inductor.patterns.transforms.select import getitem
 from cce_inductor.patterns.transforms.shape import permute, transpose, unsqueeze
 from cce_inductor.reporting import reasons
 
@@ -36,7 +37,7 @@ def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
     for tensor in tensors:
         if not same_shape(tensor_example(tensor).shape, shape):
             site.unsupported(reasons.STACKS_SEVERAL_SHAPES)
-        parts.append(unsqueeze(site.seeing(tensor, site.logits(tensor)), tensor, dim))
+        parts.append(unsqueeze(site.with_logits(tensor, site.logits(tensor)), tensor, dim))
     return Stack(dim, tuple(parts))
 
 
@@ -68,7 +69,7 @@ def through_stack(
         site.unsupported(reasons.MIXES_PROJECTIONS)
     parts = []
     for part in stacked.parts:
-        inner = site.seeing(input, part)
+        inner = site.with_logits(input, part)
         parts.append(default(inner) if rule is None else inner.apply(rule))
     dim = stacked.dim
     if rule in (permute, transpose):
@@ -83,11 +84,11 @@ def _taken(site: Site, stacked: Stack, input: Any, index: Any) -> TransformResul
         site.unsupported(reasons.ADDS_DIMENSIONS_TO_STACK)
     entry = entries[stacked.dim]
     if isinstance(entry, slice) and entry == slice(None):
-        parts = tuple(getitem(site.seeing(input, p), input, entries) for p in stacked.parts)
+        parts = tuple(getitem(site.with_logits(input, p), input, entries) for p in stacked.parts)
         gone = sum(not isinstance(e, slice) for e in entries[: stacked.dim])
         return Stack(stacked.dim - gone, parts)
     if not isinstance(entry, int):
         site.unsupported(reasons.TAKES_SEVERAL_PROJECTIONS)
     part = stacked.parts[entry]
     first = (*entries[: stacked.dim], 0, *entries[stacked.dim + 1 :])
-    return getitem(site.seeing(input, part), input, first)
+    return getitem(site.with_logits(input, part), input, first)
