@@ -1,18 +1,24 @@
-# Two commands take a fresh machine to a result: `make demo` and `make test`.
+# `make demo` and `make test` each take a fresh machine to a result; CONTRIBUTING.md has the others.
 # PYTHON chooses the interpreter (3.11 to 3.13), VENV the virtual environment they make.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint
+.PHONY: demo test test-only fast lint
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python benchmarks/demo.py
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/templates/interpreted
+test: lint test-only
+
+test-only: $(VENV)/test-installed
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/templates/interpreted
+
+fast: $(VENV)/test-installed
+	$(PYTEST) tests/patterns tests/test_imports.py tests/test_options.py tests/test_main.py
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check
