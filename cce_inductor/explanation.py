@@ -13,12 +13,12 @@ from torch.fx import GraphModule
 
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.options import Options, options_in_force
-from cce_inductor.reporting.location import in_torch
 from cce_inductor.reporting.log import readable
 from cce_inductor.reporting.report import LossReport
 from cce_inductor.rewriting.overlooked import largest_projection
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.surprise import on_error
+from cce_inductor.torch_internals.callers import in_torch
 from cce_inductor.torch_internals.capture import forget_compiled
 
 

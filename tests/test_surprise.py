@@ -11,7 +11,7 @@ from checks import capture
 
 import cce_inductor
 from cce_inductor import surprise
-from cce_inductor.deferred import boundary, eager
+from cce_inductor.deferred import arguments, dispatch, eager
 from cce_inductor.deferred.tensor import defer
 from cce_inductor.kernels.program.tracing import NotPointwiseError
 from cce_inductor.kernels.triton import lowering
@@ -61,7 +61,7 @@ def derivative(monkeypatch):
 
 
 def deferred_argument(monkeypatch):
-    monkeypatch.setattr(boundary, "_accepting", broken)
+    monkeypatch.setattr(arguments, "_graph_of_operands", broken)
     logits = defer(INPUT, WEIGHT, None, torch.float32)
     return torch.compile(lambda z: z.logsumexp(-1), backend="cce_inductor_eager")(logits)
 
@@ -110,7 +110,7 @@ def test_an_error_of_the_numbers_is_their_own(caplog):
 
 
 def test_another_error_where_one_of_pytorch_may_come(monkeypatch, caplog):
-    monkeypatch.setattr(eager, "PYTORCH_ERRORS", ())
+    monkeypatch.setattr(dispatch, "PYTORCH_ERRORS", ())
     logits = defer(INPUT, WEIGHT, None, torch.float32)
     with surprise.on_error("raise"), pytest.raises(RuntimeError, match="Attempting to broadcast"):
         logits + torch.ones(7)

@@ -1,34 +1,40 @@
-"""What it costs to look at deferred logits, said once for each place where somebody does."""
+"""The warning that deferred logits are computed, once for each line of the user's code."""
 
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 from torch import Tensor
 
 from cce_inductor.options import DEFAULT_MIN_LOGITS_BYTES
-from cce_inductor.reporting.location import calling_frame, in_torch
 from cce_inductor.reporting.sizes import format_bytes, format_tensor
+from cce_inductor.torch_internals.callers import users_frame
 
-_PACKAGE = Path(__file__).parent.parent
-_told: set[tuple[str, int]] = set()
+_MOST_LINES = 1000
+_warned: set[tuple[str, int]] = set()
+"""The lines that were warned about. It is emptied when it has `_MOST_LINES`."""
 
 
-def tell(logits: Tensor) -> None:
-    """Warns that logits are computed, if they are large and the place is new."""
+def warn_of_cost(logits: Tensor) -> None:
+    """Warn that logits are computed, if they are large and the user's line is new.
+
+    Args:
+        logits: a tensor with their shape and dtype.
+    """
     if logits.nbytes < DEFAULT_MIN_LOGITS_BYTES:
         return
-    frame = calling_frame(lambda file: _PACKAGE in Path(file).parents or in_torch(file))
+    frame = users_frame()
     file, line = place = frame.f_code.co_filename, frame.f_lineno
-    if place in _told:
+    if place in _warned:
         return
-    _told.add(place)
+    if len(_warned) >= _MOST_LINES:
+        _warned.clear()
+    _warned.add(place)
     warnings.warn_explicit(
         f"deferred logits are computed here: {format_tensor(logits.shape, logits.dtype)}, "
-        f"{format_bytes(logits.nbytes)}. Rows of them, reductions over the vocabulary and losses "
-        "cost no such memory; cce_inductor.install(defer_logits='never') lets the compiled "
-        "function return them as before.",
+        f"{format_bytes(logits.nbytes)}. Single rows, reductions over the vocabulary and losses do "
+        "not need that memory. With cce_inductor.install(defer_logits='never') the compiled "
+        "function returns computed logits.",
         UserWarning,
         file,
         line,

@@ -1,35 +1,53 @@
-"""The numbers of deferred logits, once somebody has asked, as a storage has those of a tensor.
+"""The memory of deferred logits: their values, once they have been computed.
 
-Views share it with what they are views of. It knows nothing of gradients, so that who keeps
-``logits.detach()`` keeps no graph of autograd alive.
+It stands for a tensor's storage. Views share their parent's. It knows nothing of gradients, so
+``logits.detach()`` keeps no autograd graph alive.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cce_inductor.deferred import cost, eager
+from cce_inductor.deferred.cost import warn_of_cost
+from cce_inductor.deferred.eager import few_rows
 from cce_inductor.recipe.operation import Operation, strided
 
 
-class Memory:
-    """Numbers that are computed when they are asked for.
-
-    Args:
-        like: a tensor without numbers of the same shape, strides and dtype.
-        operation: how they are computed.
-        is_inference: whether they are a tensor of inference mode.
-        parent: of which this is a view, None if it is none.
-        of_parent: makes its numbers of the parent's.
+class ViewOf(NamedTuple):
+    """Where the memory of a view comes from.
 
     Attributes:
-        stored: the numbers, if they are known.
-        viewed: those in the shape that views were taken of, if that has changed in place.
-        is_settled: whether the numbers are all that it is: they may have been changed.
+        parent: the memory that it is a part of.
+        take: returns the view of the parent's values.
+    """
+
+    parent: Memory
+    take: Callable[[Tensor], Tensor]
+
+
+class Memory:
+    """Values that are computed when they are needed.
+
+    Values that were computed may be dropped and computed again, until somebody could have modified
+    them. From then on the memory is materialized: what is stored is authoritative.
+
+    Args:
+        like: a tensor on the meta device with the same shape, strides and dtype.
+        operation: computes the values.
+        is_inference: whether they are a tensor of inference mode.
+        view_of: None if this is not the memory of a view.
+
+    Attributes:
+        stored: the values, None if they have not been computed.
+        view_base: the values that views taken earlier refer to, if the tensor has been given
+            others since, or another shape in place. None otherwise.
+        is_materialized: whether `stored` is authoritative. It may have been modified, so it must
+            not be computed again.
     """
 
     def __init__(
@@ -37,68 +55,78 @@ class Memory:
         like: Tensor,
         operation: Operation,
         is_inference: bool,
-        parent: Memory | None = None,
-        of_parent: Callable[[Tensor], Tensor] = lambda parent: parent,
+        view_of: ViewOf | None = None,
     ):
         self.operation = operation
         self.stored: Tensor | None = None
-        self.viewed: Tensor | None = None
-        self.is_settled = False
+        self.view_base: Tensor | None = None
+        self.is_materialized = False
         self._like = like
         self._is_inference = is_inference
-        self._parent = parent
-        self._of_parent = of_parent
+        self._view_of = view_of
         self._lock = threading.RLock()
 
     @property
     def root(self) -> Memory:
-        """That of the tensor that it is a view of, itself if it is none."""
-        return self if self._parent is None else self._parent.root
+        """The memory that this is a view of, through all views between. Itself if not a view."""
+        return self if self._view_of is None else self._view_of.parent.root
 
     @property
     def is_deferred(self) -> bool:
-        """Whether the numbers have not been computed yet."""
-        parent = self._parent
-        return self.stored is None and (parent is None or parent.is_deferred)
+        """Whether the values have not been computed yet."""
+        view_of = self._view_of
+        return self.stored is None and (view_of is None or view_of.parent.is_deferred)
 
     @property
-    def is_part(self) -> bool:
-        """Whether there are more logits than these, none of which have been computed."""
+    def is_partial(self) -> bool:
+        """Whether these are some of the logits of a projection that has not been computed."""
         history = self.operation.history()
         memories = [operation.memory() for operation in history[:-1]]
         known = any(memory is not None and not memory.is_deferred for memory in memories)
         return not known and self._like.numel() < history[0].size
 
-    def numbers(self) -> Tensor:
-        """A plain tensor without gradient."""
+    def values(self) -> Tensor:
+        """Return the values as a plain tensor without gradient, which must not be modified."""
         with self.root._lock, torch.inference_mode(self._is_inference), torch.no_grad():
-            parent = self._parent
-            if parent is not None and not self.is_settled and self._takes_from(parent):
-                numbers = parent.numbers() if parent.viewed is None else parent.viewed
-                return self._of_parent(numbers)
+            view_of = self._view_of
+            if view_of is not None and not self.is_materialized and self._is_read_from(view_of):
+                parent = view_of.parent
+                values = parent.values() if parent.view_base is None else parent.view_base
+                return view_of.take(values)
             if self.stored is None:
-                self.stored = self._computed()
+                self.stored = self._compute()
             return self.stored
 
-    def _takes_from(self, parent: Memory) -> bool:
-        """Whether its numbers are taken from the parent's, as those of few rows need not be."""
-        whole = self._like.numel() == parent._like.numel()
-        return whole or not parent.is_deferred or parent.is_settled
+    def _is_read_from(self, view_of: ViewOf) -> bool:
+        """Whether the values are taken from the parent's, rather than computed without the rest."""
+        parent = view_of.parent
+        is_whole = self._like.numel() == parent._like.numel()
+        return is_whole or not parent.is_deferred or parent.is_materialized
 
-    def settle(self) -> Tensor:
-        """The numbers, which from now on are what it is, in memory that its views share."""
+    def materialize(self) -> Tensor:
+        """Compute the values and make them authoritative.
+
+        Returns:
+            The values as a plain tensor without gradient. It may be modified: views share it.
+        """
         with self.root._lock:
-            if not self.is_settled:
-                if self._parent is not None:
-                    self._parent.settle()
-                self.stored = self.numbers()
-                self.is_settled = True
+            if not self.is_materialized:
+                if self._view_of is not None:
+                    self._view_of.parent.materialize()
+                self.stored = self.values()
+                self.is_materialized = True
             assert self.stored is not None
             return self.stored
 
-    def _computed(self) -> Tensor:
-        cost.tell(self._like)
-        computed = eager.few_rows(self.operation) if self.is_part else None
+    def replace(self, values: Tensor) -> None:
+        """Give the tensor other values. Views that were taken earlier keep the present ones."""
+        if self.view_base is None:
+            self.view_base = self.materialize()
+        self.stored = values
+
+    def _compute(self) -> Tensor:
+        warn_of_cost(self._like)
+        computed = few_rows(self.operation) if self.is_partial else None
         if computed is None:
             computed = self.operation.compute()
         if computed.stride() != self._like.stride():

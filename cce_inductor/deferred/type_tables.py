@@ -1,12 +1,12 @@
-"""Tables of tensor types that libraries keep, and compiled functions depend on.
+"""Tables of tensor types that libraries keep, and that compiled functions depend on.
 
-einops, for one, remembers for each type of tensor that it has met what to do with it. A type that
-is new to such a table changes its size, which Dynamo guards on: whatever reads the table would be
-compiled once more. What is right for a tensor is right for `DeferredLogits`, so it is added to a
-table before a function is compiled that reads it.
+einops, for example, remembers how to treat each type of tensor that it has met. A new type changes
+the size of that table. Dynamo guards the size, so everything that reads the table would be compiled
+again. `DeferredLogits` is treated like `Tensor`, so it is added to a table before a function that
+reads the table is compiled.
 
-The table must be a variable of an installed package. A dictionary of the user's own program stays
-as it is, whatever its keys are.
+Only tables that are variables of an installed package are changed. A dictionary of the user's own
+program stays as it is, whatever its keys are.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from torch import Tensor
 
 from cce_inductor.deferred.tensor import DeferredLogits
-from cce_inductor.torch_internals.capture import guarded_dictionaries
+from cce_inductor.torch_internals.callers import guarded_dictionaries
 
 
 def join_type_tables() -> None:
-    """Adds `DeferredLogits` to the tables that the function reads that is being compiled."""
+    """Add `DeferredLogits` to the tables that the function being compiled reads."""
     tables = [
         table
         for table in guarded_dictionaries()
@@ -38,7 +38,7 @@ def join_type_tables() -> None:
 
 
 def _variables_of_packages() -> set[int]:
-    """The identities of the dictionaries that are variables of modules of installed packages."""
+    """Return the identities of all dictionaries that are variables of installed modules."""
     folders = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib"))
     return {
         id(value)

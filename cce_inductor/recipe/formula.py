@@ -1,4 +1,4 @@
-"""The numbers of logits from what a rewritten graph returns in their place."""
+"""Logits as a function of the tensors that a rewritten graph returns in their place."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Formula:
     """Logits as a function of a matrix product and some operands.
 
     Attributes:
-        product_dtype: dtype that the matrix product is computed in and rounded to.
-        steps: what is done to each logit, as in `kernels.program`.
-        value: the name of the result.
-        wide: dtype in which that is done.
-        vocabulary_dim: the dimension of the result that counts the vocabulary, from the front.
-        dtype: of the result.
-        strides: of the logits in the user's graph, None for those of a contiguous tensor; the
-            caller's business.
+        product_dtype: the dtype of the operands of the matrix product and of its result.
+        steps: the pointwise operations on each logit, as in `kernels.program`.
+        value: the name of the last one's result.
+        wide: the dtype in which the steps are computed.
+        vocabulary_dim: the vocabulary's dimension in the result, counted from the front.
+        dtype: the dtype of the result.
+        strides: the strides of the logits in the user's graph, None if they are contiguous. Calling
+            the formula does not apply them.
     """
 
     product_dtype: torch.dtype
@@ -36,11 +36,11 @@ class Formula:
     strides: tuple[int, ...] | None
 
     def __call__(self, product: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        """The logits, of the shape of `product` but for the place of the vocabulary.
+        """Return the logits, with the vocabulary at `vocabulary_dim`.
 
         Args:
-            product: [..., vocabulary], ``input @ weight.T + bias``.
-            operands: those of the steps.
+            product: ``input @ weight.T + bias``, [..., vocabulary].
+            operands: the operands of the steps.
         """
         result = product
         if self.steps or self.value != "z":

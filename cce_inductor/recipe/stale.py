@@ -1,4 +1,4 @@
-"""A tensor that will be read later, and whether it is still what it was."""
+"""Tensors that are read later, and the error if they have changed by then."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class StaleLogitsError(RuntimeError):
-    """Deferred logits were looked at after what they are computed from had changed."""
+    """The values of deferred logits are needed, but a tensor they are computed from has changed."""
 
 
 class Guarded:
-    """A tensor and how to tell that it changed.
+    """A tensor that is read later, with evidence that it has not changed.
 
-    What PyTorch changes in place counts versions. Those who write to memory themselves (``p.data``,
-    fused optimizers) do not, so a sample is kept as well, but of what a compiled function has made
-    for itself. Tensors of inference mode count nothing: all of one is kept.
+    The evidence is PyTorch's version counter, the address, and a sample of the elements for code
+    that writes to memory without counting (``p.data``, fused optimizers). No sample is kept of the
+    result of an operation, which no optimizer has access to. A tensor of inference mode has no
+    version counter, so all of its elements are kept.
 
     Args:
-        tensor: what will be read.
+        tensor: the tensor.
         name: what the error calls it.
 
     Attributes:
-        is_real: whether it has numbers in memory of its own, as those of compilers have not.
-        requires_grad: whether it did when this was made.
+        is_plain: see the glossary of `recipe`.
+        requires_grad: whether the tensor required a gradient when this was created.
     """
 
-    __slots__ = ("_pointer", "_sample", "_tensor", "_version", "is_real", "name", "requires_grad")
+    __slots__ = ("_pointer", "_sample", "_tensor", "_version", "is_plain", "name", "requires_grad")
 
     def __init__(self, tensor: Tensor, name: str):
         self._tensor = tensor
         self.name = name
         self.requires_grad = tensor.requires_grad
-        self.is_real = real = has_memory(tensor)
+        self.is_plain = is_plain(tensor)
         self._version = None if tensor.is_inference() else tensor._version
-        self._pointer = tensor.data_ptr() if real else None
-        others = real and (tensor.is_leaf or tensor._is_view())
-        self._sample = _sample(tensor) if others else None
+        self._pointer = tensor.data_ptr() if self.is_plain else None
+        is_exposed = self.is_plain and (tensor.is_leaf or tensor._is_view())
+        self._sample = _sample(tensor) if is_exposed else None
 
     @property
     def without_gradient(self) -> Guarded:
-        """The same with a tensor that has none."""
+        """The same tensor, detached."""
         if not self.requires_grad:
             return self
         other = copy.copy(self)
@@ -56,42 +57,43 @@ class Guarded:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor as it is now, with the gradient that it had."""
+        """The tensor as it is now. It requires a gradient if it did at first."""
         if self._tensor.requires_grad and not self.requires_grad:
             self._tensor = detached(self._tensor)
         return self._tensor
 
     def read(self) -> Tensor:
-        """The tensor.
+        """Return the tensor.
 
         Raises:
-            StaleLogitsError: it is not what it was.
+            StaleLogitsError: the tensor has changed.
         """
         how = self._change()
         if how is not None:
             raise StaleLogitsError(
                 "cce_inductor: these logits were returned by a compiled function without having "
-                f"been computed, and {self.name}, which they are computed from, {how} since. Look "
-                'at them before that, or let the function compute them: defer_logits="never".'
+                f"been computed, and {self.name}, which they are computed from, {how} since. Read "
+                "them before that, or have the compiled function compute them: "
+                'defer_logits="never".'
             )
         return self.tensor
 
     def _change(self) -> str | None:
         tensor = self._tensor
         if self._version is not None and tensor._version != self._version:
-            return "was changed in place (by an optimizer step, say)"
+            return "was changed in place (for example by an optimizer step)"
         if self._pointer is not None and tensor.data_ptr() != self._pointer:
-            return "was moved or freed (by FSDP, say, after the backward)"
+            return "was moved or freed (for example by FSDP, after the backward)"
         if self._sample is not None and not _is_capturing(tensor):
-            with _disable_current_modes():  # a compiler may be the one who asks
+            with _disable_current_modes():  # a compiler's fake tensors cannot be compared
                 now = _sample(tensor)
                 if now is None or not torch.equal(now, self._sample):
-                    return "was written to (by an optimizer step, say)"
+                    return "was written to (for example by an optimizer step)"
         return None
 
 
-def has_memory(tensor: Tensor) -> bool:
-    """Whether it is a tensor like any other: of no class that changes what functions do."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is plain: see the glossary of `recipe`."""
     kind = type(tensor)
     return kind is Tensor or (
         isinstance(tensor, torch.nn.Parameter)
@@ -101,8 +103,11 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor | None:
-    """The bits of some elements, with one of each row and column of a matrix among them; None if
-    there is no cheap way to them."""
+    """Return the bits of some elements, at least one of each row and column of a matrix.
+
+    Returns:
+        None if the elements cannot be had without copying the tensor.
+    """
     tensor = tensor.detach()
     if tensor.numel() == 0 or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return None
@@ -113,5 +118,5 @@ def _sample(tensor: Tensor) -> Tensor | None:
 
 
 def _is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be compared."""
+    """Whether a CUDA graph is being captured, during which values cannot be compared."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

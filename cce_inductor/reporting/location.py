@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from cce_inductor.torch_internals.callers import in_torch
+
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
-_TORCH = Path(torch.__file__).parent
-_COMPILER = ("_dynamo", "_functorch", "_inductor", "_subclasses", "fx", "_guards.py")
 
 
 def location(node: Node) -> str | None:
@@ -23,24 +18,6 @@ def location(node: Node) -> str | None:
     frames = [match.groups() for match in _FRAME.finditer(node.meta.get("stack_trace") or "")]
     outside = [frame for frame in frames if not in_torch(frame[0])]
     return "{}:{}".format(*outside[-1]) if outside else None
-
-
-def in_torch(file: str) -> bool:
-    """Whether a file is PyTorch's own."""
-    return file.startswith(f"{_TORCH}{os.sep}")
-
-
-def in_compiler(file: str) -> bool:
-    """Whether a file is of PyTorch's compiler, which looks at tensors without changing them."""
-    return in_torch(file) and Path(file).relative_to(_TORCH).parts[0] in _COMPILER
-
-
-def calling_frame(skipped: Callable[[str], bool]) -> FrameType:
-    """The innermost frame of the caller's stack that is in a file that is not skipped."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and skipped(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame
 
 
 def at(node: Node) -> str:

@@ -1,9 +1,8 @@
-"""How Dynamo and fake tensors are used without a trace being left in them."""
+"""Dynamo and fake tensors, used in a way that leaves nothing behind in them."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 
 
 def forget_compiled(backend: Callable[..., Any]) -> None:
-    """Removes from Dynamo's caches what `backend` compiled, and nothing else.
+    """Remove what `backend` compiled from Dynamo's caches.
 
-    Otherwise each capture would stay, and count against the recompile limit of the code.
+    Otherwise each capture would stay there and count towards the recompile limit of the code.
     """
     from torch._dynamo.convert_frame import input_codes, output_codes
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
@@ -37,38 +36,17 @@ def forget_compiled(backend: Callable[..., Any]) -> None:
             entry.guard_manager.extra_state.invalidate(entry, deleted)
 
 
-def guarded_dictionaries() -> Iterator[dict[Any, Any]]:
-    """Those that the function reads that Dynamo is about to compile, as its guards name them."""
-    from torch._dynamo.output_graph import OutputGraph
-
-    code = inspect.unwrap(OutputGraph.call_user_compiler).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    if frame is None:
-        return
-    graph = frame.f_locals["self"]
-    scope = {"L": graph.local_scope, "G": graph.global_scope}
-    for guard in list(graph.guards):
-        try:
-            value = eval(guard.name, scope)
-        except Exception:  # not every name can be told without Dynamo's own functions
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
 get_data = getattr(torch._C._autograd, "_get_data_attr", None)
-"""What Dynamo makes of ``tensor.data``."""
+"""The function that stands for ``tensor.data`` in a captured graph."""
 
 
 @contextlib.contextmanager
 def in_this_thread(mode: TorchDispatchMode) -> Iterator[None]:
-    """What ``with mode`` does for this thread alone.
+    """Enter a mode in this thread only.
 
-    PyTorch's own tells every thread that there is a mode. Each of two threads restores what it
-    found, so the last to leave may restore what the first had set, for good: Dynamo may then
-    compile nothing more.
+    ``with mode`` also sets a flag that all threads share. If two threads enter modes at the same
+    time, the last one to leave can restore the flag that the first one had set. Dynamo then
+    compiles nothing any more.
     """
     _push_mode(mode)
     try:
@@ -78,7 +56,7 @@ def in_this_thread(mode: TorchDispatchMode) -> Iterator[None]:
 
 
 class ThreadFakeTensorMode(FakeTensorMode):
-    """A `FakeTensorMode` that only the thread notices which enters it, like `in_this_thread`."""
+    """A `FakeTensorMode` that is entered in one thread only, like `in_this_thread`."""
 
     def __enter__(self) -> ThreadFakeTensorMode:
         before = torch._C._unset_dispatch_mode(self._mode_key)

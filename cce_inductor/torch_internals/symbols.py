@@ -6,7 +6,7 @@ import torch
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
-    """The size itself, what a dynamic one was at compilation, or None where only data tells."""
+    """Return a size, the value of a dynamic one at compilation, or None if it depends on data."""
     if isinstance(size, int):
         return size
     hint = size.node.hint

@@ -1,20 +1,23 @@
-"""What PyTorch can say or do about a tensor that has no public name."""
+"""Private functions of PyTorch about tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
 def forbid_memory(tensor: torch.Tensor) -> None:
-    """Lets code that reads the memory of a tensor without any raise an error, not crash."""
+    """Make code that reads the memory of a tensor without any raise an error, not crash."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor.detach()`` that counts versions with the tensor also within `__torch_dispatch__`,
-    where PyTorch gives it a count of its own."""
+    """Return ``tensor.detach()``, which shares the tensor's version counter.
+
+    Within `__torch_dispatch__`, ``tensor.detach()`` itself would get a counter of its own.
+    """
     if tensor.is_inference():
         return tensor.detach()
     key = torch._C.DispatchKey.ADInplaceOrView
@@ -24,9 +27,23 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+def without_torch_function() -> Any:
+    """Return a context in which ``__torch_function__`` of tensor subclasses is not called."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def is_composite(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator is implemented by other operators, gradients included."""
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    )
+
+
 def gathered_parameters() -> Iterator[tuple[torch.Tensor, bool]]:
-    """Those that FSDP2 has gathered from their shards, each with whether it is freed after the
-    forward of its module (which may have several groups of them from 2.13)."""
+    """Yield each parameter that FSDP2 has gathered, and whether its forward is followed by freeing.
+
+    A module has one group of parameters, from torch 2.13 possibly several.
+    """
     from torch.distributed._composable_state import _module_state_mapping
 
     for reference in list(_module_state_mapping.values()):
