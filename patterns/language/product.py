@@ -1,4 +1,4 @@
-"""What all projections share: logits from the two operands of a matrix product."""
+"""The logits that a matrix product makes. All projections are made here."""
 
 from __future__ import annotations
 
@@ -28,13 +28,25 @@ def product(
     weight_operations: tuple[TensorOperation, ...] = (),
     vocabulary_dim: int | None = None,
 ) -> Logits | None:
-    """``input @ weight.T + bias``, or with `weight` as it is if `transposed`.
-
-    None when the operation makes no logits: another rank, a dtype without gradients.
+    """Return the logits ``input @ weight.T + bias``; with `transposed`, ``input @ weight + bias``.
 
     Args:
-        weight_operations: what makes a matrix of a weight that is none.
-        vocabulary_dim: of the result and, as hidden, of `input`; the last if None.
+        site: the node of the product.
+        input: [..., hidden].
+        weight: [vocabulary, hidden], or [hidden, vocabulary] if `transposed`. A batch of equal
+            matrices (``weight.expand(n, -1, -1)``) is accepted, too.
+        transposed: whether the weight is [hidden, vocabulary], as `matmul` takes it.
+        bias: [vocabulary], or None.
+        weight_operations: turn a weight of another rank into a matrix.
+        vocabulary_dim: the dimension of the vocabulary in the result, and of hidden in `input`;
+            the last one if None.
+
+    Returns:
+        None if the operands have another rank, or the result a dtype without gradients.
+
+    Raises:
+        UnsupportedError: the size of the weight depends on data, or an operand is a subclass of
+            tensors.
     """
     result = site.example
     if not (is_tensor(input) and is_tensor(weight)) or result.dtype not in COMPUTE_DTYPES:
@@ -89,7 +101,7 @@ _ATTRIBUTES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
 
 
 def _transpose_of(node: Node) -> Node | None:
-    """The argument of ``.T``, ``.t()``, ``.mT``, ``transpose`` or ``permute`` of a matrix."""
+    """Return the matrix that a node transposes, in any spelling."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     source, *arguments = node.args
@@ -101,7 +113,7 @@ def _transpose_of(node: Node) -> Node | None:
         arguments = list(arguments[0])
     if node.target is getattr and arguments[0] in ("T", "mT"):
         return source
-    if node.target in _ATTRIBUTES and not arguments:  # how torch 2.15 writes them
+    if node.target in _ATTRIBUTES and not arguments:  # the spelling of torch 2.15
         return source
     if node.target in ("t", torch.t, "adjoint", torch.adjoint) and not arguments:
         return source
@@ -114,8 +126,10 @@ def _transpose_of(node: Node) -> Node | None:
 
 
 def _expanded(node: Node) -> Node | None:
-    """The matrix that a batch of equal matrices was made of: by ``unsqueeze(0)``, ``expand``
-    or ``[None]``, which all are views of it."""
+    """Return the matrix of which a node makes a batch of equal matrices, all views of it.
+
+    Recognized are ``unsqueeze(0)``, ``expand``, ``expand_as``, ``broadcast_to`` and ``[None]``.
+    """
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     source = node.args[0]
