@@ -20,6 +20,7 @@ from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.surprise import on_error
 from cce_inductor.torch_internals.callers import in_torch
 from cce_inductor.torch_internals.capture import forget_compiled
+from cce_inductor.torch_internals.patches import without_recompile_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +154,8 @@ def compiled_for_now(
 ) -> Iterator[Callable[..., Any]]:
     """`fn` compiled by `backend`; at the end Dynamo forgets it, and the random number generators
     are put back."""
-    no_limit = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
     try:
-        with own_random_numbers(), no_limit:
+        with own_random_numbers(), without_recompile_limit():
             yield torch.compile(uncompiled(fn), backend=backend)
     finally:
         forget_compiled(backend)

@@ -1,7 +1,7 @@
-"""What an unexpected exception does.
+"""What happens to an unexpected exception: the option ``on_error``.
 
-Whoever catches one calls `surprised` and then goes on without what failed. This package's option
-``on_error`` decides whether he gets that far.
+Code that catches one calls `surprised`, and then continues without what failed. With
+``on_error="raise"``, `surprised` raises the exception instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _default: OnError = "warn"
 
 @contextlib.contextmanager
 def on_error(choice: OnError) -> Iterator[None]:
-    """What a surprise does in this thread while the block runs."""
+    """Set the option in this thread, for a with-block."""
     token = _chosen.set(choice)
     try:
         yield
@@ -33,10 +33,10 @@ def on_error(choice: OnError) -> Iterator[None]:
 
 
 def set_default(choice: OnError) -> Callable[[], None]:
-    """Says what a surprise does outside of `on_error`, in every thread.
+    """Set the option in all threads, where no `on_error` block is in force.
 
     Returns:
-        A function that puts back what was said before.
+        A function that restores the previous value.
     """
     global _default
     before, _default = _default, choice
@@ -49,19 +49,20 @@ def set_default(choice: OnError) -> Callable[[], None]:
 
 
 def surprised(consequence: str) -> None:
-    """Raises the exception that is being handled if the option says so, else logs it with its
-    traceback, the first time that one like it comes.
+    """Log the exception that is being handled, or raise it if the option says so.
+
+    It is logged with its traceback, the first time that one with this message is met.
 
     Args:
-        consequence: what happens instead, to follow "so".
+        consequence: what happens instead. It follows "so" in the logged sentence.
     """
     if (_chosen.get() or _default) == "raise":
-        raise  # what the caller is handling
+        raise  # the exception that the caller handles
     error = sys.exception()
     _warn_once(consequence, type(error).__name__, str(error))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1000)
 def _warn_once(consequence: str, kind: str, message: str) -> None:
     _log.warning(
         "cce_inductor met an unexpected error, so %s. Results are as without cce_inductor; please "

@@ -1,7 +1,39 @@
-"""Everything that is changed in the user's torch and Triton while this package is in use."""
+"""All that this package changes outside of itself: when, and who undoes it.
+
+By `install`, until `uninstall`:
+
+- Inductor's options ``pre_grad_custom_pass`` and ``pre_grad_pass_timing``, and ``cache_key_tag`` of
+  ``torch.compiler.config`` (`set_config`);
+- the function by which `torch.compile` calls Inductor (`wrap_inductor`).
+
+By `explain`, until it returns: Dynamo's recompile limits (`without_recompile_limit`), and its
+caches (`capture.forget_compiled`).
+
+By the backend "cce_inductor", while it compiles: Inductor's options and ``cache_key_tag``.
+
+For good, from the first compiled function on that returns deferred logits, because these can
+outlive `uninstall`:
+
+- the function by which Dynamo calls any backend (`wrap_backends`);
+- tables of tensor types in installed packages, which get an entry for `DeferredLogits`
+  (`deferred.type_tables`).
+
+For good, from the first compilation on for a device with Triton templates:
+
+- Inductor's decompositions (`register_decomposition`) and lowerings (`kernels.triton.lowering`) of
+  this package's operators, which nothing else uses;
+- Triton's allocator of scratch memory, where nobody has set one (`allocate_scratch_memory`):
+  compiled kernels need it as long as they live.
+
+For good: the operators in ``torch.ops.cce_inductor``, from the import of their modules on, and
+``torch._dynamo.utils.counters["cce_inductor"]``, from the first report on.
+
+Modes and contexts that are entered and left within one call are not listed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,14 +45,14 @@ import torch
 
 
 def set_config(config: ModuleType, name: str, value: Any) -> Callable[[], None]:
-    """Sets an option of a torch config module for every thread.
+    """Set an option of a torch config module in all threads.
 
-    From 2.13 an assignment holds for the current context only, so a thread that compiles on its
-    own, or a notebook's next cell, would not see it; there the fallback of all contexts, the
-    default, is set as well.
+    From torch 2.13, an assignment holds in the current context only. Another thread, or the next
+    cell of a notebook, does not see it. The default, which all contexts fall back to, is therefore
+    set as well.
 
     Returns:
-        A function that puts back what was there.
+        A function that restores the previous value.
     """
     previous = getattr(config, name)
     setattr(config, name, value)
@@ -41,13 +73,23 @@ def set_config(config: ModuleType, name: str, value: Any) -> Callable[[], None]:
     return restore
 
 
-def allocate_scratch_memory() -> None:
-    """Lets kernels that need memory of their own, as tensor descriptors do, have it in any thread.
+def without_recompile_limit() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which Dynamo recompiles a function any number of times."""
+    limit = 2**31
+    context: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(
+        recompile_limit=limit, accumulated_recompile_limit=limit
+    )
+    return context
 
-    Triton asks an allocator that is set for the current context only. Inductor sets one before it
-    launches a kernel; from 2.13 only before the first launch, so that another thread (autograd's)
-    or context (a notebook's next cell) has the one that only raises an error. PyTorch allocates
-    instead. An allocator that somebody has set is used as before.
+
+def allocate_scratch_memory() -> None:
+    """Make PyTorch allocate the scratch memory of Triton kernels if nobody else does.
+
+    Kernels with tensor descriptors need some. Triton asks an allocator that is set for the current
+    context only. Inductor sets one before it launches a kernel, but from torch 2.13 only before the
+    first launch: in another thread (autograd's) or context (the next cell of a notebook), Triton's
+    default allocator raises an error. It is replaced. An allocator that somebody has set is used as
+    before.
     """
     from triton.runtime._allocation import NullAllocator
 
@@ -55,34 +97,38 @@ def allocate_scratch_memory() -> None:
 
 
 def _device_bytes(unset: Any, size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory of the current device, whose allocator aligns to 512 bytes."""
+    """Return memory of the current device. PyTorch aligns it to 512 bytes."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def register_decomposition(operator: Any, function: Callable[..., Any]) -> None:
-    """Makes Inductor decompose an operator, also in a compilation that has begun."""
+    """Make Inductor decompose an operator, even in a compilation that has begun."""
     from torch._inductor import decomposition
 
     decomposition.decompositions[operator] = function
-    decomposition.fast_random_decomps()[operator] = function  # a cached copy with some more
+    decomposition.fast_random_decomps()[operator] = function  # a cached copy
 
 
 Wrapper = Callable[[Callable[[Any, Any], Any], Any, Any], Any]
-"""Called with a compiler, a graph and its example inputs; calls the compiler."""
+"""A function of a compiler, a graph and its example inputs, which calls the compiler."""
 
 
 def wrap_inductor(wrapper: Wrapper) -> Callable[[], None] | None:
-    """Puts a function around what `torch.compile` calls to compile a graph with Inductor.
+    """Wrap the function that `torch.compile` calls to compile a graph with Inductor.
 
     Returns:
-        A function that takes it away again; None if the place was not found.
+        A function that removes the wrapper, None if this version of torch has no such function.
     """
     owner = getattr(torch, "_TorchCompileInductorWrapper", None)
     return _wrap_method(owner, "__call__", ["self", "model_", "inputs_"], wrapper)
 
 
 def wrap_backends(wrapper: Wrapper) -> Callable[[], None] | None:
-    """The same for what Dynamo calls to compile a graph with any backend."""
+    """Wrap the function that Dynamo calls to compile a graph with any backend.
+
+    Returns:
+        A function that removes the wrapper, None if this version of torch has no such function.
+    """
     from torch._dynamo.output_graph import OutputGraph
 
     return _wrap_method(

@@ -1,6 +1,6 @@
-"""What differs between the supported versions of torch (2.11 to 2.15), by feature.
+"""Differences between the supported versions of torch (2.11 to 2.15), by feature.
 
-No version number is compared; each function looks for what it needs.
+No function compares version numbers. Each looks for what it needs.
 """
 
 from __future__ import annotations
@@ -13,28 +13,33 @@ import torch
 
 
 def pass_list(value: Any) -> list[Any]:
-    """The passes in a custom-pass option: None, one, or (from 2.13) several."""
+    """Return the passes in a custom-pass option: none, one, or (from 2.13) several."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def may_choose_pass_timing(inductor_config: ModuleType) -> bool:
-    """Whether custom pre-grad passes could run before or after the cache lookup, and the user
-    left the choice open (``pre_grad_pass_timing``, from 2.13; before, they always run)."""
+    """Whether ``pre_grad_pass_timing`` (from 2.13) exists and the user has not set it.
+
+    It says whether custom pre-grad passes run before or after the cache lookup. Before 2.13 they
+    always run.
+    """
     return getattr(inductor_config, "pre_grad_pass_timing", None) == "default"
 
 
 def modification_takes(argument: str) -> bool:
-    """Whether a Triton template's ``modification`` has an argument (``input_shapes`` and
-    ``input_dtypes``, which say more about what it is given, came with 2.13)."""
+    """Whether a Triton template's ``modification`` has an argument.
+
+    ``input_shapes`` and ``input_dtypes`` came with 2.13.
+    """
     from torch._inductor.select_algorithm import TritonTemplateKernel
 
     return argument in inspect.signature(TritonTemplateKernel.modification).parameters
 
 
 def triton_template(name: str, grid: Any, source: str) -> Any:
-    """A `TritonTemplate` whose inputs keep the layout they have (an option from 2.12)."""
+    """Return a `TritonTemplate` that does not change its inputs' layout (an option from 2.12)."""
     from torch._inductor.select_algorithm import TritonTemplate
 
     options = {}
@@ -44,12 +49,12 @@ def triton_template(name: str, grid: Any, source: str) -> Any:
 
 
 def selected(result: Any) -> Any:
-    """The node in what `autotune_select_algorithm` returns: with the choice, from 2.12."""
+    """Return the node from the result of `autotune_select_algorithm`, a tuple from 2.12."""
     return result[0] if isinstance(result, tuple) else result
 
 
 def size_hints(sizes: Any) -> list[int]:
-    """Numbers for the sizes of a tensor in Inductor's IR (renamed in 2.12)."""
+    """Return numbers for the sizes of a tensor in Inductor's IR (renamed in 2.12)."""
     from torch._inductor.virtualized import V
 
     sizevars = V.graph.sizevars
@@ -58,7 +63,7 @@ def size_hints(sizes: Any) -> list[int]:
 
 
 def saves_compiled() -> bool:
-    """Whether the function that a backend returns is saved, to be loaded in another process."""
+    """Whether the function that a backend returns is saved, for another process to load."""
     import torch._functorch.config as functorch_config
 
     return bool(
@@ -68,8 +73,10 @@ def saves_compiled() -> bool:
 
 
 def passes_run_always() -> bool:
-    """Whether custom pre-grad passes run also when a cache has the compiled graph (they may not,
-    from 2.13)."""
+    """Whether custom pre-grad passes run even if a cache has the compiled graph.
+
+    From 2.13, ``pre_grad_pass_timing`` can prevent it.
+    """
     import torch._inductor.codecache
 
     timing = getattr(torch._inductor.codecache, "resolve_pre_grad_pass_timing", None)
