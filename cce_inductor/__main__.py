@@ -1,4 +1,4 @@
-"""``python -m cce_inductor patterns``: every rule with its spellings, read off the rules."""
+"""``python -m cce_inductor patterns``: a list of all rules with their spellings."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _NAMESPACES = {
     "torch.ops.aten": torch.ops.aten,
 }
 _HEADINGS = {
-    "projection": "Projections make logits:",
-    "transform": "Transforms keep logits logits, beside every pointwise function:",
-    "reduction": "Reductions make one value of each row, from the same pass as the loss:",
+    "projection": "Projections, which make logits:",
+    "transform": "Transforms, whose result is again logits. A pointwise function needs no rule.",
+    "reduction": "Reductions, which make one value of each row of logits:",
     "loss": "Losses:",
-    "block": "Blocks are as large as logits, and are not stored where they meet them:",
+    "block": "Blocks, which are as large as the logits and are not stored when combined with them:",
 }
 
 
 def spelled(spelling: Any) -> str:
-    """A function or method as a person writes it."""
+    """Return a function or method as a user writes it."""
     if isinstance(spelling, str):
         return f".{spelling}()"
     name = getattr(spelling, "__name__", str(spelling))
@@ -43,7 +43,7 @@ def spelled(spelling: Any) -> str:
 
 
 def listing() -> Iterator[str]:
-    """The lines that ``patterns`` prints."""
+    """Yield the lines that ``python -m cce_inductor patterns`` prints."""
     for table in TABLES:
         yield _HEADINGS[table.name]
         by_file: dict[Any, list[str]] = {}

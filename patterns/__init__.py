@@ -1,9 +1,11 @@
-"""What people write: every spelling of a projection, of what follows it, and of a loss.
+"""Rules: every spelling of a projection, of the operations that follow it, and of a loss.
 
-Four folders hold the rules: `projections`, `transforms`, `reductions` and `losses`. A file in them
-is found by being there; its rules say which functions and methods they stand for. `language` is
-what the rules are written in. Nothing here changes a graph: rules read it and describe what they
-found, and `cce_inductor.rewriting` acts.
+Four folders hold the rules: `projections`, `transforms`, `reductions` and `losses`. Every file in
+them is imported, and its rules are registered for the functions and methods that they name. Rules
+are written with `language`, whose docstring is a glossary, and WRITING_RULES.md explains how.
+
+A rule describes the result of a node and never changes the graph, which `cce_inductor.rewriting`
+does.
 """
 
 import importlib

@@ -82,7 +82,12 @@ from cce_inductor.patterns.language.masks import (
 )
 from cce_inductor.patterns.language.operands import late, number_operand, operand, row_operand
 from cce_inductor.patterns.language.pointwise import pointwise
-from cce_inductor.patterns.language.product import COMPUTE_DTYPES, product
+from cce_inductor.patterns.language.product import (
+    COMPUTE_DTYPES,
+    joined_product,
+    product,
+    weight_of,
+)
 from cce_inductor.patterns.language.protocol import (
     BlockResult,
     LossResult,
@@ -152,6 +157,7 @@ __all__ = [
     "is_reduced",
     "is_symbol",
     "is_tensor",
+    "joined_product",
     "late",
     "leaves",
     "loss",
@@ -180,6 +186,7 @@ __all__ = [
     "transform",
     "vocabulary_of",
     "vocabulary_range",
+    "weight_of",
     "where",
     "without_ellipsis",
     "without_vocabulary",

@@ -1,4 +1,4 @@
-"""What a graph says of a node: its example value, its gradient, its numbers."""
+"""What a graph knows about a node: its example value, its gradient, its numbers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cce_inductor.patterns.language.tables import UnsupportedError
 from cce_inductor.reporting import reasons
 
 HAD_GRADIENT = "cce_inductor_had_gradient"
-"""In the meta of a node: whether what it made required a gradient then, where the example may say
-something else."""
+"""Key in a node's `meta`: whether its result required a gradient when it was computed, if the
+example value does not say so."""
 
 
 def had_gradient(node: Node) -> bool:
-    """Whether a tensor required a gradient when it was made.
+    """Whether a tensor required a gradient when it was computed.
 
-    An example is what the tensor has become at the end of the graph: something that requires a
-    gradient may have been written into it since, or it was detached in place.
+    The example value shows the tensor at the end of the graph. It may have been detached in place
+    since, or a tensor that requires a gradient may have been written into it.
     """
     if HAD_GRADIENT in node.meta:
         return bool(node.meta[HAD_GRADIENT])
@@ -32,35 +32,37 @@ def had_gradient(node: Node) -> bool:
 
 
 def requires_grad(source: Any) -> bool:
+    """Whether a node holds a tensor that requires a gradient at the end of the graph."""
     return isinstance(source, Node) and tensor_example(source).requires_grad
 
 
 def is_exactly(size: Any, number: int) -> bool:
+    """Whether a size is an int with this value, and not symbolic."""
     return isinstance(size, int) and size == number
 
 
 def same_size(first: Any, second: Any) -> bool:
-    """Whether two sizes are known to be equal, of which nothing new is guarded."""
+    """Whether two sizes are known to be equal, without a new guard."""
     return statically_known_true(first == second)
 
 
 def same_shape(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """The same of two shapes."""
+    """Whether two shapes are known to be equal, without a new guard."""
     return len(first) == len(second) and all(map(same_size, first, second))
 
 
 def example(argument: Any) -> Any:
-    """The example value of a node, anything else as it is; None for a node that has none."""
+    """Return the example value of a node, None if it has none; the argument if it is no node."""
     if isinstance(argument, Node):
         return argument.meta.get("example_value", argument.meta.get("val"))
     return argument
 
 
 def tensor_example(argument: Any) -> torch.Tensor:
-    """The example of a node that must hold a tensor.
+    """Return the example value of a node that must hold a tensor.
 
     Raises:
-        UnsupportedError: it holds something else, or nobody knows what.
+        UnsupportedError: it holds something else, or its value is not known.
     """
     value = example(argument)
     if not isinstance(value, torch.Tensor):
@@ -69,18 +71,21 @@ def tensor_example(argument: Any) -> torch.Tensor:
 
 
 def is_tensor(argument: Any) -> bool:
+    """Whether an argument is a node that holds a tensor."""
     return isinstance(example(argument), torch.Tensor)
 
 
 def is_symbol(argument: Any) -> bool:
-    """Whether it is a Python number that Dynamo keeps symbolic: it may be another in the next
-    call, for which nothing is compiled again."""
+    """Whether an argument is a Python number that Dynamo keeps symbolic.
+
+    The compiled graph is used again if the number differs in the next call.
+    """
     value = example(argument)
     return isinstance(value, (torch.SymInt, torch.SymFloat)) and _fixed(value) is None
 
 
 def _fixed(value: torch.SymInt | torch.SymFloat) -> int | float | None:
-    """The number that the user's code has already made constant, None if it has not."""
+    """Return the value of a number that a guard has already fixed, None if none has."""
     node = value.node
     is_int = isinstance(value, torch.SymInt)
     number: int | float | None = node.maybe_as_int() if is_int else node.maybe_as_float()
@@ -88,7 +93,7 @@ def _fixed(value: torch.SymInt | torch.SymFloat) -> int | float | None:
 
 
 def with_fixed_number(node: Node) -> Any:
-    """A node, or the number that it holds if that is the same in every call."""
+    """Return the number that a node holds if it is the same in every call, else the node."""
     value = example(node)
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         fixed = _fixed(value)
@@ -97,10 +102,10 @@ def with_fixed_number(node: Node) -> Any:
 
 
 def constant(argument: Any) -> float:
-    """A Python number that is the same in every call.
+    """Return a Python number that is the same in every call.
 
     Raises:
-        UnsupportedError: `argument` is not a number, or may be another in the next call.
+        UnsupportedError: `argument` is not a number, or may differ in the next call.
     """
     value = example(argument)
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
@@ -114,14 +119,14 @@ def constant(argument: Any) -> float:
 
 
 def loss_reduction(size_average: Any, reduce: Any, reduction: str) -> str:
-    """A loss's "none", "mean" or "sum", also from its two deprecated arguments."""
+    """Return a loss's "none", "mean" or "sum", which its two deprecated arguments may override."""
     if size_average is None and reduce is None:
         return reduction
     return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
 
 
 def dimension(dim: Any, rank: int) -> int:
-    """A dimension counted from the front.
+    """Return a dimension counted from the front.
 
     Raises:
         UnsupportedError: `dim` is not a plain int.

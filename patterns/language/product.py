@@ -10,7 +10,8 @@ from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cce_inductor.patterns.language.examples import is_tensor, tensor_example
-from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation
+from cce_inductor.patterns.language.expression import LOGIT
+from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation, applied
 from cce_inductor.patterns.language.site import Site
 from cce_inductor.reporting import reasons
 
@@ -91,6 +92,37 @@ def product(
         absorbed=tuple(absorbed),
     )
     return Logits(projection, dim, vocabulary, result.dtype)
+
+
+def joined_product(
+    site: Site, parts: list[Logits], input: Any, weight: Any, *, hidden: int, vocabulary: int
+) -> Logits:
+    """Return the logits of one product that replaces several projections.
+
+    Args:
+        site: the node that joins them.
+        parts: the logits of each projection. The result has the rows of the first.
+        input: [..., hidden].
+        weight: [vocabulary, hidden].
+        hidden, vocabulary: their sizes.
+    """
+    projection = Projection(
+        node=site.node,
+        input=input,
+        linear_weight=weight,
+        weight_operations=(),
+        linear_bias=None,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        vocabulary_dim=parts[0].projection.vocabulary_dim,
+        joined=tuple(part.projection for part in parts),
+    )
+    return parts[0].replace(projection=projection, vocabulary=vocabulary, expression=LOGIT)
+
+
+def weight_of(projection: Projection) -> Any:
+    """Return the weight of a projection as a [vocabulary, hidden] matrix."""
+    return applied(projection.linear_weight, projection.weight_operations, 0)
 
 
 def _has_value(size: int | torch.SymInt) -> bool:

@@ -1,1 +1,1 @@
-"""Operations that reduce logits to a loss."""
+"""Loss functions."""

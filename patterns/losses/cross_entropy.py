@@ -100,7 +100,7 @@ def _with_indices(
 ) -> Call:
     algebra, x = Algebra(site, logits), logits.expression
     logit_sum = None
-    if label_smoothing > 0:  # as PyTorch, which ignores a negative one
+    if label_smoothing > 0:  # PyTorch ignores a negative one
         summed = x if weight is None else Apply("mul.Tensor", (x, _classes(site, weight, logits)))
         logit_sum = ignoring(algebra.sum(summed), target, ignore_index)
     lse = algebra.logsumexp(x)
@@ -160,8 +160,10 @@ _IGNORED = torch.iinfo(torch.int64).min
 
 
 def _targets(site: Site, target: Any, ignore_index: Any) -> tuple[Any, int]:
-    """The class indices, and which is ignored: another one than the user's if his may differ in
-    the next call."""
+    """Return the class indices and the ignored index.
+
+    If the user's ignored index may differ in the next call, it is replaced by a constant.
+    """
     if not is_symbol(ignore_index):
         return target, int(constant(ignore_index))
     if tensor_example(target).dtype != torch.int64:

@@ -1,4 +1,4 @@
-"""`torch.nn.functional.kl_div`: distillation from a teacher's probabilities."""
+"""`torch.nn.functional.kl_div`, for distillation from a teacher's probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses over classes that have no rule, so that the report of one names it instead of nothing."""
+"""Losses over classes that have no rule. A report names them if they read logits."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ _UNFUSED = frozenset(
 
 
 def is_unfused(node: Node) -> bool:
-    """Whether the node is such a loss."""
+    """Whether a node is a loss without a rule."""
     return node.op == "call_function" and node.target in _UNFUSED

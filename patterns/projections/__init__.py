@@ -1,1 +1,1 @@
-"""Operations that make logits: a matrix product with a [vocabulary, hidden] weight."""
+"""Operations that make logits: matrix products with a [vocabulary, hidden] weight."""

@@ -1,5 +1,4 @@
-"""A convolution over single positions: ``conv1d(input, weight)`` with a [vocabulary, hidden, 1]
-weight, and its brothers of two and three dimensions."""
+"""Convolutions with a kernel of size 1: ``conv1d(input, weight)``, `conv2d` and `conv3d`."""
 
 from __future__ import annotations
 
@@ -31,6 +30,7 @@ def convolution(
     dilation: Any = 1,
     groups: Any = 1,
 ) -> ProjectionResult:
+    """The weight is [vocabulary, hidden, 1, ...], and dimension 1 of `input` is hidden."""
     if not (is_tensor(input) and is_tensor(weight)):
         return None
     rank, shape = tensor_example(input).dim(), tuple(tensor_example(weight).shape)
@@ -51,4 +51,5 @@ def convolution(
 
 
 def _all(sizes: Any) -> set[Any]:
+    """Return the sizes, given as one for all dimensions or as one for each, each once."""
     return set(sizes) if isinstance(sizes, (tuple, list)) else {sizes}

@@ -1,4 +1,4 @@
-"""``torch.einsum("bsh,vh->bsv", input, weight)`` in any letters and either operand order."""
+"""``torch.einsum("bsh,vh->bsv", input, weight)`` with any letters and in either operand order."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def einsum(site: Site, equation: Any, *operands: Any) -> ProjectionResult:
         if transposed is None or not _ranks_fit(input, input_node):
             continue
         hidden = tensor_example(weight_node).shape[1 - transposed]
-        if tensor_example(input_node).shape[-1] == hidden:  # einsum broadcasts a size of 1
+        # einsum would broadcast a hidden size of 1.
+        if tensor_example(input_node).shape[-1] == hidden:
             return product(site, input_node, weight_node, transposed=transposed)
     return None
 
 
 def _is_projection(input: str, weight: str, result: str) -> bool | None:
-    """Whether the weight is [hidden, vocabulary]; None if the equation is no projection."""
+    """Return whether the weight is [hidden, vocabulary]; None if the equation is no projection."""
     letters = input.replace("...", "", 1)
     if len(weight) != 2 or not letters or len(set(letters)) != len(letters):
         return None
@@ -50,5 +51,5 @@ def _is_projection(input: str, weight: str, result: str) -> bool | None:
 
 
 def _ranks_fit(subscript: str, node: Any) -> bool:
-    """An ellipsis stands for any rank; the rows must be the same on both sides anyway."""
+    """Whether an operand has the rank of its subscript. An ellipsis stands for any rank."""
     return "..." in subscript or tensor_example(node).dim() == len(subscript)

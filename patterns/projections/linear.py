@@ -1,4 +1,4 @@
-"""``F.linear(input, weight, bias)`` and `torch.nn.Linear`, which a graph shows as the former."""
+"""``F.linear(input, weight, bias)``, which is also what `torch.nn.Linear` calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``input @ weight.T`` by ``@``, `matmul`, `mm`, `bmm` and, with a bias, `addmm`, `baddbmm`."""
+"""``input @ weight.T``, `matmul`, `mm`, `bmm`, and with a bias `addmm` and `baddbmm`."""
 
 from __future__ import annotations
 

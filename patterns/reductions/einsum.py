@@ -1,4 +1,4 @@
-"""``einsum("bsv,bsv->bs", one_hot, log_probs)``: a product, summed over the vocabulary."""
+"""``einsum("bsv,bsv->bs", one_hot, log_probs)``: a product that is summed over the vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``argmax``, ``max``, ``topk`` and their brothers, as accuracies have them."""
+"""``max``, ``argmax``, ``amax``, ``argmin`` and ``topk`` over the vocabulary, for accuracies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Tensors made beside logits, with nothing of them but dtype and device: labels that are all
-the first class, as ``logits.new_zeros(len(logits), dtype=torch.long)``."""
+"""Tensors that take only their dtype, device or shape from logits: ``logits.new_zeros(n)``.
+
+Contrastive losses make labels that way, if the first class is always the right one.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +58,11 @@ def _made(
     given: tuple[Any, ...],
     options: dict[str, Any],
 ) -> ReductionResult:
-    """What a method of logits makes, in which only its own arguments are."""
+    """Return a constant tensor, or constant logits if it has the shape of the logits."""
     made, shape = site.example, tensor_example(input).shape
     if made.dim() == len(shape) and all(map(same_size, made.shape, shape)):
         filler = given[1:] if function is torch.full else ()
-        return pointwise(site, like, input, *filler, **options)  # a constant, not stored
+        return pointwise(site, like, input, *filler, **options)
     kept = {name: value for name, value in options.items() if name not in ("dtype", "device")}
     given = tuple(tuple(each) if isinstance(each, (list, tuple)) else each for each in given)
     return call(function, *given, dtype=made.dtype, device=made.device, **kept)

@@ -1,4 +1,4 @@
-"""One entry, or some, of each row: ``gather``, ``take_along_dim``, ``log_probs[rows, target]``."""
+"""Some entries of each row: ``gather``, ``take_along_dim``, ``log_probs[rows, target]``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _taken(
 
 
 def _rows_by_index(site: Site, logits: Logits, dim: int, index: Any) -> Logits:
-    """Rows, where the index is the same for every entry of the vocabulary."""
+    """Return the rows that an index names, which must be the same for every column."""
     source = index.args[0] if index.op == "call_method" and index.target == "expand" else None
     if not isinstance(source, Node) or tensor_example(source).dim() != tensor_example(index).dim():
         site.unsupported(reasons.INDEX_MAY_DIFFER_IN_VOCABULARY)
@@ -89,8 +89,7 @@ def diagonal(site: Site, input: Any, offset: Any = 0, dim1: Any = 0, dim2: Any =
 
 
 def _diagonal(site: Site, input: Any, offset: Any) -> Row:
-    """Of a matrix with an entry of it in each row, whose two dimensions may be named in either
-    order."""
+    """Return the diagonal of a matrix that has an entry of it in each row."""
     logits = site.logits(input)
     shape = tensor_example(input).shape
     if len(shape) != 2 or offset != 0:
@@ -105,7 +104,7 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
 
 @reduction(operator.getitem)
 def getitem(site: Site, input: Any, index: Any) -> ReductionResult:
-    """Index tensors for every dimension; None for any other index."""
+    """Follows index tensors for every dimension; None for any other index."""
     if not site.is_logits(input):
         return None
     logits = site.logits(input)

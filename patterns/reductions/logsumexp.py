@@ -1,4 +1,4 @@
-"""``torch.logsumexp`` over the vocabulary, as the z-loss has it."""
+"""``torch.logsumexp`` over the vocabulary, which the z-loss squares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sum`` and ``mean`` over the vocabulary, or over everything."""
+"""``sum`` and ``mean`` over the vocabulary, or over all dimensions."""
 
 from __future__ import annotations
 

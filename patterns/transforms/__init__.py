@@ -1,1 +1,1 @@
-"""Operations after which logits are still logits: of other rows, scaled, capped or cast."""
+"""Operations on logits whose result is again logits: other rows, shapes, dtypes or values."""

@@ -1,5 +1,4 @@
-"""``logits[..., n:] = -inf``, ``logits[rows, target] = values``: entries that get another value, in
-place."""
+"""Assignments in place: ``logits[..., n:] = -inf``, ``logits[rows, target] = values``."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ from cce_inductor.reporting import reasons
 
 @transform(operator.setitem)
 def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
-    """What `input` holds afterwards."""
+    """Return the logits that `input` holds after the assignment."""
     logits = site.logits(input)
     shape = tuple(tensor_example(input).shape)
     if isinstance(index, Node) and is_tensor(index):
@@ -67,11 +66,11 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
             return _where(site, input, entry, value)
         return _assigned(site, input, columns_mask(site, logits, entry), value)
     if isinstance(entry, (list, tuple)):
-        inside = None
+        mask = None
         for at in entry:
             here = Apply("eq.Scalar", (COLUMN, _place(site, logits, at)))
-            inside = here if inside is None else Apply("logical_or", (inside, here))
-        return logits if inside is None else _assigned(site, input, inside, value)
+            mask = here if mask is None else Apply("logical_or", (mask, here))
+        return logits if mask is None else _assigned(site, input, mask, value)
     changes = not isinstance(logits.vocabulary, int)
     if isinstance(entry, slice) and (changes or any(map(is_symbol, (entry.start, entry.stop)))):
         return _assigned(site, input, _in_changing_range(site, logits, entry), value)
@@ -91,16 +90,17 @@ def _one_of_each_row(site: Site, input: Node, index: Node, value: Any) -> Logits
     return overwritten(site, logits, input, here, row_operand(site, value, logits))
 
 
-def _assigned(site: Site, input: Any, inside: Any, value: Any) -> Logits:
+def _assigned(site: Site, input: Any, mask: Any, value: Any) -> Logits:
     logits = site.logits(input)
     if is_tensor(value):
         if any(size != 1 for size in tensor_example(value).shape):
             site.unsupported(reasons.ASSIGNS_TENSOR)
         value = read(site, value, logits)
-    return overwritten(site, logits, input, inside, value)
+    return overwritten(site, logits, input, mask, value)
 
 
 def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:
+    """Return the first column that is assigned to, and the one after the last."""
     if isinstance(entry, slice):
         parts = (entry.start, entry.stop, entry.step)
         numbers = [None if part is None else int(constant(part)) for part in parts]
@@ -113,13 +113,13 @@ def _range(site: Site, logits: Logits, entry: Any) -> tuple[int, int]:
 
 
 def _place(site: Site, logits: Logits, at: Any) -> int:
-    """A place in the vocabulary, counted from the front."""
+    """Return a constant place in the vocabulary, counted from the front."""
     place = int(constant(at))
     return place if place >= 0 else place % site.fixed_vocabulary(logits)
 
 
 def _in_changing_range(site: Site, logits: Logits, entries: slice) -> Apply:
-    """Where the vocabulary's entry is in a range whose ends may be others in the next call."""
+    """Return the mask of a range whose ends, or the vocabulary, may differ in the next call."""
     if entries.step not in (None, 1):
         site.unsupported(reasons.ASSIGNS_EVERY_OTHER_ENTRY)
     start, stop = (_bound(site, logits, at) for at in (entries.start or 0, entries.stop))
@@ -127,7 +127,7 @@ def _in_changing_range(site: Site, logits: Logits, entries: slice) -> Apply:
 
 
 def _bound(site: Site, logits: Logits, at: Any) -> int | Operand | None:
-    """Return a place in the vocabulary, counted from the end if negative, from the front."""
+    """Return an end of a range, which counts from the end if it is negative, from the front."""
     if at is None or (isinstance(at, int) and at >= 0):
         return at
     place = number_operand(site, at, logits)

@@ -1,4 +1,4 @@
-"""``.float()``, ``.to(dtype)``, ``.type(dtype)``: a dtype is remembered by the node's example."""
+"""Casts: ``.float()``, ``.to(dtype)``, ``.type(dtype)``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from cce_inductor.reporting import reasons
 
 @transform("float", "double", "half", "bfloat16", "type", "bool", "int", "long")
 def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
+    """The new dtype is that of the node's example; statistics are rounded to it at the end."""
     logits = site.logits(input)
     before, after = tensor_example(input), site.example
     if after.device != before.device:
         site.unsupported(reasons.moves_between(before.device, after.device))
     if after.dtype == torch.bool:
         return logits.replace(expression=Apply("ne.Scalar", (logits.expression, 0)))
-    exact = not before.dtype.is_floating_point  # a truth value or a small number
+    exact = not before.dtype.is_floating_point  # a truth value, or a small integer
     if after.dtype not in COMPUTE_DTYPES and not exact:
         site.unsupported(reasons.casts_to(after.dtype))
     if before.dtype == torch.bool:
@@ -41,7 +42,7 @@ def cast(site: Site, input: Any, *args: Any, **kwargs: Any) -> Logits:
 
 @reduction("to", "type_as")
 def cast_as(site: Site, input: Any, *args: Any, **kwargs: Any) -> ReductionResult:
-    """Logits, or another tensor in whose cast they only name the dtype."""
+    """Cast logits, or another tensor to the dtype and device of the logits."""
     if site.is_logits(input):
         return cast(site, input)
     after = site.example

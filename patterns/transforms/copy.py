@@ -1,4 +1,4 @@
-"""What leaves every logit as it is: another memory layout, a copy, a detached alias."""
+"""Operations that keep every value: copies, memory layouts, ``detach``, dropout that is off."""
 
 from __future__ import annotations
 

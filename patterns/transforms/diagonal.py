@@ -1,4 +1,4 @@
-"""``logits.fill_diagonal_(-inf)``: each example's similarity to itself gets another value."""
+"""``logits.fill_diagonal_(-inf)``, which removes each example's similarity to itself."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Logits of several projections that become one: ``torch.cat`` of them, and their sum.
+"""``torch.cat`` of the logits of several projections, which makes one projection of them.
 
-Rows one after another are those of the inputs one after another; entries of the vocabulary those
-of the weights, or one value a row, as a positive before its negatives. A sum is one product with
-inputs and weights side by side, as low-rank adapters have it.
+Logits joined along their rows have joined inputs; logits joined along the vocabulary have joined
+weights. Between the latter may stand columns of one value a row, as the similarity to a positive
+example stands before those to the negatives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from cce_inductor.patterns.language import (
     Logits,
     Operand,
     OperandKind,
-    Projection,
     Site,
     applied,
     call,
@@ -30,12 +29,14 @@ from cce_inductor.patterns.language import (
     dimension,
     is_reduced,
     is_tensor,
+    joined_product,
     only_where,
     operands_of,
     read,
     same_size,
     tensor_example,
     transform,
+    weight_of,
 )
 from cce_inductor.reporting import reasons
 
@@ -65,6 +66,7 @@ def hstack(site: Site, tensors: Any) -> Logits:
 
 
 def _rows(site: Site, parts: list[Logits], dim: int) -> Logits:
+    """Join logits of one weight along their rows."""
     first = parts[0].projection
     for part in parts:
         projection = part.projection
@@ -90,8 +92,10 @@ def _rows(site: Site, parts: list[Logits], dim: int) -> Logits:
 
 
 def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
-    """Logits of several weights, and columns of one value a row between them, for which the joined
-    weight has rows of zeros."""
+    """Join logits of one input, and columns of one value a row, along the vocabulary.
+
+    The joined weight has rows of zeros for the columns.
+    """
     first = parts[0]
     biases = [part.projection.linear_bias for part in parts]
     for part in parts:
@@ -102,13 +106,13 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
         same_function = part is first or _same(site, part.expression, first.expression)
         if not same_rows or not same_function or any(bias is not None for bias in biases):
             site.unsupported(reasons.JOINS_SEVERAL_INPUTS)
-    if not _is_of_logit_alone(first.expression):
+    if not _depends_on_logit_alone(first.expression):
         site.unsupported(reasons.JOINS_AFTER_FUNCTION_OF_PLACE)
     weights, columns, place = [], [], 0
     for tensor in tensors:
         if site.is_logits(tensor):
             part = site.logits(tensor)
-            weights.append(_weight(part.projection))
+            weights.append(weight_of(part.projection))
             place += part.vocabulary
         else:
             _check_column(site, tensor, tensors, first)
@@ -119,7 +123,7 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
             place += 1
     filled = next(weight for weight in weights if weight is not None)
     zeros = call(torch.Tensor.new_zeros, filled, (1, first.projection.hidden))
-    logits = _product(
+    logits = joined_product(
         site,
         parts,
         first.projection.input,
@@ -150,25 +154,33 @@ def _check_column(site: Site, tensor: Node, tensors: Any, logits: Logits) -> Non
         site.unsupported(reasons.JOINS_WITH_INTEGERS)
 
 
-def _is_of_logit_alone(expression: Any) -> bool:
+def _depends_on_logit_alone(expression: Any) -> bool:
     """Whether the expression depends neither on the column nor on other logits of the row."""
     return not depends_on_column(expression) and not any(
         is_reduced(operand.source) for operand in operands_of(expression)
     )
 
 
-_REPEATED = (F.normalize, torch.norm, torch.linalg.norm, "norm", operator.truediv, "exp", torch.exp)
+_NORMALIZATIONS = (
+    F.normalize,
+    torch.norm,
+    torch.linalg.norm,
+    "norm",
+    operator.truediv,
+    "exp",
+    torch.exp,
+)
+"""What a function that computes similarities does to its inputs, each time that it is called."""
 
 
 def _are_equal(site: Site, first: Any, second: Any) -> bool:
-    """Whether two tensors are the same: one node, or the same normalization or scale made of one,
-    which helper functions for similarities repeat."""
+    """Whether two tensors are equal: one node, or the same normalization of equal tensors."""
     if first is second:
         return True
     if not (isinstance(first, Node) and isinstance(second, Node)):
         return type(first) is type(second) and not is_tensor(first) and bool(first == second)
     return (
-        first.target in _REPEATED
+        first.target in _NORMALIZATIONS
         and first.target == second.target
         and len(first.args) == len(second.args)
         and dict(first.kwargs) == dict(second.kwargs)
@@ -177,86 +189,13 @@ def _are_equal(site: Site, first: Any, second: Any) -> bool:
     )
 
 
-def summed(site: Site, first: Logits, second: Logits) -> Logits | None:
-    """The sum of two projections, None if it is not that of two products."""
-    parts = [first, second]
-    factors = [factor for part in parts if (factor := _factor(part.expression)) is not None]
-    if (
-        len(factors) != len(parts)
-        or first.row_operations != second.row_operations
-        or first.vocabulary_dim != second.vocabulary_dim
-        or not same_size(first.vocabulary, second.vocabulary)
-        or first.compute_dtype != second.compute_dtype
-        or any(part.projection.linear_bias is not None for part in parts)
-        or any(not isinstance(part.projection.input, Node) for part in parts)
-        or first.projection.vocabulary_dim != second.projection.vocabulary_dim
-    ):
-        return None
-    inputs = []
-    for part, (factor, target) in zip(parts, factors, strict=True):
-        source = part.projection.input
-        inputs.append(source if target is None else Call(target, (source, factor)))
-    shapes = [tensor_example(part.projection.input).shape for part in parts]
-    dim = first.projection.vocabulary_dim
-    if any(a != b for at, (a, b) in enumerate(zip(*shapes, strict=True)) if at != dim):
-        return None
-    return _product(
-        site,
-        parts,
-        Call(torch.cat, (tuple(inputs), dim)),
-        Call(torch.cat, (tuple(_weight(part.projection) for part in parts), 1)),
-        hidden=sum(part.projection.hidden for part in parts),
-        vocabulary=first.vocabulary,
-    )
-
-
-def _product(
-    site: Site, parts: list[Logits], input: Any, weight: Any, *, hidden: int, vocabulary: int
-) -> Logits:
-    projection = Projection(
-        node=site.node,
-        input=input,
-        linear_weight=weight,
-        weight_operations=(),
-        linear_bias=None,
-        vocabulary=vocabulary,
-        hidden=hidden,
-        vocabulary_dim=parts[0].projection.vocabulary_dim,
-        joined=tuple(part.projection for part in parts),
-    )
-    return parts[0].replace(projection=projection, vocabulary=vocabulary, expression=LOGIT)
-
-
 def _input(logits: Logits) -> Any:
     projection = logits.projection
     return applied(projection.input, logits.row_operations, projection.hidden)
 
 
-def _weight(projection: Projection) -> Any:
-    return applied(projection.linear_weight, projection.weight_operations, 0)
-
-
-_FACTORS = {"mul.Tensor": torch.mul, "div.Tensor": torch.div}
-
-
-def _factor(expression: Any) -> tuple[Any, Any] | None:
-    """What multiplies or divides the logit, and which of both; None for another expression."""
-    if expression is LOGIT:
-        return None, None
-    if isinstance(expression, Apply) and expression.target in _FACTORS:
-        x, factor = expression.args
-        if x is not LOGIT and expression.target == "mul.Tensor":
-            x, factor = factor, x
-        if x is LOGIT and isinstance(factor, (int, float)):
-            return factor, _FACTORS[expression.target]
-        is_scalar = isinstance(factor, Operand) and factor.kind is OperandKind.SCALAR
-        if x is LOGIT and is_scalar and not is_reduced(factor.source):
-            return factor.source, _FACTORS[expression.target]
-    return None
-
-
 def _same(site: Site, first: Any, second: Any) -> bool:
-    """Whether two expressions are the same function, with no operand but scalars."""
+    """Whether two expressions are the same function, without operands that vary."""
     if isinstance(first, Apply) and isinstance(second, Apply):
         return (
             first.target == second.target

@@ -1,4 +1,4 @@
-"""``log_softmax`` and ``softmax`` over the vocabulary: logits less the logsumexp of their row."""
+"""``log_softmax`` and ``softmax`` over the vocabulary: logits minus the logsumexp of their row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def softmax(
 
 
 def _implicit(site: Site, input: Any, dim: Any) -> Any:
-    """The dimension that PyTorch takes where none is given."""
+    """Return the dimension, which PyTorch chooses by the rank if it is None."""
     if dim is not None:
         return dim
     return 0 if len(site.shape_of(site.logits(input))) in (0, 1, 3) else 1

@@ -1,6 +1,6 @@
-"""``one_hot(target, vocabulary)``, as margins and smoothed targets are made of.
+"""``one_hot(target, vocabulary)``, from which margins and smoothed targets are computed.
 
-Where it meets logits it is a comparison with the place in the vocabulary, and no tensor.
+Combined with logits, it is a comparison of the target with each logit's column, and not a tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``scatter(-1, index, value)`` with one index a row, as a one-hot is made."""
+"""``scatter(-1, index, value)`` with one index for each row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some of the rows, or a range of the vocabulary: ``logits[:, :-1]``, ``logits[..., :v]``."""
+"""Some rows, or a range of the vocabulary: ``logits[:, :-1]``, ``logits[..., :v]``, `split`."""
 
 from __future__ import annotations
 
@@ -61,8 +61,10 @@ def getitem(site: Site, input: Any, index: Any) -> Logits:
 def _gathered(
     site: Site, logits: Logits, entries: tuple[Any, ...], index: Any, rank: int
 ) -> Logits:
-    """Rows by index tensors or masks, which leave the last dimension last when it is not
-    indexed."""
+    """Return the rows that index tensors or masks name.
+
+    The vocabulary must be the last dimension, which then stays the last one.
+    """
     if logits.vocabulary_dim != rank - 1 or entries[-1] != slice(None):
         site.unsupported(reasons.SELECTS_SOME_ENTRIES)
     if any(isinstance(entry, (list, tuple)) for entry in entries):
@@ -73,6 +75,7 @@ def _gathered(
 
 
 def _is_index_tensor(entry: Any) -> bool:
+    """Whether an entry of an index is a tensor: of places, or a mask."""
     if isinstance(entry, (list, tuple)):
         raise UnsupportedError(reasons.SELECTS_ROWS_BY_LIST)
     return isinstance(entry, Node) and isinstance(example(entry), torch.Tensor)
@@ -109,7 +112,7 @@ def index_select(site: Site, input: Any, dim: Any, index: Any) -> Logits:
 
 @transform("split", torch.split, "chunk", torch.chunk, "tensor_split", torch.tensor_split)
 def split(site: Site, input: Any, sizes: Any, dim: Any = 0) -> tuple[Logits, ...]:
-    """Parts, one after another: their sizes are those of the examples."""
+    """The parts have the sizes of the node's example, in order."""
     logits = site.logits(input)
     dim = dimension(dim, tensor_example(input).dim())
     if dim == logits.vocabulary_dim:

@@ -1,4 +1,4 @@
-"""Other shapes of the same rows: view, reshape, flatten, (un)squeeze, transpose, permute, stack."""
+"""Other shapes of the same rows: `view`, `flatten`, `squeeze`, `transpose`, `permute`, `expand`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cce_inductor.reporting import reasons
 
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``f(2, 3)`` and ``f((2, 3))`` are the same."""
+    """Return sizes that are given as ``f(2, 3)`` or as ``f((2, 3))``."""
     if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)):
         return tuple(arguments[0])
     return arguments
@@ -163,7 +163,7 @@ def attribute(site: Site, input: Any, name: Any) -> Logits:
 
 @transform("expand", torch.broadcast_to, "broadcast_to")
 def expand(site: Site, input: Any, *sizes: Any) -> Logits:
-    """More rows, which are the same."""
+    """Repeats rows, without a copy."""
     logits = site.logits(input)
     given = list(_sizes(sizes))
     dim = logits.vocabulary_dim + len(given) - tensor_example(input).dim()

@@ -1,4 +1,4 @@
-"""``logits.size(0)``, which Dynamo also asks for by itself where only data tells it."""
+"""``logits.size(0)``. Dynamo calls it, too, for a number of rows that depends on data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cce_inductor.reporting import reasons
 def size(site: Site, input: Any, dim: Any = None) -> Row:
     logits = site.logits(input)
     if dim is None:
-        # An expanded column of the rows is as large as the logits, and takes no memory.
+        # An expanded column has the size of the logits and takes no memory.
         rows = applied(logits.projection.input, logits.row_operations, logits.projection.hidden)
         column = call(torch.narrow, rows, logits.vocabulary_dim, 0, 1)
         sizes: list[Any] = [-1] * tensor_example(input).dim()

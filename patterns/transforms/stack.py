@@ -1,4 +1,4 @@
-"""``torch.stack`` of several heads' logits, and what may follow until one head is taken again."""
+"""``torch.stack`` of several heads' logits, and the operations until one head is taken again."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
 def through_stack(
     site: Site, input: Node, rule: Rule | None, default: Callable[..., Any]
 ) -> TransformResult:
-    """What a transform makes of stacked logits.
+    """Return the logits after a node that reads stacked logits.
 
     Args:
-        site: a node with stacked logits among its arguments.
-        input: that argument.
-        rule: the node's transform, None for a pointwise function.
-        default: what follows a pointwise function, called with a site.
+        site: the node.
+        input: the argument that holds stacked logits.
+        rule: the node's transform rule, None for a pointwise function.
+        default: applies a pointwise function, called with a site for each of the stacked logits.
 
     Raises:
-        UnsupportedError: it cannot be followed.
+        UnsupportedError: the operation mixes the stacked logits, or cannot be followed.
     """
     stacked = site.stack(input)
     assert stacked is not None
