@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from cce_inductor.patterns.language.tables import TABLES
+from cce_inductor.patterns.losses.unfused import UNFUSED_LOSSES
 
 _NAMESPACES = {
     "torch.nn.functional": torch.nn.functional,
     "torch.special": torch.special,
+    "torch.linalg": torch.linalg,
     "torch": torch,
     "operator": operator,
     "torch.ops.aten": torch.ops.aten,
@@ -36,7 +38,7 @@ def spelled(spelling: Any) -> str:
         return f".{spelling}()"
     name = getattr(spelling, "__name__", str(spelling))
     for namespace, module in _NAMESPACES.items():
-        short = name.removeprefix("special_")
+        short = name.removeprefix("special_").removeprefix("linalg_")
         if getattr(module, short, None) is spelling:
             return f"{namespace}.{short}"
     return name
@@ -53,10 +55,16 @@ def listing() -> Iterator[str]:
             folder, file = module.__name__.split(".")[-2:]
             summary = " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
             yield f"  {folder}/{file}.py: {summary}"
-            yield from textwrap.wrap(
-                ", ".join(spellings), 96, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+            yield from _wrapped(spellings)
         yield ""
+    yield "Losses without a rule, which reports name:"
+    yield from _wrapped(sorted(map(spelled, UNFUSED_LOSSES)))
+
+
+def _wrapped(spellings: list[str]) -> list[str]:
+    return textwrap.wrap(
+        ", ".join(spellings), 96, initial_indent=" " * 6, subsequent_indent=" " * 6
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -93,6 +93,13 @@ def reason_against(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> s
     return report.reason
 
 
+def assert_used_by(reason: str | None, name: str, why: str) -> None:
+    """A loss must be left alone because of the operation `name`, for the reason `why`."""
+    assert reason is not None
+    assert reason.startswith(f"the logits are used by {name} at ")
+    assert reason.endswith(f": {why}")
+
+
 def value_and_gradients(fn: Callable[..., Any], *args: Any) -> list[Tensor | None]:
     """``fn(*args)`` and the gradients of all floating arguments that require one.
 

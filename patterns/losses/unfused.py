@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-_UNFUSED = frozenset(
+UNFUSED_LOSSES = frozenset(
     [
         F.binary_cross_entropy,
         F.binary_cross_entropy_with_logits,
@@ -23,4 +23,4 @@ _UNFUSED = frozenset(
 
 def is_unfused(node: Node) -> bool:
     """Whether a node is a loss without a rule."""
-    return node.op == "call_function" and node.target in _UNFUSED
+    return node.op == "call_function" and node.target in UNFUSED_LOSSES

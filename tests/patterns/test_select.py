@@ -3,7 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
+from checks import (
+    assert_as_accurate_as_eager,
+    assert_used_by,
+    reason_against,
+    reports_of,
+    rewritten_graph,
+)
 from expecttest import assert_expected_inline
 
 from cce_inductor.reporting import reasons
@@ -316,9 +322,9 @@ LEFT_ALONE = {
 
 @pytest.mark.parametrize(("select", "name", "why"), LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_left_alone(select, name, why):
-    reason = reason_against(loss_of_first_classes_after(select), INPUT, WEIGHT, INDEX.abs())
-    assert reason.startswith(f"the logits are used by {name} at ")
-    assert reason.endswith(f": {why}")
+    assert_used_by(
+        reason_against(loss_of_first_classes_after(select), INPUT, WEIGHT, INDEX.abs()), name, why
+    )
 
 
 MASKS = {

@@ -150,12 +150,12 @@ def test_followed(fn):
     assert all(report.rewritten for report in reports), "\n".join(map(str, reports))
 
 
-def assert_same_numbers(fn, expected):
+def assert_same_numbers(fn, expected, args=(QUERY, KEY, MARGIN)):
     torch._dynamo.reset()
     cce_inductor.clear_reports()
     options = {"min_logits_bytes": 0, "on_error": "raise"}
     compiled = torch.compile(fn, backend="cce_inductor_eager", options=options)
-    got = value_and_gradients(compiled, QUERY, KEY, MARGIN)
+    got = value_and_gradients(compiled, *args)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     return cce_inductor.reports()
 
@@ -403,8 +403,4 @@ def test_change_of_logits_without_rows():
         return chosen + logits.sum()
 
     empty = torch.empty(0, 8, dtype=torch.float64, requires_grad=True)
-    expected = value_and_gradients(fn, KEY, empty)
-    torch._dynamo.reset()
-    options = {"min_logits_bytes": 0, "on_error": "raise"}
-    compiled = torch.compile(fn, backend="cce_inductor_eager", options=options)
-    torch.testing.assert_close(value_and_gradients(compiled, KEY, empty), expected)
+    assert_same_numbers(fn, value_and_gradients(fn, KEY, empty), (KEY, empty))
