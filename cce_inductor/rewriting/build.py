@@ -1,7 +1,7 @@
-"""Nodes for what takes the place of losses and of returned logits.
+"""Build the nodes that replace consumers of logits, and those that returned logits are made of.
 
-Every reduction of the same rows of the same logits comes from one operator (`plan`); the small
-operations on its results follow.
+All statistics of the same rows of the same logits come from one operator (see `plan`). Ordinary
+nodes compute everything else from its results.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from cce_inductor.patterns.language.expression import Operand
 from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
 from cce_inductor.patterns.language.rows import AtRows, Statistic, vocabulary_of
 from cce_inductor.recipe.formula import Formula
-from cce_inductor.rewriting.found import FoundLoss, Walk
+from cce_inductor.rewriting.findings import Consumer, Findings
 from cce_inductor.rewriting.plan import Group
-from cce_inductor.rewriting.returned import (
-    Returned,
-)
+from cce_inductor.rewriting.returned import Returned
 
 
 def computing_examples() -> torch.autograd.graph.saved_tensors_hooks:
-    """While values of new nodes are computed: hooks on saved tensors that are in force, those of a
-    checkpoint, say, are for the user's, which they count."""
+    """Disable the user's saved-tensor hooks while the example values of new nodes are computed.
+
+    The hooks of activation checkpointing, for example, count the tensors that they see.
+    """
     return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
 
@@ -40,7 +40,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
-    """The mode of the example values, in which new tensors are examples too."""
+    """Return the fake mode of the example values, in which new tensors are fake, too."""
     for value in torch.utils._pytree.tree_leaves(values):
         if isinstance(value, FakeTensor):
             return value.fake_mode
@@ -48,8 +48,16 @@ def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
-    """The nodes that deferred logits are made of."""
+class DeferredNodes:
+    """The nodes that deferred logits are computed from.
+
+    Attributes:
+        formula: how the logits are computed from the nodes.
+        input: [..., hidden].
+        linear_weight: [vocabulary, hidden].
+        linear_bias: [vocabulary], or None.
+        operands: the other tensors that the formula reads.
+    """
 
     formula: Formula
     input: Node
@@ -59,24 +67,25 @@ class Head:
 
 
 class Builder:
-    """Inserts nodes, with example values, and can take them out again."""
+    """Inserts nodes with example values into a graph, and can take them out again."""
 
-    def __init__(self, graph: Graph, groups: list[Group], found: Walk, options: Options):
+    def __init__(self, graph: Graph, groups: list[Group], findings: Findings, options: Options):
         self.graph = graph
-        self.found = found
+        self.findings = findings
         self.group_of = {id(s): group for group in groups for s in group.statistics}
         self.options = options
         self.built: list[Node] = []
-        self._fake_mode = _fake_mode([example(node) for node in found.values])
+        self._fake_mode = _fake_mode([example(node) for node in findings.values])
         self._memo: dict[Any, Any] = {}
         self._gradients_off = False
 
     def undo(self) -> None:
+        """Erase all nodes that were built."""
         for node in reversed(self.built):
             self.graph.erase_node(node)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        name = getattr(target, "_opname", None)  # without the overload's: "cross_entropy"
+        name = getattr(target, "_opname", None)  # "cross_entropy", without the overload's name
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self.built.append(node)
         values, named_values = torch.fx.map_arg((args, kwargs), example)
@@ -90,34 +99,35 @@ class Builder:
         node.meta["example_value"] = getattr(example(input), name)(*args)
         return node
 
-    def result(self, found: FoundLoss) -> Node | tuple[Node, ...]:
-        """What takes the place of a loss, right before it, or before what has changed it."""
+    def result(self, consumer: Consumer) -> Node | tuple[Node, ...]:
+        """Build the nodes that replace a consumer, at its place."""
         first = len(self.built)
-        self._gradients_off = self.found.gradient_mode[found.place] is False
-        with self.graph.inserting_before(found.place):
-            expected = example(found.node)
-            if isinstance(found.result, tuple):
-                for user in found.node.users:
+        replaced = consumer.node
+        self._gradients_off = self.findings.gradient_mode[consumer.place] is False
+        with self.graph.inserting_before(consumer.place):
+            expected = example(replaced)
+            if isinstance(consumer.result, tuple):
+                for user in replaced.users:
                     if user.target is not operator.getitem or not isinstance(user.args[1], int):
-                        raise AssertionError(f"{user} reads the tuple {found.node} as a whole")
-                pairs = zip(found.result, expected, strict=True)
+                        raise AssertionError(f"{user} reads the tuple {replaced} as a whole")
+                pairs = zip(consumer.result, expected, strict=True)
                 node = tuple(self._like(self.row(row), value) for row, value in pairs)
             else:
-                node = self._like(self.row(found.result), expected)
+                node = self._like(self.row(consumer.result), expected)
         for built in self.built[first:]:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-                if key in found.node.meta:
-                    built.meta[key] = found.node.meta[key]
+                if key in replaced.meta:
+                    built.meta[key] = replaced.meta[key]
         return node
 
     def _like(self, node: Node, expected: torch.Tensor) -> Node:
-        """With the dtype of what is replaced, and memory of its own if somebody changes it."""
+        """Give a node the dtype of what it replaces, and its own memory if that is changed."""
         value = example(node)
         if not isinstance(expected, torch.Tensor):
             return node
         if value.dtype != expected.dtype:
             node = self.method("to", node, expected.dtype)
-        elif self.found.is_changed(expected):
+        elif self.findings.is_changed(expected):
             node = self.call(torch.clone, node)
         value = example(node)
         if value.dim() != expected.dim() or value.dtype != expected.dtype:
@@ -129,19 +139,19 @@ class Builder:
         return node
 
     def row(self, row: Any) -> Any:
-        """The node of a value of rows; numbers and nodes are themselves."""
+        """Build the node of a `Row`. Numbers and nodes are returned as they are."""
         if isinstance(row, tuple):
             return tuple(self.row(each) for each in row)
         if not isinstance(row, (Statistic, Call, AtRows)):
             return row
-        key = (id(row), self._gradients_off)  # what is made without gradients has none
+        key = (id(row), self._gradients_off)  # nodes built without gradients have none
         if key not in self._memo:
             if isinstance(row, Statistic):
                 node = self._statistic(row)
             elif isinstance(row, AtRows):
                 node = self._at_rows(row.operand, row.logits)
             else:
-                # This one flattens the rows itself.
+                # This operator takes the rows of its statistics flattened.
                 flat = row.target is torch.ops.cce_inductor.cross_entropy.default
                 args = [
                     self._statistic(argument, flat=True)
@@ -155,7 +165,7 @@ class Builder:
         return self._memo[key]
 
     def _statistic(self, statistic: Statistic, *, flat: bool = False) -> Node:
-        """A result of its group's operator, in the shape of its rows unless `flat`."""
+        """Build a statistic: a result of its group's operator, in the shape of its rows or flat."""
         group = self.group_of[id(statistic)]
         if group.results is None:
             self._reduce(group)
@@ -174,9 +184,9 @@ class Builder:
         return self._replay(node, rest, example(node).shape[base.vocabulary_dim])
 
     def _reduce(self, group: Group) -> None:
-        """The operator of a group, where the group says."""
+        """Build the operator of a group, at the group's anchor."""
         logits = group.logits
-        memo, self._memo = self._memo, {}  # what was built may come after the anchor
+        memo, self._memo = self._memo, {}  # nodes built before may stand after the anchor
         with self.graph.inserting_before(group.anchor):
             first = len(self.built)
             input, weight, bias = self._projection(logits)
@@ -199,7 +209,11 @@ class Builder:
         self._memo = memo
 
     def _projection(self, logits: Logits) -> tuple[Node, Node, Node | None]:
-        """The factors of a matrix product with the rows of `logits`, and its bias."""
+        """Build the input, weight and bias of the matrix product whose rows are those of `logits`.
+
+        Returns:
+            input [..., hidden], weight [vocabulary, hidden], and bias [vocabulary] or None.
+        """
         projection = logits.projection
         input = self.row(projection.input)
         input = self._replay(input, logits.row_operations, projection.hidden)
@@ -212,8 +226,8 @@ class Builder:
             bias = self._replay(bias, projection.bias_operations)
         return input, weight, bias
 
-    def head(self, returned: Returned) -> Head:
-        """What returned logits are made of, before the graph ends."""
+    def deferred(self, returned: Returned) -> DeferredNodes:
+        """Build the nodes that returned logits are computed from, at the end of the graph."""
         logits, value = returned.logits, example(returned.node)
         names = Group(logits, returned.output, 0)
         name = names.name(returned.expression)
@@ -231,10 +245,10 @@ class Builder:
             dtype=value.dtype,
             strides=returned.strides,
         )
-        return Head(formula, input, weight, bias, operands)
+        return DeferredNodes(formula, input, weight, bias, operands)
 
     def _operand(self, operand: Operand | Statistic, logits: Logits) -> Node:
-        """What a program's operand is at the rows of `logits`, with the vocabulary last."""
+        """Build an operand of a program for the rows of `logits`, with the vocabulary last."""
         if isinstance(operand, Statistic):
             assert operand.index is not None
             index = self.row(operand.index)
@@ -254,6 +268,7 @@ class Builder:
         return self._to_last(node, dim)
 
     def _at_rows(self, operand: Operand, logits: Logits) -> Node:
+        """Build an operand that has one value, or one for each row, for the rows of `logits`."""
         node = self.row(operand.source)
         rest = logits.row_operations[len(operand.row_operations) :]
         if not rest:
@@ -265,7 +280,7 @@ class Builder:
         return self._replay(self._expanded(node, operand, logits, 1), rest, 1)
 
     def _expanded(self, node: Node, operand: Operand, logits: Logits, width: int) -> Node:
-        """An operand as large as the rows were when it was read."""
+        """Expand an operand to the rows that it was broadcast to where it was read."""
         projection = logits.projection
         rows = self._replay(self.row(projection.input), operand.row_operations, projection.hidden)
         expand = torch.ops.cce_inductor.expand_rows.default
@@ -274,6 +289,7 @@ class Builder:
     def _replay(
         self, node: Node, operations: tuple[TensorOperation, ...], width: Any = None
     ) -> Node:
+        """Apply operations to a node whose vocabulary dimension has size `width`."""
         for operation in operations:
             args = operation.args_for(node, width)
             node = self.call(operation.target, *args, **dict(operation.kwargs))

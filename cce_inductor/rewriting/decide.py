@@ -1,4 +1,4 @@
-"""Which of the losses that a walk has found are rewritten, and why the others are not."""
+"""Which consumers of logits are rewritten, and why the others are not."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.logits import Logits
 from cce_inductor.reporting import reasons
 from cce_inductor.reporting.reasons import Reason
-from cce_inductor.rewriting.found import FoundLoss, Kept, Walk, logits_bytes
+from cce_inductor.rewriting.findings import Consumer, Findings, KeptProjections, logits_bytes
 from cce_inductor.rewriting.plan import Group, plan
-from cce_inductor.rewriting.returned import (
-    Returned,
-    are_deferred_already,
-    is_worth_deferring,
-)
+from cce_inductor.rewriting.returned import Returned, are_deferred_already, is_worth_deferring
 
-DEVICES = ("cpu", "cuda")
+DEVICES_WITH_KERNELS = ("cpu", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,104 +22,126 @@ class Decision:
     """What is done to a graph.
 
     Attributes:
-        reasons: why each loss that was found is left alone, None if it is not.
-        chosen: the losses that are rewritten.
-        deferred: the logits that are not returned any more.
+        reasons: for each consumer of the findings why it is left alone, None if it is not.
+        chosen: the consumers that are replaced.
+        deferred: the logits that the graph does not return any more.
         groups: the operators.
     """
 
     reasons: list[Reason | None]
-    chosen: list[FoundLoss]
+    chosen: list[Consumer]
     deferred: list[Returned]
     groups: list[Group]
 
 
-def decide(found: Walk, options: Options, deferrable: list[Returned]) -> Decision:
+def decide(findings: Findings, options: Options, deferrable: list[Returned]) -> Decision:
+    """Decide what is rewritten.
+
+    Args:
+        findings: what the walk found.
+        options: the options in force.
+        deferrable: the logits that the graph returns and need not.
+    """
     while True:
-        against, kept = _reasons_to_keep(found, options)
+        against, kept = _reasons_against(findings, options)
         chosen = [
-            each
-            for each, reason in zip(found.losses, against, strict=True)
-            if reason is None and each.result is not None
+            consumer
+            for consumer, reason in zip(findings.consumers, against, strict=True)
+            if reason is None and consumer.result is not None
         ]
-        deferred = _deferred(deferrable, chosen, kept, options)
-        groups = plan(chosen, found)
-        refused = _undifferentiable(groups)
-        if refused is None:
+        groups = plan(chosen, findings)
+        not_differentiable = _not_differentiable(groups)
+        if not_differentiable is None:
+            deferred = _deferred(deferrable, chosen, kept, options)
             return Decision(against, chosen, deferred, groups)
-        logits, reason = refused
-        for each in chosen:
-            assert each.logits is not None
-            if not set(logits.projection.origins).isdisjoint(each.logits.projection.origins):
-                each.reason = reason
+        logits, reason = not_differentiable
+        for consumer in chosen:
+            assert consumer.logits is not None
+            if _share_origins(logits, consumer.logits):
+                consumer.reason = reason
 
 
 def _deferred(
-    deferrable: list[Returned], chosen: list[FoundLoss], kept: Kept, options: Options
+    deferrable: list[Returned], chosen: list[Consumer], kept: KeptProjections, options: Options
 ) -> list[Returned]:
-    """Those whose logits nothing else keeps, and that have come deferred, or from which a loss is
-    rewritten, or, if the options say so, which are large."""
-    of_losses = {
+    """Return the logits that the graph stops returning.
+
+    Nothing else may keep them. They were deferred when the function got them, or a loss of them is
+    rewritten, or they are large and the options ask for it.
+    """
+    with_loss = {
         origin
-        for each in chosen
-        if each.logits is not None
-        for origin in each.logits.projection.origins
+        for consumer in chosen
+        if consumer.logits is not None
+        for origin in consumer.logits.projection.origins
     }
-    found = []
-    for each in deferrable:
-        if kept.reason(each.logits) is not None:
+    deferred = []
+    for returned in deferrable:
+        logits = returned.logits
+        if kept.reason(logits) is not None:
             continue
-        has_loss = not of_losses.isdisjoint(each.logits.projection.origins)
-        large = is_worth_deferring(each.logits) and not _reason_of_logits(each.logits, options)
         if (
-            has_loss
-            or are_deferred_already(each.logits)
-            or (options.defer_logits == "always" and large)
+            not with_loss.isdisjoint(logits.projection.origins)
+            or are_deferred_already(logits)
+            or (
+                options.defer_logits == "always"
+                and is_worth_deferring(logits)
+                and _reason_against_logits(logits, options) is None
+            )
         ):
-            found.append(each)
-    return found
+            deferred.append(returned)
+    return deferred
 
 
-def _undifferentiable(groups: list[Group]) -> tuple[Logits, Reason] | None:
+def _not_differentiable(groups: list[Group]) -> tuple[Logits, Reason] | None:
+    """Return the logits of a group without a pointwise derivative, with the reason."""
     for group in groups:
         try:
             group.check_derivative()
-        except NotPointwiseError as why:
-            return group.logits, reasons.derivative_not_pointwise(str(why))
+        except NotPointwiseError as error:
+            return group.logits, reasons.derivative_not_pointwise(str(error))
     return None
 
 
-def _reasons_to_keep(found: Walk, options: Options) -> tuple[list[Reason | None], Kept]:
-    """For each loss and each projection; a projection's losses are rewritten together or not at
-    all."""
-    against = [_reason_to_keep(each, options) for each in found.losses]
-    kept = found.kept.copy()
+def _reasons_against(
+    findings: Findings, options: Options
+) -> tuple[list[Reason | None], KeptProjections]:
+    """Return why each consumer and each projection is left alone.
+
+    The consumers of a projection are rewritten together or not at all.
+    """
+    against = [_reason_against(consumer, options) for consumer in findings.consumers]
+    kept = findings.kept.copy()
     changed = True
-    while changed:  # what one loss keeps may be joined with what another one reads
+    while changed:  # logits of several projections may be joined, which passes a reason on
         changed = False
-        for number, each in enumerate(found.losses):
-            if each.logits is None:
+        for number, consumer in enumerate(findings.consumers):
+            if consumer.logits is None:
                 continue
-            reason = against[number] or kept.reason(each.logits)
-            changed = changed or reason != against[number]
+            reason = against[number] or kept.reason(consumer.logits)
+            changed = changed or reason is not against[number]
             against[number] = reason
             if reason is not None:
-                kept.add(each.logits, reason)
+                kept.add(consumer.logits, reason)
     return against, kept
 
 
-def _reason_to_keep(found: FoundLoss, options: Options) -> Reason | None:
-    if found.reason is not None:
-        return found.reason
-    assert found.logits is not None
-    return _reason_of_logits(found.logits, options)
+def _reason_against(consumer: Consumer, options: Options) -> Reason | None:
+    if consumer.reason is not None:
+        return consumer.reason
+    assert consumer.logits is not None
+    return _reason_against_logits(consumer.logits, options)
 
 
-def _reason_of_logits(logits: Logits, options: Options) -> Reason | None:
+def _reason_against_logits(logits: Logits, options: Options) -> Reason | None:
     device = example(logits.projection.node).device.type
-    if device not in DEVICES:
+    if device not in DEVICES_WITH_KERNELS:
         return reasons.no_kernel(device)
     size = logits_bytes(logits)
     if size is not None and size < options.min_logits_bytes:
         return reasons.too_small(size, options.min_logits_bytes)
     return None
+
+
+def _share_origins(first: Logits, second: Logits) -> bool:
+    return not set(first.projection.origins).isdisjoint(second.projection.origins)

@@ -1,9 +1,9 @@
-"""Which tensors a graph node changes in place, found by running it on fake tensors.
+"""Which tensors a graph node changes in place, observed by running it on fake tensors.
 
-The graph before autograd is not functional: `add_`, `+=`, `x[i] = v`, ``out=`` and the running
-statistics of a batch norm change tensors that other nodes hold. Moving a read past such a node
-would change what it reads. No list of names says which nodes do that. A node's call runs once more
-on fake tensors, and the schemas of the ATen operators that really run say what they write.
+The graph before autograd is not functional: ``add_``, ``+=``, ``x[i] = v``, ``out=`` and the
+running statistics of a batch norm change tensors that other nodes hold. A read must not move past
+such a node. No list of names says which nodes these are. Instead, each kind of call runs once on fake
+tensors, and the schemas of the ATen operators that it runs say what they write.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from cce_inductor.patterns.language.examples import example
 from cce_inductor.torch_internals.capture import ThreadFakeTensorMode, in_this_thread
 
 UNKNOWN = object()
-"""Stands for a storage that may be any."""
+"""Stands for a storage that may be any other."""
 
 
 def storage_of(node: Node) -> object:
-    """An identity that tensors share with their views, `UNKNOWN` if the graph does not say."""
+    """Return an identity that a tensor shares with its views, `UNKNOWN` if it has none."""
     return storage_key(example(node))
 
 
 def storages_of(node: Node) -> set[object]:
-    """The storages of all tensors in what the node returns."""
+    """Return the storages of all tensors that a node returns."""
     return {storage_key(leaf) for leaf in _tensors(example(node))}
 
 
 def storage_key(value: object) -> object:
-    """The same as `storage_of` for an example value."""
+    """Return the identity of an example's storage, as `storage_of` does."""
     if not isinstance(value, Tensor):
         return UNKNOWN
     try:
@@ -49,13 +49,13 @@ def storage_key(value: object) -> object:
 
 
 def mutated_storages(node: Node, *, grad_enabled: bool = True) -> frozenset[object]:
-    """The storages that the node changes in place; none for almost every node.
+    """Return the storages that a node changes in place. Almost every node changes none.
 
-    A node whose call cannot be run is taken to change every tensor that it is given.
+    A call that cannot be run is taken to change every tensor that it is given.
 
     Args:
-        node: of a graph.
-        grad_enabled: whether gradients are enabled where it stands.
+        node: the node.
+        grad_enabled: whether gradients are enabled at the node.
     """
     if node.op not in ("call_function", "call_method", "call_module"):
         return frozenset()
@@ -77,9 +77,10 @@ def mutated_storages(node: Node, *, grad_enabled: bool = True) -> frozenset[obje
 
 
 _observed: dict[object, frozenset[int]] = {}
-"""For each kind of call the positions of the tensors that it changes, among all its tensors."""
+"""For each kind of call, the positions of the tensors that it changes among all its tensors."""
 
 _MOST_KINDS = 4096
+"""The kinds that are remembered. When there are more, all are forgotten."""
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -87,9 +88,12 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _kind(node: Node, arguments: Any) -> object:
-    """What decides which tensors a call writes: the function, the constants among its arguments,
-    and of a tensor everything but its numbers; of one that PyTorch's own functions are given also
-    not its sizes, which only a function that somebody has allowed in graphs may ask for."""
+    """Return what decides which tensors a call writes.
+
+    That is the function, the constants among its arguments, and the properties of its tensors.
+    Their sizes count only for functions that are not PyTorch's own (`torch.compiler.allow_in_graph`
+    lets such functions into a graph).
+    """
     module = getattr(node.target, "__module__", None) or "torch"
     by_sizes = node.op == "call_function" and module.split(".")[0] not in ("torch", "_operator")
 
@@ -116,30 +120,30 @@ def _function(node: Node) -> Callable[..., Any]:
 
 
 def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozenset[int]:
-    """Which of the tensors among the arguments, counted from 0, a function changes."""
+    """Return the positions of the tensors that a function changes among its tensor arguments."""
     tensors = _tensors(arguments)
     fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
     mode = ThreadFakeTensorMode() if fake is None else fake.fake_mode
     writes = _Writes()
     with contextlib.ExitStack() as stack:
-        if mode.shape_env is not None:  # what depends on data makes new symbols, of no use here
+        if mode.shape_env is not None:  # the call may make symbols that nothing will use
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         # As Dynamo does: some kernels in C++ cannot run with symbolic sizes (`diag`).
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(mode)
         try:
-            # What the call does to a tensor's shape must not reach the graph's own examples.
+            # The call may change the shape of a tensor, which must not reach the graph's examples.
             aliases: dict[int, Tensor] = {id(tensor): _alias(tensor) for tensor in tensors}
             args, kwargs = tree_map_only(Tensor, lambda t: aliases[id(t)], arguments)
             with in_this_thread(writes):
                 function(*args, **kwargs)
-        except Exception:  # of any kind: the call cannot be asked what it writes
+        except Exception:  # of any kind: what the call writes is not known
             return frozenset(range(len(tensors)))
     return frozenset(at for at, tensor in enumerate(tensors) if writes.reach(aliases[id(tensor)]))
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """Another fake tensor with the same storage; one of its own for a tensor that is not fake."""
+    """Return a fake tensor with the same storage, or with its own if the tensor is not fake."""
     if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor):
         return tensor.detach()
     return torch.empty_strided(
@@ -148,14 +152,14 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 class _Writes(TorchDispatchMode):
-    """Records the tensors that operators change while it is in force."""
+    """Records the tensors that operators change while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self._changed: list[Tensor] = []
 
     def reach(self, tensor: Tensor) -> bool:
-        """Whether the tensor, or anything that may share its memory, was changed."""
+        """Return whether the tensor, or one that may share its memory, was changed."""
         storage = _plain_storage(tensor)
         for changed in self._changed:
             changed_storage = _plain_storage(changed)
@@ -178,12 +182,12 @@ class _Writes(TorchDispatchMode):
 
 
 def _plain_storage(tensor: Tensor) -> object:
-    """Its storage; `UNKNOWN` for a wrapper, whose memory is that of the tensors inside."""
+    """Return the storage of a tensor, `UNKNOWN` for a wrapper around other tensors."""
     return UNKNOWN if is_traceable_wrapper_subclass(tensor) else storage_key(tensor)
 
 
 def _written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Any) -> list[Tensor]:
-    """The arguments that an operator writes, as its schema says."""
+    """Return the arguments that an operator writes according to its schema."""
     schema = func._schema
     named = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
     named.update(kwargs)
@@ -193,23 +197,25 @@ def _written_arguments(func: OpOverload, args: Sequence[Any], kwargs: Any) -> li
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     if not schema.is_mutable and named.get("training", named.get("train", False)):
-        # The older batch norms write these in training, and their schemas do not say so.
+        # The schemas of the older batch norms do not say that they write these in training.
         written += [named.get("running_mean"), named.get("running_var")]
     return _tensors(written)
 
 
 def called_graphs(node: Node) -> list[GraphModule]:
-    """The graphs that a call is given, or, of a module, is one of; none that is not to be seen."""
+    """Return the graphs that a node calls: its target if it is a module, else its arguments."""
     names = [node] if node.op == "call_module" else node.all_input_nodes
     attributes = [name for name in names if name.op in ("get_attr", "call_module")]
     module = node.graph.owning_module
-    found = [getattr(module, str(name.target), None) for name in attributes]
-    return [graph for graph in found if isinstance(graph, GraphModule)]
+    values = [getattr(module, str(name.target), None) for name in attributes]
+    return [value for value in values if isinstance(value, GraphModule)]
 
 
 def _mutated_by_subgraphs(node: Node, tensors: list[Tensor]) -> frozenset[object]:
-    """What a call of other graphs changes of its own arguments: what they write of what they are
-    given. A call whose graphs are not to be seen may change all of them."""
+    """Return the storages that a call of other graphs changes among those of its arguments.
+
+    If the graphs are not available, it is taken to change all of them.
+    """
     given = frozenset(map(storage_key, tensors))
     graphs = called_graphs(node)
     if not graphs:
@@ -222,5 +228,5 @@ def _mutated_by_subgraphs(node: Node, tensors: list[Tensor]) -> frozenset[object
                 if storage in given:
                     changed.add(storage)
                 elif storage in placeholders or storage is UNKNOWN:
-                    return given  # it is not known which argument that placeholder stands for
+                    return given  # some argument, and it is not known which one
     return frozenset(changed)

@@ -1,14 +1,13 @@
-"""Which reductions one operator computes, and where in the graph it stands.
+"""Which statistics one operator computes, and where in the graph it stands.
 
-Reductions of the same rows of the same logits share an operator, so that the logits are computed
-once. It stands before the first node that needs it; a reduction of something that is not known
-there gets an operator of its own.
+Statistics of the same rows of the same logits share an operator, so that the logits are computed
+once. The operator stands before the first node that needs one of them. A statistic of a tensor that
+is not available there gets an operator of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch
@@ -27,20 +26,23 @@ from cce_inductor.patterns.language.rows import (
     parts,
     rest_of,
 )
-from cce_inductor.rewriting.found import FoundLoss, Walk
+from cce_inductor.patterns.operations import may_move
+from cce_inductor.rewriting.findings import Consumer, Findings
 
 
 class Group:
-    """Reductions that one operator computes.
+    """Statistics that one operator computes.
 
     Attributes:
-        logits: the rows that it sees.
-        anchor: the node before which it stands.
-        level: 0, or one more than that of the groups whose results it reads.
-        operands: those of the program; a statistic stands for its index.
-        hoisted: nodes that are moved before the operator, in order.
-        first, results: the first node built for the operator, and itself, once they are.
-        outputs: the nodes of its results.
+        logits: the logits whose rows the operator reads.
+        anchor: the node before which the operator stands.
+        level: one more than the highest level of the groups whose results it reads, 0 if none.
+        statistics: the statistics that it computes.
+        operands: the operands of the program; a statistic stands for its index.
+        hoisted: the nodes that are moved before the operator, in order.
+        first: the first node that was built for the operator, None before it is built.
+        results: the node of the operator, None before it is built.
+        outputs: the nodes of the operator's results, by position.
     """
 
     def __init__(self, logits: Logits, anchor: Node, level: int):
@@ -55,9 +57,10 @@ class Group:
         self.outputs: dict[int, Node] = {}
         self._steps: dict[str, Step] = {}
         self._reductions: dict[str, Reduction] = {}
-        self._names: dict[int, tuple[Apply, Name]] = {}  # of an expression, by its identity
+        self._names: dict[int, tuple[Apply, Name]] = {}  # by the identity of the expression
 
     def add(self, statistic: Statistic) -> None:
+        """Make the operator compute a statistic."""
         self.statistics.append(statistic)
         reduction = self._reduction(statistic)
         if reduction.kind in WEIGHTED:
@@ -65,7 +68,7 @@ class Group:
         self._reductions.setdefault(str(reduction), reduction)
 
     def output(self, statistic: Statistic) -> int:
-        """Which of the operator's results a statistic is."""
+        """Return the position of a statistic among the operator's results."""
         wanted = str(self._reduction(statistic))
         first = {str(reduction): at for at, reduction in self.program.outputs}
         return first[wanted] + statistic.output
@@ -75,8 +78,11 @@ class Group:
         return Program(tuple(self._steps.values()), tuple(self._reductions.values()))
 
     def check_derivative(self) -> None:
-        """Raises NotPointwiseError if the program's derivative is not made of pointwise
-        operators, as that of each step is."""
+        """Check that the derivative of the program is made of pointwise operators.
+
+        Raises:
+            NotPointwiseError: it is not, although the derivative of each step is.
+        """
         dtypes = [
             example(operand.source).dtype
             if isinstance(operand, Operand) and isinstance(operand.source, Node)
@@ -87,7 +93,7 @@ class Group:
 
     @property
     def skip_ignored(self) -> bool:
-        """Whether nobody looks at the results of rows all of whose targets are ignored."""
+        """Whether nothing reads the results of rows whose targets are ignored."""
         ignored = {s.ignored for s in self.statistics}
         targets = {(s.index, *s.constants) for s in self.statistics if s.kind == "target"}
         return None not in ignored and ignored == targets
@@ -106,7 +112,7 @@ class Group:
         return Name(f"{kind}{len(self.operands) - 1}")
 
     def name(self, value: Any) -> Any:
-        """The name of an expression in the program, whose steps it adds."""
+        """Return the name of an expression in the program, and add the steps that compute it."""
         if isinstance(value, Leaf):
             return Name(value.name)
         if isinstance(value, Operand):
@@ -122,7 +128,7 @@ class Group:
         kwargs = tuple((name, self.name(argument)) for name, argument in value.kwargs)
         name = self._step(value.target, args, kwargs)
         if value.target in ("add.Tensor", "sub.Tensor") and not value.kwargs:
-            # The difference of two large numbers must not be that of their roundings.
+            # Late operands are float64 and the steps are float32: add what rounding took away.
             for argument, target in zip(value.args, ("add.Tensor", value.target), strict=True):
                 rest = self._rest(argument)
                 if rest is not None:
@@ -134,7 +140,7 @@ class Group:
         return self._steps.setdefault(step.call, step).name
 
     def _rest(self, argument: Any) -> Operand | None:
-        """Of a late value what the program's numbers cannot hold; None for anything else."""
+        """Return what float32 cannot hold of a late operand, None for anything else."""
         if self.logits.compute_dtype == torch.float64:
             return None
         if not isinstance(argument, Operand) or argument.kind != "r":
@@ -167,23 +173,22 @@ def _same_source(first: Any, second: Any) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
-def plan(chosen: list[FoundLoss], found: Walk) -> list[Group]:
-    """Puts every statistic that the losses need into a group."""
-    planner = _Planner(found)
-    for each in chosen:
-        for part in parts(each.result):
-            if isinstance(part, Statistic):
-                planner.place(part, each)
+def plan(chosen: list[Consumer], findings: Findings) -> list[Group]:
+    """Put every statistic that the chosen consumers need into a group."""
+    planner = _Planner(findings)
+    for consumer in chosen:
+        for statistic in consumer.statistics:
+            planner.place(statistic, consumer)
     return planner.groups
 
 
 class _Planner:
-    def __init__(self, found: Walk):
-        self.found = found
+    def __init__(self, findings: Findings):
+        self.findings = findings
         self.groups: list[Group] = []
         self.of_statistic: dict[int, Group] = {}
 
-    def place(self, statistic: Statistic, consumer: FoundLoss) -> None:
+    def place(self, statistic: Statistic, consumer: Consumer) -> None:
         if id(statistic) in self.of_statistic:
             return
         logits, level = _base(statistic.logits), self._level(statistic)
@@ -203,9 +208,12 @@ class _Planner:
         inner = [part for part in parts(statistic)[:-1] if isinstance(part, Statistic)]
         return max((self.of_statistic[id(part)].level + 1 for part in inner), default=0)
 
-    def _anchor(self, statistic: Statistic, consumer: FoundLoss) -> Node:
-        """The consumer's place, or where gradients were switched off before it: what comes before
-        that may be shared with consumers that need them."""
+    def _anchor(self, statistic: Statistic, consumer: Consumer) -> Node:
+        """Return the node before which the operator of a statistic stands.
+
+        This is the place of the consumer. If gradients are off there, it is the place where they
+        were switched off, so that consumers that need gradients can share the operator.
+        """
         node = consumer.place
         if not self._is_off(statistic.logits.projection.node):
             while self._is_off(node):
@@ -213,14 +221,14 @@ class _Planner:
         return node if self._hoisted(statistic, node, consumer) == [] else consumer.place
 
     def _is_off(self, node: Node) -> bool:
-        return self.found.gradient_mode[node] is False
+        return self.findings.gradient_mode[node] is False
 
-    def _hoisted(
-        self, statistic: Statistic, anchor: Node, consumer: FoundLoss
-    ) -> list[Node] | None:
-        """The nodes to move before `anchor`, so that all that a statistic reads is there as its
-        consumer sees it; None if that cannot be, or gradients are off there."""
-        position = self.found.position
+    def _hoisted(self, statistic: Statistic, anchor: Node, consumer: Consumer) -> list[Node] | None:
+        """Return the nodes that must move before `anchor` for a statistic to be computed there.
+
+        None if some of them cannot move, or if the consumer needs gradients and they are off there.
+        """
+        position = self.findings.position
         value = torch.utils._pytree.tree_leaves(example(consumer.node))[0]
         if self._is_off(anchor) and isinstance(value, torch.Tensor) and value.requires_grad:
             return None
@@ -233,75 +241,18 @@ class _Planner:
         pending = [node for node, _ in statistic.reads]
         while pending:
             node = pending.pop()
-            if self.found.mutation_between(node, position[anchor], position[consumer.place]):
+            if self.findings.mutation_between(node, position[anchor], position[consumer.place]):
                 return None
             if position[node] >= position[anchor]:
-                if not _may_move(node):
+                if not may_move(node):
                     return None
                 hoisted.append(node)
                 pending += node.all_input_nodes
         return sorted(set(hoisted), key=lambda node: position[node])
 
 
-_MOVABLE_NAMES = (
-    "view",
-    "reshape",
-    "flatten",
-    "getitem",
-    "contiguous",
-    "unsqueeze",
-    "squeeze",
-    "transpose",
-    "t",
-    "permute",
-    "clone",
-    "expand",
-    "to",
-    "long",
-    "int",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "where",
-    "masked_fill",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "and_",
-    "or_",
-    "invert",
-    "bitwise_not",
-    "logical_not",
-    "detach",
-)
-_MOVABLE = frozenset(
-    [
-        *_MOVABLE_NAMES,  # methods
-        *(
-            getattr(module, name)
-            for module in (torch, torch.Tensor, operator)
-            for name in _MOVABLE_NAMES
-            if hasattr(module, name)
-        ),
-    ]
-)
-
-
-def _may_move(node: Node) -> bool:
-    """Whether an earlier place makes no difference: indices, reshaped or masked."""
-    value = example(node)
-    return (
-        node.target in _MOVABLE
-        and isinstance(value, torch.Tensor)
-        and not value.is_floating_point()
-    )
-
-
 def _base(logits: Logits) -> Logits:
-    """The same rows before the last operations that only reshape them."""
+    """Return the same rows before the last operations that only reshape them."""
     operations: tuple[TensorOperation, ...] = logits.row_operations
     while operations and operations[-1].reshapes:
         operations = operations[:-1]

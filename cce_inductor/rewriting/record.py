@@ -1,4 +1,4 @@
-"""The records of what was done about each loss of a graph."""
+"""The reports of what was done about each loss of a graph."""
 
 from __future__ import annotations
 
@@ -14,54 +14,67 @@ from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.report import LossReport
 from cce_inductor.reporting.sizes import shape_hints, tensor_bytes
 from cce_inductor.rewriting.decide import Decision
-from cce_inductor.rewriting.found import FoundLoss, Walk, logits_bytes
+from cce_inductor.rewriting.findings import Findings, logits_bytes
 
 
-def reports_of(found: Walk, decision: Decision, options: Options) -> list[LossReport]:
+def reports_of(findings: Findings, decision: Decision, options: Options) -> list[LossReport]:
+    """Return a report for each loss, for logits that are only deferred, and for large routers."""
     deferred = {o for each in decision.deferred for o in each.logits.projection.origins}
     reports = []
-    for each, reason in zip(found.losses, decision.reasons, strict=True):
-        if (each.result is None and reason is None) or not (each.is_loss or each.reduces):
+    for consumer, reason in zip(findings.consumers, decision.reasons, strict=True):
+        is_rewritten = reason is None
+        if is_rewritten and consumer.result is None:
+            continue  # a loss that is itself logits, and is not stored
+        if not (consumer.is_loss or consumer.reduces):
             continue
-        origins = each.logits.projection.origins if each.logits is not None else ()
-        also = not deferred.isdisjoint(origins)
-        reports.append(loss_report(each, reason, options, deferred=also))
-        if reason is None:
+        origins = consumer.logits.projection.origins if consumer.logits is not None else ()
+        is_deferred = is_rewritten and not deferred.isdisjoint(origins)
+        reports.append(
+            _report(
+                consumer.node,
+                consumer.logits,
+                describe(consumer.node),
+                reason,
+                options,
+                deferred=is_deferred,
+            )
+        )
+        if is_rewritten:
             deferred.difference_update(origins)
     for returned in decision.deferred:
-        if not deferred.isdisjoint(returned.logits.projection.origins):
-            reports.append(deferral_report(returned.logits, returned.node, options))
+        logits = returned.logits
+        if not deferred.isdisjoint(logits.projection.origins):
+            reports.append(_report(returned.node, logits, "returned", None, options, deferred=True))
     routers: set[Node] = set()
-    for each in found.dropped:
-        assert each.logits is not None
-        if each.logits.projection.node in routers:
-            continue
-        routers.add(each.logits.projection.node)
-        if is_large(logits_bytes(each.logits), options):
-            reports.append(loss_report(each, each.reason, options))
+    for consumer in findings.routers:
+        assert consumer.logits is not None
+        router = consumer.logits.projection.node
+        if router not in routers and is_large(logits_bytes(consumer.logits), options):
+            name = describe(consumer.node)
+            reports.append(_report(consumer.node, consumer.logits, name, consumer.reason, options))
+        routers.add(router)
     return reports
-
-
-def loss_report(
-    found: FoundLoss, reason: Reason | None, options: Options, *, deferred: bool = False
-) -> LossReport:
-    """The record of a loss that was rewritten (`reason` is None) or left alone."""
-    return _report(found.node, found.logits, describe(found.node), reason, options, deferred)
-
-
-def deferral_report(logits: Logits, node: Node, options: Options) -> LossReport:
-    """The record of logits that are deferred and of which there is no loss."""
-    return _report(node, logits, "returned", None, options, True)
 
 
 def _report(
     node: Node,
     logits: Logits | None,
-    consumer: str,
+    operation: str,
     reason: Reason | None,
     options: Options,
-    deferred: bool,
+    *,
+    deferred: bool = False,
 ) -> LossReport:
+    """Return the report of a loss, or of logits that the graph returns.
+
+    Args:
+        node: the loss, or the node that holds the returned logits.
+        logits: the logits, None if they are not known.
+        operation: what is done with the logits.
+        reason: why they are left alone, None if they are not.
+        options: the options in force.
+        deferred: whether the function returns the logits deferred.
+    """
     path = logits.path if logits is not None else ()
     shape = dtype = None
     size: int | None = 0
@@ -75,11 +88,11 @@ def _report(
         rewritten=reason is None,
         reason=None if reason is None else str(reason),
         location=location(node),
-        loss=" > ".join((*path, consumer)),
+        loss=" > ".join((*path, operation)),
         logits_shape=shape,
         logits_dtype=dtype,
         bytes_saved=(size or 0) if reason is None else 0,
-        deferred=deferred and reason is None,
+        deferred=deferred,
         logits_bytes=size,
         advice=None if reason is None else reason.advice_for(options, size),
     )

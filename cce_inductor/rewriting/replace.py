@@ -1,6 +1,6 @@
-"""The graph is changed: new nodes take the place of old ones, which are erased.
+"""Replace the consumers of logits in a graph, and erase what nobody needs any more.
 
-This happens only after every new node has been built, so that an error leaves the graph as it was.
+The graph changes only after every new node has been built, so an error leaves it as it was.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ from torch.fx import Graph, Node
 
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.logits import all_logits
-from cce_inductor.rewriting.build import Builder, Head
+from cce_inductor.rewriting.build import Builder, DeferredNodes
 from cce_inductor.rewriting.decide import Decision
-from cce_inductor.rewriting.found import Walk
-from cce_inductor.rewriting.returned import (
-    DeferredOutput,
-    Source,
-)
+from cce_inductor.rewriting.findings import Findings
+from cce_inductor.rewriting.returned import DeferredOutput, Source
 
 
 def replace(
-    graph: Graph, decision: Decision, found: Walk, options: Options
+    graph: Graph, decision: Decision, findings: Findings, options: Options
 ) -> list[int | DeferredOutput]:
-    """Changes the graph; returns where its results are now."""
-    builder = Builder(graph, decision.groups, found, options)
+    """Rewrite a graph as was decided.
+
+    Returns:
+        For each result of the graph before, its position among the results now, or what it is
+        computed from. Empty if the graph returns what it did.
+    """
+    builder = Builder(graph, decision.groups, findings, options)
     try:
-        new = [(each, builder.result(each)) for each in decision.chosen]
-        heads = {each.node: builder.head(each) for each in decision.deferred}
+        new = [(consumer, builder.result(consumer)) for consumer in decision.chosen]
+        deferred = {each.node: builder.deferred(each) for each in decision.deferred}
         for group in decision.groups:
             for node in group.hoisted:
                 assert group.first is not None, "every group is built"
@@ -36,11 +38,11 @@ def replace(
     except Exception:
         builder.undo()
         raise
-    place = _places(graph, found)
+    place = _places(graph, findings)
     replaced: dict[Node, Node] = {}
-    for each, nodes in sorted(new, key=lambda pair: -found.position[pair[0].place]):
-        # Users before the place see an earlier value of a view, whose turn is next.
-        old, first = each.node, found.position[each.place]
+    for consumer, nodes in sorted(new, key=lambda pair: -findings.position[pair[0].place]):
+        # A row view has a value for each change. Users before this one see an earlier value.
+        old, first = consumer.node, findings.position[consumer.place]
         if isinstance(nodes, tuple):
             replaced |= {user: nodes[user.args[1]] for user in old.users}
             continue
@@ -49,34 +51,36 @@ def replace(
     for old, node in replaced.items():
         old.replace_all_uses_with(node)
         graph.erase_node(old)
-    for each, _ in new:
-        if each.node not in replaced:
-            graph.erase_node(each.node)
-    outputs = _return_instead(graph, heads, replaced) if heads else []
-    _erase_unused(graph, decision, found)
+    for consumer, _ in new:
+        if consumer.node not in replaced:
+            graph.erase_node(consumer.node)
+    outputs = _return_instead(graph, deferred, replaced) if deferred else []
+    _erase_unused(graph, decision, findings)
     return outputs
 
 
-def _places(graph: Graph, found: Walk) -> dict[Node, float]:
-    """Where each node is in the graph as the user wrote it; a new one right before the node of
-    the user's that follows it."""
+def _places(graph: Graph, findings: Findings) -> dict[Node, float]:
+    """Return the position of each node among the user's nodes.
+
+    A new node is half a position before the user's node that follows it.
+    """
     places: dict[Node, float] = {}
     following = math.inf
     for node in reversed(graph.nodes):
-        following = found.position.get(node, following)
-        places[node] = following if node in found.position else following - 0.5
+        following = findings.position.get(node, following)
+        places[node] = following if node in findings.position else following - 0.5
     return places
 
 
 def _return_instead(
-    graph: Graph, heads: dict[Node, Head], replaced: dict[Node, Node]
+    graph: Graph, deferred: dict[Node, DeferredNodes], replaced: dict[Node, Node]
 ) -> list[int | DeferredOutput]:
-    """Returns what deferred logits are made of in their place, each tensor once."""
+    """Make the graph return what deferred logits are computed from, each tensor once."""
     output = graph.output_node()
     placeholders = graph.find_nodes(op="placeholder")
     old = output.args[0]
     assert isinstance(old, (list, tuple)), "Dynamo's graphs return a tuple"
-    results = [node for node in old if node not in heads]
+    results = [node for node in old if node not in deferred]
 
     def source(node: Node) -> Source:
         node = replaced.get(node, node)
@@ -89,51 +93,55 @@ def _return_instead(
     outputs: list[int | DeferredOutput] = []
     kept = 0
     for node in old:
-        head = heads.get(node)
-        if head is None:
+        nodes = deferred.get(node)
+        if nodes is None:
             outputs.append(kept)
             kept += 1
             continue
         outputs.append(
             DeferredOutput(
-                head.formula,
-                source(head.input),
-                source(head.linear_weight),
-                None if head.linear_bias is None else source(head.linear_bias),
-                tuple(map(source, head.operands)),
+                nodes.formula,
+                source(nodes.input),
+                source(nodes.linear_weight),
+                None if nodes.linear_bias is None else source(nodes.linear_bias),
+                tuple(map(source, nodes.operands)),
             )
         )
     output.args = (type(old)(results),)
     return outputs
 
 
-def _erase_unused(graph: Graph, decision: Decision, found: Walk) -> None:
-    """What held logits and holds nothing now; nothing else, for a graph before autograd has
-    nodes without users that matter."""
-    changed = [each.logits for each in decision.chosen]
-    changed += [returned.logits for returned in decision.deferred]
-    origins = {o for logits in changed if logits is not None for o in logits.projection.origins}
+def _erase_unused(graph: Graph, decision: Decision, findings: Findings) -> None:
+    """Erase the nodes that held logits and that nothing reads now.
+
+    Other nodes without users stay: before autograd, some of them matter.
+    """
+    rewritten = [consumer.logits for consumer in decision.chosen]
+    rewritten += [returned.logits for returned in decision.deferred]
+    origins = {o for logits in rewritten if logits is not None for o in logits.projection.origins}
     unused = [
         node
-        for node in found.unused
+        for node in findings.unused
         for argument in node.all_input_nodes
-        for logits in all_logits(found.values.get(argument, ()))
+        for logits in all_logits(findings.values.get(argument, ()))
         if not origins.isdisjoint(logits.projection.origins)
     ]
     _erase_with_users(graph, unused)
-    of_logits = {**found.values, **found.assignments}
-    for node in sorted(of_logits, key=lambda node: -found.position[node]):
-        for logits in all_logits(of_logits[node]):
+    held = {**findings.values, **findings.assignments}
+    for node in sorted(held, key=lambda node: -findings.position[node]):
+        for logits in all_logits(held[node]):
             if origins.isdisjoint(logits.projection.origins):
                 continue
-            if not node.users and node in graph.nodes:
-                graph.erase_node(node)
+            _erase_if_unused(graph, node)
             for absorbed in logits.projection.absorbed:
-                if not absorbed.users and absorbed in graph.nodes:
-                    graph.erase_node(absorbed)
-    for node in sorted(set(found.looked_through), key=lambda node: -found.position[node]):
-        if not node.users and node in graph.nodes:
-            graph.erase_node(node)
+                _erase_if_unused(graph, absorbed)
+    for node in sorted(set(findings.looked_through), key=lambda node: -findings.position[node]):
+        _erase_if_unused(graph, node)
+
+
+def _erase_if_unused(graph: Graph, node: Node) -> None:
+    if not node.users and node in graph.nodes:
+        graph.erase_node(node)
 
 
 def _erase_with_users(graph: Graph, nodes: list[Node]) -> None:

@@ -1,4 +1,4 @@
-"""Logits that a graph returns: which of them need not be computed, and what stands for them."""
+"""Logits that a graph returns: which of them it need not compute, and what it returns instead."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ from cce_inductor.recipe.operation import product
 from cce_inductor.recipe.sharded import is_freed_after_forward
 from cce_inductor.reporting import reasons
 from cce_inductor.reporting.reasons import Reason
-from cce_inductor.rewriting.found import Walk
+from cce_inductor.rewriting.findings import Findings
 from cce_inductor.rewriting.mutation import UNKNOWN, storage_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a compiled function has a tensor: among its arguments or the graph's results."""
+    """Where a compiled function finds a tensor: in its arguments or in the graph's results."""
 
     among: Literal["arguments", "results"]
     position: int
 
     def read(self, arguments: Sequence[Any], results: Sequence[Any]) -> torch.Tensor:
-        among = arguments if self.among == "arguments" else results
-        found: torch.Tensor = among[self.position]
-        return found
+        tensor: torch.Tensor = (arguments if self.among == "arguments" else results)[self.position]
+        return tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class DeferredOutput:
-    """What a graph returns in the place of logits.
+    """How to compute logits that a graph does not return any more.
 
     Attributes:
-        formula: the logits from the product of `input` and `linear_weight`.
-        input, linear_weight, linear_bias, operands: where they are found.
+        formula: what is done to the product of `input` and `linear_weight`.
+        input: where the input of the projection is found.
+        linear_weight: where its weight is found.
+        linear_bias: where its bias is found, None if it has none.
+        operands: where the other tensors are found that the formula reads.
     """
 
     formula: Formula
@@ -57,10 +59,11 @@ class DeferredOutput:
         results: Sequence[Any],
         product: Callable[..., torch.Tensor] = product,
     ) -> torch.Tensor:
-        """The logits.
+        """Return the logits.
 
         Args:
-            arguments, results: of the rewritten graph.
+            arguments: the arguments of the rewritten graph.
+            results: what it returned.
             product: what makes the matrix product, like `deferred.operation.product`.
         """
 
@@ -79,9 +82,9 @@ class Deferral:
 
     Attributes:
         why_not: why it takes none, None if it does.
-        arguments: examples of the graph's.
-        outputs: for each result of the user's graph its position among those of the rewritten
-            one, or what it is made of; None if the graph returns what it did.
+        arguments: examples of the graph's arguments.
+        outputs: for each result of the user's graph its position among the results of the rewritten
+            graph, or how to compute it. None if the graph returns what it did.
     """
 
     why_not: Reason | None = None
@@ -91,7 +94,7 @@ class Deferral:
 
 @dataclasses.dataclass(frozen=True)
 class Returned:
-    """Logits that a graph returns and could do without."""
+    """Logits that a graph returns and need not compute."""
 
     node: Node
     logits: Logits
@@ -102,18 +105,21 @@ class Returned:
 
     @property
     def expression(self) -> Expression:
-        """What is done to each logit; unlike in a graph, where a row's logsumexp is known before
-        what is made of it, softmaxes of the row are one step."""
+        """What is done to each logit, with each log-softmax as one step.
+
+        A graph computes the logsumexp of a row first, and then what is made of it. Deferred logits
+        are computed from one formula.
+        """
         return _with_softmaxes(self.logits.expression)
 
     @property
     def row(self) -> Statistic:
-        """Something that reads all that they are made of."""
+        """A row that reads every tensor that the logits are made of."""
         return Statistic("sum", self.logits, (self.expression,))
 
     @property
     def strides(self) -> tuple[int, ...] | None:
-        """None for those that the matrix product has anyway."""
+        """The strides of the logits, None if the matrix product has the same."""
         value = example(self.node)
         if _is_contiguous(value, self.logits.vocabulary_dim):
             return None
@@ -121,28 +127,28 @@ class Returned:
 
 
 def returned_logits(
-    found: Walk, options: Options, deferral: Deferral | None
+    findings: Findings, options: Options, deferral: Deferral | None
 ) -> tuple[list[Returned], list[tuple[Logits, Reason]]]:
-    """Those that can be deferred, and those that must be stored with the reason."""
+    """Return the logits that can be deferred, and those that must be stored with the reason."""
     deferrable: list[Returned] = []
     stored: list[tuple[Logits, Reason]] = []
-    for node in found.returned:
-        value = found.values[node]
+    for node in findings.returned:
+        value = findings.values[node]
         reason = reasons.RETURNED
         if options.defer_logits == "never":
             reason = reasons.RETURNED_WITHOUT_DEFERRAL
         elif deferral is not None:
-            why = deferral.why_not or _reason_to_store(node, found, deferral)
+            why = deferral.why_not or _reason_to_store(node, findings, deferral)
             if why is None:
-                deferrable.append(Returned(node, value))
+                deferrable.append(Returned(node, findings.first_logits(node)))
                 continue
             reason = reasons.not_deferred(why)
         stored += [(logits, reason) for logits in all_logits(value)]
     return deferrable, stored
 
 
-def _reason_to_store(node: Node, found: Walk, deferral: Deferral) -> Reason | None:
-    value, logits = example(node), found.values[node]
+def _reason_to_store(node: Node, findings: Findings, deferral: Deferral) -> Reason | None:
+    value, logits = example(node), findings.values[node]
     if not isinstance(logits, Logits):
         return reasons.SEVERAL_LOGITS_RETURNED
     if not value.dtype.is_floating_point:
@@ -161,15 +167,15 @@ def _reason_to_store(node: Node, found: Walk, deferral: Deferral) -> Reason | No
     others = [*returned.output.all_input_nodes, *node.graph.find_nodes(op="placeholder")]
     if storage is UNKNOWN or any(o is not node and storage_of(o) == storage for o in others):
         return reasons.MEMORY_SHARED
-    last = found.position[returned.output]
-    mutation = found.changed_before(returned.row, last, last)
+    last = findings.position[returned.output]
+    mutation = findings.changed_before(returned.row, last, last)
     if mutation is not None:
         return reasons.may_change_operand(mutation)
     return None
 
 
 def _arguments_read(returned: Returned, operands: list[Operand], deferral: Deferral) -> list[Any]:
-    """The arguments whose memory is read when the logits are computed."""
+    """Return the arguments whose memory is read when the logits are computed."""
     nodes = [
         *nodes_of_projection(returned.logits.projection),
         *(operand.source for operand in operands),
@@ -184,7 +190,7 @@ def _arguments_read(returned: Returned, operands: list[Operand], deferral: Defer
 
 
 def _with_softmaxes(expression: Expression) -> Expression:
-    """The same with ``z - logsumexp(z)`` as ``log_softmax(z)``."""
+    """Return an expression with ``z - logsumexp(z)`` written as ``log_softmax(z)``."""
     if not isinstance(expression, Apply):
         return expression
     first, *rest = expression.args
@@ -206,7 +212,7 @@ def _is_detached(expression: Expression) -> TypeGuard[Apply]:
 
 
 def _is_contiguous(value: torch.Tensor, vocabulary_dim: int) -> bool:
-    """Whether it has the strides of a matrix product, as far as symbols tell."""
+    """Return whether a tensor is known to have the strides of a matrix product."""
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if str(expected) != str(stride) and not _is_one(size):
@@ -224,14 +230,14 @@ def _is_static(value: torch.Tensor) -> bool:
 
 
 ARRIVED = "cce_inductor_arrived"
-"""Marks, in its meta, a projection that computes a deferred argument of the function."""
+"""Key in the meta of a projection that computes a deferred argument of the function."""
 
 
 def are_deferred_already(logits: Logits) -> bool:
-    """Whether the function got them deferred."""
+    """Return whether the function got the logits deferred."""
     return all(ARRIVED in origin.meta for origin in logits.projection.origins)
 
 
 def is_worth_deferring(logits: Logits) -> bool:
-    """Whether, with no loss in the graph, logits are larger than what they are made of."""
+    """Return whether logits without a loss are larger than the tensors they are made of."""
     return logits.projection.has_more_classes

@@ -1,8 +1,8 @@
-"""The pass: walks over a graph, decides, and puts one fused operator in the place of the losses."""
+"""The pass: walk over a graph, decide, and put fused operators in the place of its losses."""
 
 from __future__ import annotations
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from cce_inductor.operators import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 from cce_inductor.options import Options
@@ -14,16 +14,14 @@ from cce_inductor.rewriting.build import computing_examples
 from cce_inductor.rewriting.decide import decide
 from cce_inductor.rewriting.record import reports_of
 from cce_inductor.rewriting.replace import replace
-from cce_inductor.rewriting.returned import (
-    Deferral,
-    returned_logits,
-)
+from cce_inductor.rewriting.returned import Deferral, returned_logits
 from cce_inductor.rewriting.walk import walk
 from cce_inductor.surprise import on_error, surprised
 
-# Key in the meta of the output of a graph that the pass has seen. That of a module may be shared
-# by several, as the parts are that DistributedDataParallel makes of a graph.
-_DONE = "cce_inductor"
+# A key in the meta of the output node of a graph that the pass has seen. The meta of a module would
+# not do: several modules may share one, the parts that DistributedDataParallel splits a graph into
+# for example.
+_SEEN = "cce_inductor"
 
 
 def rewrite(
@@ -32,53 +30,55 @@ def rewrite(
     against: Reason | None = None,
     deferral: Deferral | None = None,
 ) -> list[LossReport]:
-    """Rewrites the losses in `module` and in the subgraphs it calls, in place.
+    """Rewrite the losses in `module` and in the subgraphs that it calls, in place.
 
-    Does nothing to a graph that it has seen before. An unexpected exception leaves that graph as
-    it was and becomes the reason of its losses, or is raised with ``options.on_error="raise"``.
+    A graph that the pass has seen before is not changed again. An unexpected exception leaves its
+    graph as it was and becomes the reason of the losses in it; with ``options.on_error="raise"`` it
+    is raised.
 
     Args:
         module: the graph.
-        options: of the pass.
+        options: the options of the pass.
         against: why no loss may be rewritten, None if they may.
-        deferral: takes the logits that `module` is not to return; None if it must return them.
+        deferral: takes the logits that `module` stops returning. None if it must return them.
 
     Returns:
-        One report for each loss found, and for each projection that is only deferred.
+        A report for each loss, and for each projection that is only deferred.
     """
     reports: list[LossReport] = []
     for graph_module in _with_subgraphs(module):
         output = graph_module.graph.output_node()
-        if output.meta.get(_DONE):
+        if output.meta.get(_SEEN):
             continue
-        output.meta[_DONE] = True
-        of_graph = deferral if graph_module is module else None
+        output.meta[_SEEN] = True
+        is_inner = graph_module is not module
         with computing_examples(), on_error(options.on_error):
             reports += _rewrite_graph(
-                graph_module, options, against, of_graph, is_inner=graph_module is not module
+                graph_module, options, against, None if is_inner else deferral, is_inner=is_inner
             )
     return reports
 
 
 def reduce_all(graph: Graph, options: Options) -> bool:
-    """Rewrites every reduction of logits in `graph`, of losses or not, in place.
+    """Rewrite every reduction of logits in `graph` in place, whether it belongs to a loss or not.
 
     Returns:
-        Whether there are any and nothing else reads logits; the graph is as it was if not.
+        Whether there are reductions and nothing else reads logits. If not, the graph is as it was.
     """
-    found = walk(graph, without_loss=True)
-    if found.kept.reasons or found.returned or not all(each.reduces for each in found.losses):
+    findings = walk(graph, without_loss=True)
+    only_reductions = all(consumer.reduces for consumer in findings.consumers)
+    if findings.kept.reasons or findings.returned or not only_reductions:
         return False
-    decision = decide(found, options, [])
+    decision = decide(findings, options, [])
     if not decision.groups or any(decision.reasons):
         return False
     with computing_examples():
-        replace(graph, decision, found, options)
+        replace(graph, decision, findings, options)
     return True
 
 
 def _with_subgraphs(module: GraphModule) -> list[GraphModule]:
-    """`module` and every graph that its nodes refer to, innermost first."""
+    """Return `module` and every graph that its nodes refer to, the innermost first."""
     inner = [
         child
         for node in module.graph.find_nodes(op="get_attr")
@@ -97,18 +97,16 @@ def _rewrite_graph(
     is_inner: bool,
 ) -> list[LossReport]:
     try:
-        found = walk(module.graph, is_inner=is_inner)
-        for each in found.losses:
-            each.reason = each.reason or against
-        deferrable, stored = returned_logits(found, options, deferral)
+        findings = walk(module.graph, is_inner=is_inner)
+        for consumer in findings.consumers:
+            consumer.reason = consumer.reason or against
+        deferrable, stored = returned_logits(findings, options, deferral)
         for logits, reason in stored:
-            found.kept.add(logits, reason)
-        if against is not None:
-            deferrable = []
-        decision = decide(found, options, deferrable)
-        reports = reports_of(found, decision, options)
+            findings.kept.add(logits, reason)
+        decision = decide(findings, options, deferrable if against is None else [])
+        reports = reports_of(findings, decision, options)
         if decision.groups or decision.deferred:
-            outputs = replace(module.graph, decision, found, options)
+            outputs = replace(module.graph, decision, findings, options)
             if deferral is not None and decision.deferred:
                 deferral.outputs = outputs
             module.graph.lint()
@@ -116,9 +114,5 @@ def _rewrite_graph(
         return reports
     except Exception as error:
         surprised("a graph is compiled as it was")
-        reason = reasons.pass_failed(error)
-        return [LossReport.of_failure(node, reason) for node in _losses(module.graph)]
-
-
-def _losses(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if loss.get(node) is not None]
+        losses = [node for node in module.graph.nodes if loss.get(node) is not None]
+        return [LossReport.of_failure(node, reasons.pass_failed(error)) for node in losses]
