@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
+from cce_inductor.kernels.program.names import OperandKind
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES, Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Operand
@@ -255,9 +256,9 @@ class Builder:
             if operand.kind == "gather":
                 return self._to_last(index, operand.logits.vocabulary_dim)
             return index
-        if operand.kind in ("c", "s"):
+        if not operand.kind.varies_over_rows:
             return self.row(operand.source)
-        width = 1 if operand.kind == "r" else self.row(vocabulary_of(logits))
+        width = self.row(vocabulary_of(logits)) if operand.kind.varies_over_columns else 1
         node, dim = self.row(operand.source), operand.vocabulary_dim
         if operand.row_operations == logits.row_operations and dim == example(node).dim() - 1:
             return node
@@ -273,7 +274,7 @@ class Builder:
         rest = logits.row_operations[len(operand.row_operations) :]
         if not rest:
             return node
-        if operand.kind == "s":
+        if operand.kind is OperandKind.SCALAR:
             # It may have as many dimensions as the logits had when it was read.
             has_dims = isinstance(example(node), torch.Tensor) and example(node).dim() > 0
             return self.call(torch.reshape, node, ()) if has_dims else node

@@ -2,8 +2,8 @@
 
 The graph before autograd is not functional: ``add_``, ``+=``, ``x[i] = v``, ``out=`` and the
 running statistics of a batch norm change tensors that other nodes hold. A read must not move past
-such a node. No list of names says which nodes these are. Instead, each kind of call runs once on fake
-tensors, and the schemas of the ATen operators that it runs say what they write.
+such a node. No list of names says which nodes these are. Instead, each kind of call runs once on
+fake tensors, and the schemas of the ATen operators that it runs say what they write.
 """
 
 from __future__ import annotations

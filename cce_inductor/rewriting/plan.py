@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.kernels.program.derivative import derivative
+from cce_inductor.kernels.program.names import OperandKind
 from cce_inductor.kernels.program.text import INDEXED, WEIGHTED, Name, Program, Reduction, Step
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Leaf, Operand, leaves
@@ -101,10 +102,10 @@ class Group:
     def _reduction(self, statistic: Statistic) -> Reduction:
         args: list[Any] = [self.name(value) for value in statistic.values]
         if statistic.kind in INDEXED:
-            args.append(self._operand_name("r", statistic))
+            args.append(self._operand_name(OperandKind.ROW, statistic))
         return Reduction(statistic.kind, (*args, *statistic.constants))
 
-    def _operand_name(self, kind: str, operand: Operand | Statistic) -> Name:
+    def _operand_name(self, kind: OperandKind, operand: Operand | Statistic) -> Name:
         for position, known in enumerate(self.operands):
             if _same_operand(known, operand):
                 return Name(f"{kind}{position}")
@@ -143,7 +144,7 @@ class Group:
         """Return what float32 cannot hold of a late operand, None for anything else."""
         if self.logits.compute_dtype == torch.float64:
             return None
-        if not isinstance(argument, Operand) or argument.kind != "r":
+        if not isinstance(argument, Operand) or argument.kind is not OperandKind.ROW:
             return None
         if not is_sum(argument.source):
             return None

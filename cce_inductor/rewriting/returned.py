@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch.fx import Node
 
+from cce_inductor.kernels.program.names import OperandKind
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Expression, Operand, leaves
@@ -155,7 +156,7 @@ def _reason_to_store(node: Node, findings: Findings, deferral: Deferral) -> Reas
         return reasons.not_floating(value.dtype)
     returned = Returned(node, logits)
     operands = [leaf for leaf in leaves(returned.expression) if isinstance(leaf, Operand)]
-    if any(operand.kind == "b" for operand in operands):
+    if any(operand.kind is OperandKind.LOGIT for operand in operands):
         return reasons.COMBINED_WITH_LARGE
     if any(is_reduced(operand.source) for operand in operands):
         return reasons.COMBINED_WITH_REDUCTION
