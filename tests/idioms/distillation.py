@@ -79,7 +79,11 @@ def reverse_kl(x, weight, teacher_logits, loss_mask):
 
 
 @left_alone(
-    "stacks logits with something else", hidden(), weight(), teacher_logits, labels(ignored=-100)
+    "stacks logits with a tensor that holds no logits",
+    hidden(),
+    weight(),
+    teacher_logits,
+    labels(ignored=-100),
 )
 def generalized_jsd(x, weight, teacher_logits, labels, beta=0.5, temperature=0.9):
     """TRL's GKD: two divergences from the logarithm of the mixture."""
@@ -252,9 +256,7 @@ def eagle(x, weight, target_x, target_weight, loss_mask):
     return vloss + 0.1 * ploss
 
 
-@left_alone(
-    "as large as the logits and requires a gradient", hidden(), hidden(), weight(), labels()
-)
+@left_alone("as large as they are and requires a gradient", hidden(), hidden(), weight(), labels())
 def r_drop(x, y, weight, labels):
     """Two passes with different dropout, and the divergence between them in both directions."""
     p, q = F.linear(x, weight).log_softmax(-1), F.linear(y, weight).log_softmax(-1)
