@@ -63,6 +63,7 @@ def test_is_compiler_asking():
 
 DATA = """
 import torch
+from cce_inductor.backends import cce_inductor_eager
 from cce_inductor.deferred.tensor import defer
 
 def logits():
@@ -75,7 +76,7 @@ print("module", type((z := logits()).data).__name__, z.is_deferred)
 print("function", *read(logits()))
 print("called by Dynamo's code", *torch._dynamo.external_utils.wrap_inline(read)(logits()))
 
-@torch.compile(backend="cce_inductor_eager")
+@torch.compile(backend=cce_inductor_eager)
 def largest(z):
     return (z.data * 2).amax(-1).sum()
 
