@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from cce_inductor.deferred.autograd import deferred_product
+from cce_inductor.deferred.autograd import deferred_product, to_plain
 from cce_inductor.deferred.base import DeferredTensor
 from cce_inductor.deferred.dispatch import dispatch
 from cce_inductor.deferred.flatten import PREFIX, flatten, unflatten
@@ -28,6 +28,10 @@ class DeferredLogits(DeferredTensor):
     Raises:
         StaleLogitsError: the values are needed, but a tensor they are computed from has changed.
     """
+
+    def plain(self) -> Tensor:
+        """Return the logits as a plain tensor with the same gradient, which shares their memory."""
+        return to_plain(self)
 
     @classmethod
     @torch._dynamo.disable  # it is called between two graphs, and would be compiled as a third

@@ -407,6 +407,23 @@ def test_a_look_under_no_grad_takes_no_gradient():
     assert_same_gradients(head, lambda other: other.plain().norm().backward())
 
 
+def test_plain():
+    """The same memory and gradient, and no deferred logits."""
+    head = Head()
+    logits = head.deferred()
+    plain = logits.plain()
+    assert type(plain) is torch.Tensor
+    assert not logits.is_deferred
+    assert plain.data_ptr() == logits.data_ptr()
+    plain.norm().backward()
+    assert_same_gradients(head, lambda other: other.plain().norm().backward())
+
+
+def test_only_users_methods_are_public():
+    public = {name for name in dir(DeferredLogits) if not name.startswith("_")}
+    assert public - set(dir(torch.Tensor)) == {"is_deferred", "plain"}
+
+
 def test_without_gradient():
     head = Head(requires_grad=False)
     logits = head.deferred()
