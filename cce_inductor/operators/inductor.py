@@ -1,8 +1,8 @@
-"""Inductor computes the operators of `ops` in tiles, on devices that have templates.
+"""How Inductor compiles the operators of `ops` on devices that have Triton templates.
 
-It decomposes them into those of `kernels.tile_ops`, for which `kernels.lowering` has templates, and
-small tensor code, which it fuses. What cannot be decomposed stays the operator it is, and runs the
-blockwise kernels.
+The operators are decomposed into those of `kernels.triton.specification`, for which
+`kernels.triton.lowering` has templates, and small tensor code, which Inductor fuses. An operator
+that cannot be decomposed stays as it is, and runs the blockwise kernels.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.utils._triton import has_triton
 
-from cce_inductor.kernels.blockwise.engine import Head, Wanted
-from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.head import Head, Wanted
 from cce_inductor.kernels.triton import tiled
 from cce_inductor.kernels.triton.gradient import UntiledError
 from cce_inductor.operators.fingerprint import sources
@@ -43,13 +42,13 @@ def register() -> None:
         (operators.reduce_rows.default, _reduce_rows),
         (operators.reduce_rows_backward.default, _reduce_rows_backward),
     ):
-        register_decomposition(operator, _or_as_it_is(decomposition))
+        register_decomposition(operator, _or_undecomposed(decomposition))
     allocate_scratch_memory()
     lowering.register()
 
 
-def _or_as_it_is(decomposition: Callable[..., Any]) -> Callable[..., Any]:
-    """The decomposition, or where it fails none: slower, but right."""
+def _or_undecomposed(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """Falls back to the undecomposed operator, which is slower, if the decomposition raises."""
 
     @functools.wraps(decomposition)
     def decomposed(*arguments: Any) -> Any:
@@ -63,63 +62,39 @@ def _or_as_it_is(decomposition: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reduce_rows(input: Tensor, *arguments: Any) -> Any:
-    head = _head(*arguments)
-    if not _is_tiled(input, head):
-        return NotImplemented
-    return tiled.reduce(input, head, sources())
+    head = Head.of(*arguments)
+    return tiled.reduce(input, head, sources()) if _is_tiled(input, head) else NotImplemented
 
 
 def _reduce_rows_backward(
     grads: Sequence[Tensor | None],
     results: Sequence[Tensor],
+    output_mask: Sequence[bool],
     input: Tensor,
     *arguments: Any,
 ) -> Any:
-    *described, output_mask = arguments
-    head = _head(*described)
+    head = Head.of(*arguments)
     if not _is_tiled(input, head):
         return NotImplemented
-    need_input, need_weight, need_bias, *need_operands = output_mask
-    wanted = Wanted(need_input, need_weight, need_bias, need_operands)
+    wanted = Wanted.of(output_mask)
     try:
         found = tiled.reduce_backward(grads, results, input, head, wanted, sources())
     except UntiledError as why:
-        _say(f"the gradient has no template: {why}")
+        _warn(f"the gradient has no template: {why}")
         return NotImplemented
-    gradients = (found.input, found.linear_weight, found.linear_bias, *found.operands)
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-def _head(
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    skip_ignored: bool,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-) -> Head:
-    return Head(
-        linear_weight,
-        linear_bias,
-        operands,
-        Program.parse(program),
-        skip_ignored,
-        compute_dtype,
-        workspace_bytes,
-    )
+    return found.computed()
 
 
 def _is_tiled(input: Tensor, head: Head) -> bool:
     if input.device.type not in tiled.DEVICES:
         return False
     if isinstance(input.shape[0], int) and input.shape[0] == 0:
-        return False  # nothing to launch
+        return False  # There is nothing to launch.
     why = tiled.reason_against(head)
     if why is None:
         why = _reason_against(input.device)
     if why is not None:
-        _say(why)
+        _warn(why)
     return why is None
 
 
@@ -134,5 +109,5 @@ def _reason_against(device: torch.device) -> str | None:
     return None
 
 
-def _say(why: str) -> None:
+def _warn(why: str) -> None:
     _log.warning("cce_inductor uses its blockwise kernels, which are slower on a GPU: %s", why)

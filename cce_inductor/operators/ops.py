@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.blockwise import engine
-from cce_inductor.kernels.blockwise.product import accumulation_dtype, operand_dtype
+from cce_inductor.kernels.head import Head, Wanted, tile_count
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.text import INDEXED, OPERAND_KINDS, Program, position
+from cce_inductor.kernels.program.names import LOGIT, OperandKind
+from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.operators import inductor
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
 
@@ -35,110 +37,65 @@ def _without_autocast(input: Tensor) -> torch.autocast:
     return torch.autocast(input.device.type, enabled=False)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::reduce_rows", mutates_args=())
-def reduce_rows(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    skip_ignored: bool,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-) -> list[Tensor]:
-    """See `kernels.blockwise.reduce`; `operands` and `program` as in `kernels.program`."""
-    head = engine.Head(
-        linear_weight,
-        linear_bias,
-        operands,
-        Program.parse(program),
-        skip_ignored,
-        operand_dtype(compute_dtype),
-        workspace_bytes,
-    )
+@torch.library.custom_op(
+    f"{NAMESPACE}::reduce_rows",
+    mutates_args=(),
+    schema=f"(Tensor input, {Head.SCHEMA}) -> Tensor[]",
+)
+def reduce_rows(input: Tensor, *head: Any) -> list[Tensor]:
+    """See `kernels.blockwise.engine.reduce`; `head` are the arguments of `Head.of`."""
     with _without_autocast(input):
-        return engine.reduce(input, head)
+        return engine.reduce(input, Head.of(*head))
 
 
 @reduce_rows.register_fake
-def _(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    skip_ignored: bool,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-) -> list[Tensor]:
-    rows = input.shape[0]
-    parsed = Program.parse(program)
-    results = []
-    for reduction in parsed.reductions:
-        shape: tuple[Any, ...] = (rows,)
-        if reduction.kind in INDEXED:
-            shape = tuple(operands[position(reduction.args[1])].shape)
-        elif reduction.kind == "topk":
-            shape = (rows, reduction.args[1])
-        results.append(input.new_empty(shape, dtype=torch.float64))
-        if reduction.outputs == 2:
-            results.append(input.new_empty(shape, dtype=torch.int64))
-    if any(reduction.kind == "logsumexp" for reduction in parsed.reductions):
-        tiles = engine.tile_count(linear_weight.shape[0])
-        results.append(input.new_empty(rows, tiles, dtype=accumulation_dtype(compute_dtype)))
+def _(input: Tensor, *arguments: Any) -> list[Tensor]:
+    head, rows = Head.of(*arguments), input.shape[0]
+    results = [
+        input.new_empty(shape, dtype=dtype)
+        for statistic in head.program.statistics
+        for shape, dtype in zip(
+            statistic.result_shapes(rows, head.operands), statistic.result_dtypes, strict=True
+        )
+    ]
+    if any(isinstance(statistic, LogSumExp) for statistic in head.program.statistics):
+        results.append(input.new_empty(rows, tile_count(head.vocabulary), dtype=head.logit_dtype))
     return results
 
 
-@torch.library.custom_op(f"{NAMESPACE}::reduce_rows_backward", mutates_args=())
+@torch.library.custom_op(
+    f"{NAMESPACE}::reduce_rows_backward",
+    mutates_args=(),
+    schema="(Tensor?[] grads, Tensor[] results, bool[] output_mask, "
+    f"Tensor input, {Head.SCHEMA}) -> Tensor[]",
+)
 def reduce_rows_backward(
     grads: Sequence[Tensor | None],
     results: Sequence[Tensor],
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    skip_ignored: bool,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
     output_mask: Sequence[bool],
+    input: Tensor,
+    *head: Any,
 ) -> list[Tensor]:
-    """See `kernels.blockwise.reduce_backward`.
+    """See `kernels.blockwise.engine.reduce_backward`.
 
-    `output_mask` is for input, weight, bias and each operand; only what it asks for is returned.
+    `output_mask` is for input, weight, bias and each operand; only the gradients that it asks for
+    are returned.
     """
-    head = engine.Head(
-        linear_weight,
-        linear_bias,
-        operands,
-        Program.parse(program),
-        skip_ignored,
-        operand_dtype(compute_dtype),
-        workspace_bytes,
-    )
-    need_input, need_weight, need_bias, *need_operands = output_mask
-    wanted = engine.Wanted(need_input, need_weight, need_bias, need_operands)
+    wanted = Wanted.of(output_mask)
     with _without_autocast(input):
-        found = engine.reduce_backward(grads, results, input, head, wanted)
-    gradients = (found.input, found.linear_weight, found.linear_bias, *found.operands)
-    return [gradient for gradient in gradients if gradient is not None]
+        return engine.reduce_backward(grads, results, input, Head.of(*head), wanted).computed()
 
 
 @reduce_rows_backward.register_fake
 def _(
     grads: Sequence[Tensor | None],
     results: Sequence[Tensor],
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    skip_ignored: bool,
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
     output_mask: Sequence[bool],
+    input: Tensor,
+    *arguments: Any,
 ) -> list[Tensor]:
-    primals = (input, linear_weight, linear_bias, *operands)
+    head = Head.of(*arguments)
+    primals = (input, head.linear_weight, head.linear_bias, *head.operands)
     return [
         primal.new_empty(primal.shape)
         for primal, wanted in zip(primals, output_mask, strict=True)
@@ -161,11 +118,11 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if not isinstance(need_operands, (list, tuple)):
         need_operands = [need_operands] * len(operands)
     program = Program.parse(ctx.constants[0])
-    reached = program.reached(grad is not None for grad in grads)
+    reached = program.reached([grad is not None for grad in grads])
     if not program.is_plain:
         reached &= derivative(program, operands).connected
-    through_logit = "z" in reached
-    positions = {position(name) for name in reached if name[0] in OPERAND_KINDS}
+    through_logit = LOGIT in reached
+    positions = {name.position for name in reached if name.kind is not None}
     output_mask = [need and through_logit for need in (need_input, need_weight, need_bias)]
     output_mask += [need and at in positions for at, need in enumerate(need_operands)]
     if not any(output_mask):
@@ -174,12 +131,12 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         torch.ops.cce_inductor.reduce_rows_backward(
             list(grads),
             results,
+            output_mask,
             input,
             linear_weight,
             linear_bias,
             operands,
             *ctx.constants,
-            output_mask,
         )
     )
     gradients = [next(found) if wanted else None for wanted in output_mask]
@@ -214,21 +171,12 @@ def _reduce(
     rows, vocabulary = input.shape[:-1], linear_weight.shape[0]
     count = math.prod(rows)
     flat = list(operands)
-    for name in parsed.operands:
-        operand = operands[position(name)]
-        if name[0] in "rb":
-            width = 1 if name[0] == "r" else vocabulary
-            if operand.numel() != count * width:
-                operand = operand.expand(*rows, width)
-            shape = (count,) if name[0] == "r" else (count, width)
-            flat[position(name)] = operand.reshape(shape)
-        else:
-            flat[position(name)] = operand.reshape(() if name[0] == "s" else (-1,))
-    for reduction in parsed.reductions:
-        if reduction.kind in INDEXED:
-            index = operands[position(reduction.args[1])]
-            shape = (count, index.shape[-1]) if reduction.kind == "gather" else (count,)
-            flat[position(reduction.args[1])] = index.reshape(shape)
+    for name, at in parsed.operands.items():
+        flat[at] = _flat(operands[at], name.kind, rows, vocabulary)
+    for statistic in parsed.indexed:
+        index = statistic.index_of(operands)
+        shape = (count,) if statistic.is_flat else (count, index.shape[-1])
+        flat[statistic.index.position] = index.reshape(shape)
     results = torch.ops.cce_inductor.reduce_rows(
         input.reshape(count, input.shape[-1]),
         linear_weight,
@@ -239,8 +187,22 @@ def _reduce(
         compute_dtype or input.dtype,
         workspace_bytes,
     )
-    results = results[: sum(reduction.outputs for reduction in parsed.reductions)]
+    results = results[: sum(len(each.result_dtypes) for each in parsed.statistics)]
     return [r.reshape(*rows, r.shape[1] if r.dim() == 2 else 1) for r in results]
+
+
+def _flat(
+    operand: Tensor, kind: OperandKind | None, rows: Sequence[int], vocabulary: int
+) -> Tensor:
+    """Return an operand with one dimension for all rows."""
+    if kind is OperandKind.SCALAR:
+        return operand.reshape(())
+    if kind is OperandKind.COLUMN:
+        return operand.reshape(-1)
+    count, width = math.prod(rows), vocabulary if kind is OperandKind.LOGIT else 1
+    if operand.numel() != count * width:
+        operand = operand.expand(*rows, width)
+    return operand.reshape((count, width) if kind is OperandKind.LOGIT else (count,))
 
 
 def _expand_rows(operand: Tensor, rows: Tensor, dim: int, width: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.text import Name, Step, position
+from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name, OperandKind
+from cce_inductor.kernels.program.text import Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Formula:
             operands: the operands of the steps.
         """
         result = product
-        if self.steps or self.value != "z":
+        if self.steps or self.value != LOGIT:
             result = self._stepped(product.to(self.wide), operands)
         result = result.to(self.dtype)
         if self.vocabulary_dim != result.dim() - 1:
@@ -51,7 +52,7 @@ class Formula:
         return result
 
     def _stepped(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        values: dict[Any, Any] = {"z": z}
+        values: dict[Any, Any] = {LOGIT: z}
         for step in self.steps:
             for name in step.uses:
                 if name not in values:
@@ -64,9 +65,9 @@ class Formula:
 
     @staticmethod
     def _leaf(name: Name, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        if name == "j":
+        if name == COLUMN:
             return torch.arange(z.shape[-1], device=z.device)
-        operand = operands[position(name)]
-        if name[0] == "c":
+        operand = operands[name.position]
+        if name.kind is OperandKind.COLUMN:
             return operand.reshape(-1)
-        return operand.reshape(()) if name[0] == "s" else operand
+        return operand.reshape(()) if name.kind is OperandKind.SCALAR else operand

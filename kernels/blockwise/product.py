@@ -12,10 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products of `dtype` are summed: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from cce_inductor.kernels.head import accumulation_dtype
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
 from cce_inductor.kernels.program.schedule import Schedule
-from cce_inductor.kernels.program.text import Name, Program, names_in, needed
+from cce_inductor.kernels.program.text import Program, names_in, needed
 from cce_inductor.kernels.program.tracing import NotPointwiseError, kind_of, record
 
 
@@ -59,8 +60,8 @@ class Derivative:
 def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Derivative:
     roots = program.roots
     dtypes = {name: operands[at] for name, at in program.operands.items()}
-    floating = [Name("z"), *(name for name in dtypes if dtypes[name].is_floating_point)]
-    others = [Name("j"), *(name for name in dtypes if not dtypes[name].is_floating_point)]
+    floating = [LOGIT, *(name for name in dtypes if dtypes[name].is_floating_point)]
+    others = [COLUMN, *(name for name in dtypes if not dtypes[name].is_floating_point)]
     cotangents = [Name(f"g{number}") for number in range(len(roots))]
     arguments = dict.fromkeys((*floating, *cotangents), torch.float64)
     arguments |= {name: dtypes.get(name, torch.int64) for name in others}

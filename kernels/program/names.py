@@ -54,9 +54,14 @@ class Name(str):
         return int(self[1:])
 
     @property
+    def is_step(self) -> bool:
+        """Whether the value is the result of a step."""
+        return self[0] == "t"
+
+    @property
     def is_block(self) -> bool:
-        """Whether the value is the logits or the result of a step, not an operand or a column."""
-        return self[0] in "zt"
+        """Whether the value is as large as the logits: it is them, or the result of a step."""
+        return self.is_step or self == LOGIT
 
 
 _KINDS = {str(kind): kind for kind in OperandKind}

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.text import (
-    Name,
-    Program,
-    Step,
-    overload,
-    tensor_arguments,
-    tensor_if,
-)
+from cce_inductor.kernels.program.names import LOGIT, Name
+from cce_inductor.kernels.program.text import Program, Step, overload
 
 _IN_PLACE = frozenset(
     ["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "neg", "tanh", "sigmoid", "exp"]
@@ -47,17 +42,17 @@ class Schedule:
         last: dict[Name, int] = {}
         for number, step in enumerate(steps):
             last.update(dict.fromkeys(step.uses, number))
-        self._dying = [
+        self._last_used = [
             {use for use in step.uses if last[use] == number and use not in results}
             for number, step in enumerate(steps)
         ]
 
     def peak(self) -> int:
         """Blocks that exist at the same time at most; that of the logits always does."""
-        logits, live, most = Name("z"), set[Name](), 1
-        for step, dying in zip(self.steps, self._dying, strict=True):
+        logits, live, most = LOGIT, set[Name](), 1
+        for step, last_used in zip(self.steps, self._last_used, strict=True):
             first = step.args[0] if step.args else None
-            over = step.target in _IN_PLACE and first in dying and not self.has_aliases
+            over = step.target in _IN_PLACE and first in last_used and not self.has_aliases
             if over and first == logits:
                 logits = step.name
             else:
@@ -65,40 +60,46 @@ class Schedule:
             if over:
                 live.discard(first)
             most = max(most, 1 + len(live))
-            live -= dying
+            live -= last_used
         return most
 
     def run(self, values: dict[Name, Tensor], *, in_place: bool = True) -> None:
-        """Adds the result of each step to `values`.
+        """Add the result of each step to `values`.
 
-        With `in_place`, a step writes over a block that it is the last to need, and what is
-        needed no more is dropped.
+        With `in_place`, a step writes over a block that no later step needs, and values that no
+        later step needs are removed.
         """
-        drop, in_place = in_place, in_place and not self.has_aliases
-        block = values[Name("z")]
-        for step, dying in zip(self.steps, self._dying, strict=True):
-            function = overload(step.target)
-            args = [
-                values[a] if isinstance(a, Name) else tensor_if(wanted, a)
-                for a, wanted in zip(step.args, tensor_arguments(step.target), strict=False)
-            ]
-            kwargs = {k: values[a] if isinstance(a, Name) else a for k, a in step.kwargs}
+        remove, in_place = in_place, in_place and not self.has_aliases
+        block = values[LOGIT]
+        for step, last_used in zip(self.steps, self._last_used, strict=True):
+            args, kwargs = step.arguments(values, _scalar)
             first = step.args[0] if step.args else None
-            if (
-                step.target in _IN_PLACE
-                and in_place
-                and first in dying
-                and first[0] in "zt"
+            writes_over = (
+                in_place
+                and step.target in _IN_PLACE
+                and first in last_used
+                and first.is_block
                 and args[0].shape == block.shape
                 and args[0].dtype == block.dtype
-            ):
-                name, _, overload_name = step.target.partition(".")
-                function = getattr(torch.ops.aten, f"{name}_")
-                function = getattr(function, overload_name or "default")
-            result = function(*args, **kwargs)
-            if result.is_floating_point():  # of numbers alone it may have another dtype
+            )
+            result = (_in_place(step.target) if writes_over else overload(step.target))(
+                *args, **kwargs
+            )
+            if result.is_floating_point():  # The result of numbers alone may have another dtype.
                 result = result.to(block.dtype)
             values[step.name] = result
-            for use in dying:
-                if drop and use[0] == "t":
-                    del values[use]
+            if remove:
+                for use in last_used:
+                    if use.is_step:
+                        del values[use]
+
+
+def _scalar(number: Any) -> Tensor:
+    """Return a tensor without dimensions, which does not change the dtype of a block."""
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
+
+
+def _in_place(target: str) -> Any:
+    """The in-place variant of an operator."""
+    name, _, overload_name = target.partition(".")
+    return overload(f"{name}_.{overload_name}" if overload_name else f"{name}_")

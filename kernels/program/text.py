@@ -1,4 +1,4 @@
-"""What is computed from a logit, written down: a pointwise function, then reductions over the row.
+"""A program: the text that says what is computed from each logit.
 
 A program is text, so that it can be an operator's argument, a cache key and a line that a person
 reads. Cross-entropy under a softcap of 30 is
@@ -6,25 +6,14 @@ reads. Cross-entropy under a softcap of 30 is
     t0 = div.Tensor(z, 30.0); t1 = tanh(t0); t2 = mul.Tensor(t1, 30.0);
     logsumexp(t2); target(t2, r0, -100)
 
-Each statement before the reductions applies one pointwise ATen operator. Names:
+The first statements are *steps*: each applies one pointwise ATen operator. The last statements are
+*outputs*: `kernels.statistics` has one file for each statistic of a row, and `output.Block` ends the
+program of a gradient. Names of values:
 
 - ``z``: the logit; ``j``: its place in the vocabulary
-- ``r0``: operand 0, which has one value (or some, for an index) a row; ``c0``: one value a
-  vocabulary entry; ``s0``: one value; ``b0``: one value a logit
-- ``t0``: the result of a statement
-
-Reductions, whose results are the operator's, one after another:
-
-- ``logsumexp(x)``, ``sum(x)``: over the vocabulary
-- ``mean(x, y)``: of `y` under the probabilities ``softmax(x)``; `x` is also under a logsumexp
-- ``dot(q, y)``: the sum of ``q * y``; `q` is also under a sum
-- ``gather(x, r0)``: `x` at the indices r0, [rows, k]
-- ``index(x, r0)``: the same for [rows], where a negative index counts from the end
-- ``target(x, r0, ignore_index)``: the same for class indices [rows]; 0 where one is ignored
-- ``max(x)``: two results, the greatest value and its first index
-- ``topk(x, k)``: two results, [rows, k] each, greatest first
-- ``block(x)``: `x` itself; only in what `kernels.gradient` writes
-- ``block(x, y, r0, ...)``: `y`, which is `x` but in the columns of a row's indices r0, ...
+- ``r0``, ``c0``, ``s0``, ``b0``: operand 0; the letter is its `OperandKind`
+- ``t0``: the result of a step
+- ``g0``: in a derivative, the cotangent of the first value that an output reads
 """
 
 from __future__ import annotations
@@ -34,25 +23,19 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-OPERAND_KINDS = "rcsb"
+import cce_inductor.kernels.statistics  # noqa: F401  (so that every statistic can be parsed)
+from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
+from cce_inductor.kernels.program.output import Block, Output, call_text
+from cce_inductor.kernels.statistics.base import Statistic
+from cce_inductor.kernels.statistics.indexed import Indexed
+
 _CONSTANTS = {"inf": math.inf, "nan": math.nan}
-_OUTPUTS = {"max": 2, "topk": 2}
-WEIGHTED = {"mean": "logsumexp", "dot": "sum"}
-"""Weighted sums, and how their weights are reduced."""
-TOPK_LIMIT = 1024
-"""The largest k of ``topk``."""
-
-
-class Name(str):
-    """A value in a program, as opposed to a string constant."""
-
-    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +53,32 @@ class Step:
 
     @property
     def call(self) -> str:
-        return _call_text(self.target, self.args, self.kwargs)
+        return call_text(self.target, self.args, self.kwargs)
+
+    def arguments(
+        self, values: Mapping[Any, Any], number: Callable[[Any], Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the operator's arguments.
+
+        Args:
+            values: by name.
+            number: makes a tensor of a number where the operator wants a tensor.
+        """
+
+        def argument(value: Any, is_tensor: bool) -> Any:
+            if isinstance(value, Name):
+                return values[value]
+            return number(value) if is_tensor and value is not None else value
+
+        args = [
+            argument(value, is_tensor)
+            for value, is_tensor in zip(self.args, tensor_arguments(self.target), strict=False)
+        ]
+        return args, {key: argument(value, False) for key, value in self.kwargs}
 
     def run(self, values: Mapping[Any, Tensor], dtype: torch.dtype) -> Tensor:
-        """Its result from those it uses; a number where the operator wants a tensor has `dtype`."""
-        args = [
-            values[a] if isinstance(a, Name) else tensor_if(wanted, a, dtype)
-            for a, wanted in zip(self.args, tensor_arguments(self.target), strict=False)
-        ]
-        kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in self.kwargs}
+        """Return the result; numbers have `dtype` where the operator wants tensors."""
+        args, kwargs = self.arguments(values, lambda number: torch.tensor(number, dtype=dtype))
         result: Tensor = overload(self.target)(*args, **kwargs)
         return result
 
@@ -87,48 +87,16 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reduction:
-    """``kind(*args)``; the first argument is the value that is reduced."""
-
-    kind: str
-    args: tuple[Any, ...]
-
-    @property
-    def value(self) -> Name:
-        return Name(self.args[0])
-
-    @property
-    def values(self) -> tuple[Name, ...]:
-        return self.args[: 2 if self.kind in (*WEIGHTED, "block") else 1]
-
-    @property
-    def outputs(self) -> int:
-        return _OUTPUTS.get(self.kind, 1)
-
-    @property
-    def weights(self) -> Reduction:
-        """For one in `WEIGHTED`, the reduction of its weights, which the program has as well."""
-        return Reduction(WEIGHTED[self.kind], (self.value,))
-
-    def __str__(self) -> str:
-        return _call_text(self.kind, self.args, ())
-
-
-def _call_text(target: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]]) -> str:
-    shown = [*map(_text, args), *(f"{name}={_text(value)}" for name, value in kwargs)]
-    return f"{target}({', '.join(shown)})"
-
-
-def _text(value: Any) -> str:
-    return str(value) if isinstance(value, Name) else repr(value)
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
-    """Pointwise steps in order, then reductions of what they made."""
+    """Pointwise steps in order, then what is made of their results.
+
+    Attributes:
+        steps: each after those that it uses.
+        outputs: the statistics of a forward program, or the blocks of a gradient's.
+    """
 
     steps: tuple[Step, ...]
-    reductions: tuple[Reduction, ...]
+    outputs: tuple[Output, ...]
 
     @classmethod
     def parse(cls, text: str) -> Program:
@@ -140,58 +108,71 @@ class Program:
         return _parse(text)
 
     def __str__(self) -> str:
-        return "; ".join(map(str, (*self.steps, *self.reductions)))
+        return "; ".join(map(str, (*self.steps, *self.outputs)))
+
+    @functools.cached_property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The outputs of a forward program."""
+        return tuple(each for each in self.outputs if isinstance(each, Statistic))
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The outputs of a gradient's program."""
+        return tuple(each for each in self.outputs if isinstance(each, Block))
+
+    @functools.cached_property
+    def indexed(self) -> tuple[Indexed, ...]:
+        """The statistics at indices."""
+        return tuple(each for each in self.outputs if isinstance(each, Indexed))
 
     @property
     def roots(self) -> tuple[Name, ...]:
-        """The values that are reduced, each once."""
-        return tuple(dict.fromkeys(v for reduction in self.reductions for v in reduction.values))
+        """The values that the outputs read, each once."""
+        return tuple(dict.fromkeys(value for output in self.outputs for value in output.values))
 
     @property
-    def outputs(self) -> list[tuple[int, Reduction]]:
-        """Every reduction, with the position of its first result."""
-        counts = [reduction.outputs for reduction in self.reductions]
-        return list(zip(itertools.accumulate(counts, initial=0), self.reductions, strict=False))
+    def places(self) -> list[tuple[slice, Statistic]]:
+        """Every statistic, with the place of its results among those of all."""
+        counts = [len(statistic.result_dtypes) for statistic in self.statistics]
+        starts = itertools.accumulate(counts, initial=0)
+        return [
+            (slice(start, start + count), statistic)
+            for start, count, statistic in zip(starts, counts, self.statistics, strict=False)
+        ]
 
     @property
     def is_plain(self) -> bool:
-        """Whether what is reduced are the logits themselves."""
-        return not self.steps and set(self.roots) == {"z"}
+        """Whether the outputs read the logits themselves, and nothing else."""
+        return not self.steps and set(self.roots) == {LOGIT}
 
     @functools.cached_property
     def operands(self) -> dict[Name, int]:
         """Operands that the steps read, and their position in the list of operands."""
         uses = [use for step in self.steps for use in step.uses]
-        return {use: position(use) for use in (*uses, *self.roots) if use[0] in OPERAND_KINDS}
+        return {use: use.position for use in (*uses, *self.roots) if use.kind is not None}
 
     @functools.cached_property
     def reads_columns(self) -> bool:
         """Whether an entry's place in the vocabulary matters."""
-        return "j" in self.roots or any("j" in step.uses for step in self.steps)
+        return COLUMN in self.roots or any(COLUMN in step.uses for step in self.steps)
 
-    def reached(self, outputs: Iterable[bool]) -> set[Name]:
-        """What has a gradient if these of the program's outputs do: no path to it is detached."""
+    def reached(self, results: Sequence[bool]) -> set[Name]:
+        """Return the values that have a gradient if these of the statistics' results do: a path
+        leads to them that is not detached."""
         found: set[Name] = set()
-        wanted = iter(outputs)
-        for reduction in self.reductions:
-            of_reduction = [next(wanted) for _ in range(reduction.outputs)]
-            if True in of_reduction:
-                found.update(reduction.values)
+        for place, statistic in self.places:
+            if any(results[place]):
+                found.update(statistic.values)
         for step in reversed(self.steps):
             if step.name in found and step.target != "detach":
                 found.update(step.uses)
         return found
 
 
-def position(operand: Name) -> int:
-    """An operand's position in the list of operands, which its name ends with."""
-    return int(operand[1:])
-
-
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> Program:
     steps: list[Step] = []
-    reductions: list[Reduction] = []
+    outputs: list[Output] = []
     try:
         for statement in ast.parse(text.replace(";", "\n").replace("\n ", "\n").strip()).body:
             if isinstance(statement, ast.Assign):
@@ -203,17 +184,18 @@ def _parse(text: str) -> Program:
             else:
                 assert isinstance(statement, ast.Expr)
                 kind, args, _ = _call(statement.value)
-                reductions.append(Reduction(kind, args))
+                outputs.append(Output.by_name[kind](args))
     except (AssertionError, AttributeError, KeyError, SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} is not a program over logits: {error}") from None
-    unknown = {r.kind for r in reductions} - set(REDUCTIONS)
-    if unknown or not reductions:
-        raise ValueError(f"{text!r} is not a program over logits: reductions are {REDUCTIONS}")
-    return Program(tuple(steps), tuple(reductions))
-
-
-INDEXED = ("gather", "index", "target")
-REDUCTIONS = ("logsumexp", "sum", "mean", "dot", *INDEXED, "max", "topk", "block")
+    if not outputs:
+        raise ValueError(f"{text!r} is not a program over logits: it has no output")
+    for output in outputs:
+        for required in output.requirements if isinstance(output, Statistic) else ():
+            if required not in outputs:
+                raise ValueError(
+                    f"{text!r} is not a program over logits: {output} needs {required}"
+                )
+    return Program(tuple(steps), tuple(outputs))
 
 
 def _call(node: ast.expr) -> tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]]:
@@ -242,16 +224,6 @@ def tensor_arguments(target: str) -> tuple[bool, ...]:
     """For each positional argument of a step's operator whether it must be a tensor."""
     schema = overload(target)._schema
     return tuple("Tensor" in str(argument.type) for argument in schema.arguments)
-
-
-def tensor_if(wanted: bool, number: Any, dtype: torch.dtype | None = None) -> Any:
-    """A number as a tensor without dimensions, whose dtype gives way to any block's if none is
-    asked for."""
-    if not wanted or number is None:
-        return number
-    if dtype is None and isinstance(number, float):
-        dtype = torch.float64
-    return torch.tensor(number, dtype=dtype)
 
 
 def step_target(operator: Any) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cce_inductor.kernels.program.text import Name, Step, names_in, needed, step_target
+from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.program.text import Step, names_in, needed, step_target
 from cce_inductor.torch_internals.capture import in_this_thread
 
 

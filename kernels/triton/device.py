@@ -119,12 +119,6 @@ def rescaled(total, old_top, top):
 
 
 @triton.jit
-def with_mass(y, mass):
-    """`y`, 0 where it has no mass: that counts for nothing, whatever it is."""
-    return tl.where(mass == 0.0, 0.0, y)
-
-
-@triton.jit
 def nearer(center, size, weights, y):
     """A finite number near the weighted mean of `y` in each row, from that of the columns before,
     whose weights had the sum `size`. The weights are the absolute values."""

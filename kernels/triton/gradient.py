@@ -1,6 +1,6 @@
 """The gradient of a logit, written down as a program.
 
-`reductions.Cotangent` says what the gradients of a row's reductions make of a value; here the same
+`statistics.cotangent` says what the gradients of a row's reductions make of a value; here the same
 is a few pointwise steps on vectors of rows, so that one kernel can compute a block of logits and
 their gradient without storing anything else.
 """
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.text import Name, Program, Reduction, Step
-from cce_inductor.kernels.statistics.reductions import Cotangent, finite_or_zero, in_two_parts
+from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
+from cce_inductor.kernels.program.output import Block
+from cce_inductor.kernels.program.text import Program, Step
+from cce_inductor.kernels.statistics.cotangent import Cotangent
+from cce_inductor.kernels.statistics.numerics import finite_or_zero, split
 from cce_inductor.kernels.triton.base2 import LOG2_E
-
-_Z = Name("z")
 
 
 class UntiledError(Exception):
@@ -61,7 +62,7 @@ class _Writer:
 
     @functools.cached_property
     def zero(self) -> Name:
-        return self.call("full_like", _Z, 0.0)
+        return self.call("full_like", LOGIT, 0.0)
 
 
 def gradient_program(
@@ -76,7 +77,7 @@ def gradient_program(
     Args:
         program: the forward's.
         operands: the forward's.
-        by_value: the cotangent of each value that is reduced, as `reductions.cotangents` makes it.
+        by_value: the cotangent of each value that is reduced, as `together.cotangents` makes it.
         wanted: the operands whose gradient is wanted, too.
         kept: bool [rows], the rows that have a gradient; None for all.
 
@@ -94,11 +95,11 @@ def gradient_program(
         for root in program.roots
     ]
     everywhere = _backward(writer, program, [pair.everywhere for pair in cotangents])
-    blocks = [Reduction("block", (everywhere[name],)) for name in (_Z, *wanted)]
+    blocks = [Block((everywhere[name],)) for name in (LOGIT, *wanted)]
     indices = dict.fromkeys(index for pair in cotangents for index in pair.indices)
     if indices:
         elsewhere = _backward(writer, program, [pair.elsewhere for pair in cotangents])
-        blocks[0] = Reduction("block", (elsewhere[_Z], everywhere[_Z], *indices))
+        blocks[0] = Block((elsewhere[LOGIT], everywhere[LOGIT], *indices))
     return Program(tuple(writer.steps), tuple(blocks)), writer.operands
 
 
@@ -120,12 +121,12 @@ def _forward(
 ) -> tuple[_Writer, dict[Name, Name]]:
     """The steps that make the values which are reduced, and what these are called."""
     if program.is_plain:
-        return _Writer(operands, 0, kept), {_Z: _Z}
+        return _Writer(operands, 0, kept), {LOGIT: LOGIT}
     backward = derivative(program, operands)
     steps = (*backward.forward.steps, *backward.backward.steps)
     writer = _Writer(operands, 1 + max((int(step.name[1:]) for step in steps), default=-1), kept)
     writer.steps += backward.forward.steps
-    made: dict[Name, Name] = {_Z: _Z}
+    made: dict[Name, Name] = {LOGIT: LOGIT}
     for root, name in zip(program.roots, backward.roots, strict=True):
         if not isinstance(name, Name):
             raise UntiledError(f"{root} is a constant")
@@ -138,7 +139,7 @@ def _backward(writer: _Writer, program: Program, cotangents: Sequence[Name]) -> 
     that are reduced; 0 for one that has none."""
     found: dict[Name, Name] = collections.defaultdict(lambda: writer.zero)
     if program.is_plain:
-        (found[_Z],) = cotangents
+        (found[LOGIT],) = cotangents
         return found
     backward = derivative(program, writer.operands)
     names = {Name(f"g{number}"): name for number, name in enumerate(cotangents)}
@@ -165,12 +166,12 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
         grad_lse = gradient(of.grad_lse)
     for grad_mean, mean, y in of.means:
         assert of.lse is not None, "a mean is under a softmax"
-        near, rest = in_two_parts(mean, torch.float32)
+        near, rest = split(mean, torch.float32)
         distance = call("add.Tensor", row(-near), made[y])  # which may be a mask
         distance = call("sub.Tensor", distance, row(finite_or_zero(rest)))
         weighted = call("mul.Tensor", distance, probability)
         terms.append(call("mul.Tensor", weighted, gradient(grad_mean)))
-    for grad_mean, lse, x in of.weights:
+    for grad_mean, lse, x in of.probabilities:
         terms.append(call("mul.Tensor", _probability(writer, made[x], lse), gradient(grad_mean)))
     for grad_dot, other in of.factors:
         terms.append(call("mul.Tensor", made[other], gradient(grad_dot)))
@@ -183,11 +184,11 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
         return addend if of.lse is None else call("addcmul", addend, probability, grad_lse)
 
     elsewhere = everywhere = with_softmax(terms)
-    if not of.grad_at:
+    if not of.has_indices:
         return _Pair.of(elsewhere)
     indices = [row(index) for index in of.index.unbind(1)]
     for index, grad in zip(indices, of.grad_index.unbind(1), strict=True):
-        here = call("eq.Tensor", Name("j"), index)
+        here = call("eq.Tensor", COLUMN, index)
         at_index = with_softmax([*terms, gradient(grad)])
         everywhere = call("where.self", here, at_index, everywhere)
     return _Pair(elsewhere, everywhere, tuple(indices))
@@ -195,7 +196,7 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
 
 def _probability(writer: _Writer, value: Name, lse: Tensor) -> Name:
     """``exp(value - lse)`` of each entry: 0 in rows that are not kept."""
-    shift, rest = in_two_parts(lse, torch.float32)
+    shift, rest = split(lse, torch.float32)
     rest = rest * -LOG2_E
     if writer.kept is not None:
         rest = torch.where(writer.kept, rest, -math.inf)

@@ -32,12 +32,12 @@ from torch._inductor.virtualized import V, ops
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cce_inductor.kernels.program.text import Name, Program, overload, position, tensor_arguments
+from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
+from cce_inductor.kernels.program.text import Program, overload
 from cce_inductor.kernels.triton import specification
 from cce_inductor.kernels.triton.configs import Config, configs, reads_by_descriptor
 from cce_inductor.kernels.triton.source import (
     Template,
-    first_result,
     gradient_template,
     grid,
     roots_of,
@@ -67,8 +67,7 @@ class _Kernel:
 
     Args:
         kind: "statistics" or "gradient", for the choice of configurations.
-        input, linear_weight, linear_bias: as IR, realized here; the first two have one dtype.
-        operands: what the program's steps name.
+        call: the arguments of the operator, as IR.
         program: what is computed.
         width: columns in all.
     """
@@ -76,23 +75,20 @@ class _Kernel:
     def __init__(
         self,
         kind: str,
-        input: Any,
-        linear_weight: Any,
-        linear_bias: Any,
-        operands: Sequence[Any],
+        call: specification.StatisticsCall | specification.GradientCall,
         program: Program,
         width: Any,
     ):
-        self.kind, self.program, self.dtype = kind, program, input.get_dtype()
-        self.device = input.get_device()
-        self.inputs = list(realize_inputs(input, linear_weight))
+        self.kind, self.program, self.dtype = kind, program, call.input.get_dtype()
+        self.device = call.input.get_device()
+        self.inputs = list(realize_inputs(call.input, call.linear_weight))
         self.by_descriptor = reads_by_descriptor(self.inputs, self.device)
-        if linear_bias is not None:
-            self.inputs.append(realize_inputs(linear_bias))
-        self.has_bias = linear_bias is not None
-        self.rows, self.hidden = input.get_size()
+        self.has_bias = call.linear_bias is not None
+        if self.has_bias:
+            self.inputs.append(realize_inputs(call.linear_bias))
+        self.rows, self.hidden = call.input.get_size()
         self.width = width
-        self.captured = maybe_realize([operands[at] for at in program.operands.values()])
+        self.captured = maybe_realize([call.operands[at] for at in program.operands.values()])
         freeze_irnodes(self.captured)
         self.subgraphs = [self._subgraph(root) for root in roots_of(program)]
 
@@ -188,7 +184,7 @@ class _Kernel:
             self.device,
             by_descriptor=self.by_descriptor,
             steps=len(self.program.steps),
-            results=len(self.program.reductions),
+            results=len(self.program.outputs),
         )
         config = torch._inductor.config
         tuned = config.max_autotune or config.max_autotune_gemm
@@ -213,27 +209,24 @@ def _scalar_function(
     the operands, whole, of which it takes what belongs there."""
 
     def function(z: Any, row: Any, column: Any, *operands: Any) -> Any:
-        values: dict[Any, Any] = {Name("z"): z, Name("j"): column}
-        places = {"r": [row], "c": [column], "b": [row, column]}
+        values: dict[Any, Any] = {LOGIT: z, COLUMN: column}
         for name, operand in zip(names, operands, strict=True):
-            if name[0] in places:
-                operand = torch.ops.aten.index.Tensor(operand, places[name[0]])
+            kind = name.kind
+            assert kind is not None
+            places = [row] * kind.varies_over_rows + [column] * kind.varies_over_columns
+            if places:
+                operand = torch.ops.aten.index.Tensor(operand, places)
             values[name] = operand.float() if operand.is_floating_point() else operand
         for step in Program.parse(program).steps:
-            args = [
-                values[a] if isinstance(a, Name) else _scalar(a) if wanted else a
-                for a, wanted in zip(step.args, tensor_arguments(step.target), strict=False)
-            ]
-            kwargs = {key: values[a] if isinstance(a, Name) else a for key, a in step.kwargs}
+            args, kwargs = step.arguments(values, _scalar)
             operator = _OPS.multiply_add if step.target == "addcmul" else overload(step.target)
             result = operator(*args, **kwargs)
             values[step.name] = result.float() if result.is_floating_point() else result
         return values[root].to(torch.float32)
 
-    ranks = {"r": 1, "c": 1, "s": 0, "b": 2}
     examples = [torch.zeros((), dtype=d) for d in (torch.float32, torch.int32, torch.int32)]
     examples += [
-        torch.zeros([1] * ranks[name[0]], dtype=dtype)
+        torch.zeros([1] * (name.kind.rank if name.kind else 0), dtype=dtype)
         for name, dtype in zip(names, dtypes, strict=True)
     ]
     # A new thread has the dispatcher's default state.
@@ -251,74 +244,53 @@ def _scalar(number: Any) -> torch.Tensor:
     return torch.full((), number, dtype=dtype)
 
 
-def _tile_statistics(
-    input: Any,
-    linear_weight: Any,
-    linear_bias: Any,
-    operands: Sequence[Any],
-    indices: Sequence[Any],
-    program: str,
-    skip_ignored: bool,
-    tile: int,
-    sources: str,
-) -> list[Any]:
-    parsed = Program.parse(program)
-    vocabulary = int(linear_weight.get_size()[0])
-    kernel = _Kernel("statistics", input, linear_weight, linear_bias, operands, parsed, vocabulary)
-    widths = tuple(int(index.get_size()[1]) for index in indices)
+def _tile_statistics(*arguments: Any) -> list[Any]:
+    call = specification.StatisticsCall(*arguments)
+    program = Program.parse(call.program)
+    vocabulary = int(call.linear_weight.get_size()[0])
+    kernel = _Kernel("statistics", call, program, vocabulary)
+    widths = tuple(int(index.get_size()[1]) for index in call.indices)
     template = statistics_template(
-        parsed, widths, kernel.has_bias, skip_ignored, kernel.by_descriptor
+        program, widths, kernel.has_bias, call.skip_ignored, kernel.by_descriptor
     )
-    layouts = [
-        _contiguous(kernel.device, shape, dtype)
-        for shape, dtype in specification.statistic_shapes(
-            parsed, widths, kernel.rows, vocabulary, tile
-        )
-    ]
-    first = first_result(parsed)
+    stored = specification.stored_by_statistics(program, widths, kernel.rows, vocabulary, call.tile)
+    layouts = [_contiguous(kernel.device, each.shape, each.dtype) for each in stored]
+    # Inductor stores the first tensor of tiles; the template stores the others.
+    first = next(at for at, each in enumerate(stored) if each.is_of_tiles)
     ordered = [layouts[first], *layouts[:first], *layouts[first + 1 :]]
 
     def constants(config: Config) -> dict[str, Any]:
         return {
-            "PARTS": tile // config.block_v,
+            "PARTS": call.tile // config.block_v,
             "EVEN_V": vocabulary % config.block_v == 0,
         }
 
-    primary, *others = kernel(template, indices, ordered, constants)
+    primary, *others = kernel(template, call.indices, ordered, constants)
     return [*others[:first], primary, *others[first:]]
 
 
-def _logit_gradient(
-    input: Any,
-    linear_weight: Any,
-    linear_bias: Any,
-    operands: Sequence[Any],
-    program: str,
-    start: Any,
-    width: int,
-    after: Sequence[Any],
-    sources: str,
-) -> list[Any]:
-    parsed = Program.parse(program)
-    kernel = _Kernel("gradient", input, linear_weight, linear_bias, operands, parsed, width)
+def _logit_gradient(*arguments: Any) -> list[Any]:
+    call = specification.GradientCall(*arguments)
+    program, width = Program.parse(call.program), call.width
+    kernel = _Kernel("gradient", call, program, width)
     # Inductor stores two-dimensional tiles through a descriptor, not those of a single column.
     stores_by_descriptor = kernel.by_descriptor and width > 1
     template = gradient_template(
-        parsed,
+        program,
         kernel.has_bias,
         kernel.by_descriptor,
         stores_by_descriptor,
-        weight_is_block=linear_weight.get_size()[0] == width,
+        weight_is_block=call.linear_weight.get_size()[0] == width,
     )
-    indices = parsed.reductions[0].args[2:]
-    inputs = [start, *(operands[position(name)] for name in indices)]
+    indices = program.blocks[0].indices
+    inputs = [call.start, *(call.operands[name.position] for name in indices)]
     layouts = [
         ir.FixedLayout(
             kernel.device, dtype, [kernel.rows, width], [specification.row_stride(width, dtype), 1]
         )
-        for dtype in specification.block_dtypes(parsed, kernel.dtype)
+        for dtype in specification.block_dtypes(program, kernel.dtype)
     ]
-    with _after(after):
+    with _after(call.after):
         return kernel(
             template, inputs, layouts, lambda _: {"WIDTH": width}, tma_store=stores_by_descriptor
         )

@@ -16,144 +16,143 @@ what differs from block to block is a tensor, an address, or a number that only 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name, OperandKind
 from cce_inductor.kernels.program.schedule import schedule
-from cce_inductor.kernels.program.text import INDEXED, Name, Program, Reduction
-from cce_inductor.kernels.statistics.reductions import center_of
+from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.statistics.base import Statistic
+from cce_inductor.kernels.statistics.indexed import Indexed
 
 NAMESPACE = "cce_inductor"
 ALIGNMENT = 16
-"""Bytes at which what is handed to a kernel begins, and the rows of what it writes."""
-
-_STATISTICS = {"logsumexp": 2, "max": 2, "mean": 2, "dot": 2}
-"""How many statistics a reduction leaves of each tile, if not one."""
-
-COLUMN = Name("j")
+"""Bytes. The arguments of a kernel and the rows that it writes begin at multiples of this."""
 
 
-def statistics_of(program: Program) -> list[tuple[Reduction, int]]:
-    """Every reduction, with the number of its statistics."""
-    return [(reduction, _STATISTICS.get(reduction.kind, 1)) for reduction in program.reductions]
+class StatisticsCall(NamedTuple):
+    """The arguments of `tile_statistics`.
 
-
-def statistic_shapes(
-    program: Program, widths: Sequence[int], rows: Any, vocabulary: int, tile: int
-) -> list[tuple[tuple[Any, ...], torch.dtype]]:
-    """Shape and dtype of what `tile_statistics` returns; `widths` are those of the indices."""
-    of_index, tiles = iter(widths), -(-vocabulary // tile)
-    found: list[tuple[tuple[Any, ...], torch.dtype]] = []
-    for reduction, count in statistics_of(program):
-        if reduction.kind in INDEXED:
-            found.append(((rows, next(of_index)), torch.float32))
-            continue
-        found.append(((tiles, rows), torch.float32))
-        if count == 2:
-            dtype = torch.int32 if reduction.kind == "max" else torch.float32
-            found.append(((tiles, rows), dtype))
-    return found
-
-
-@torch.library.custom_op(f"{NAMESPACE}::tile_statistics", mutates_args=())
-def tile_statistics(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    program: str,
-    skip_ignored: bool,
-    tile: int,
-    sources: str,
-) -> list[Tensor]:
-    """What each tile of the vocabulary contributes to the reductions of each row.
-
-    Args:
+    Attributes:
         input: [rows, hidden].
         linear_weight: [vocabulary, hidden], the dtype of `input`; products are summed in float32.
         linear_bias: [vocabulary] or None.
-        operands: what the program's steps name, as for `blockwise.reduce`.
-        indices: for each reduction at indices, in order: int32 [rows, k], `NOWHERE` for none.
+        operands: those that the program's steps name, as for `Head`.
+        indices: for each statistic at indices, in order: int32 [rows, k], `NOWHERE` for none.
         program: what is computed.
-        skip_ignored: whether nothing is promised of rows that have no target.
-        tile: its width.
+        skip_ignored: whether the numbers of rows that have no target are undefined.
+        tile: columns of a tile.
         sources: a digest of this package, which a compiler's caches see here and nowhere else.
+    """
+
+    input: Any
+    linear_weight: Any
+    linear_bias: Any
+    operands: Sequence[Any]
+    indices: Sequence[Any]
+    program: str
+    skip_ignored: bool
+    tile: int
+    sources: str
+
+
+_STATISTICS_SCHEMA = (
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, "
+    "Tensor[] indices, str program, bool skip_ignored, SymInt tile, str sources) -> Tensor[]"
+)
+
+
+class Stored(NamedTuple):
+    """A tensor that `tile_statistics` returns.
+
+    Attributes:
+        shape: [tiles, rows], or [rows, k] for a statistic at indices.
+        dtype: float32 or int32.
+        is_of_tiles: whether it has a dimension of tiles.
+    """
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    is_of_tiles: bool
+
+
+def stored_by_statistics(
+    program: Program, widths: Sequence[int], rows: Any, vocabulary: int, tile: int
+) -> list[Stored]:
+    """Return what `tile_statistics` returns; `widths` are the numbers of indices of a row."""
+    of_index, tiles = iter(widths), -(-vocabulary // tile)
+    found: list[Stored] = []
+    for statistic in program.statistics:
+        if isinstance(statistic, Indexed):
+            found.append(Stored((rows, next(of_index)), torch.float32, False))
+        found += [Stored((tiles, rows), each.dtype, True) for each in statistic.tile_numbers]
+    return found
+
+
+def stored_numbers(program: Program, stored: Sequence[Any]) -> dict[Statistic, tuple[Any, ...]]:
+    """Return what belongs to each statistic, of the tensors that `tile_statistics` returns."""
+    rest = iter(stored)
+    return {
+        statistic: tuple(next(rest) for _ in range(max(1, len(statistic.tile_numbers))))
+        for statistic in program.statistics
+    }
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::tile_statistics", mutates_args=(), schema=_STATISTICS_SCHEMA
+)
+def tile_statistics(*arguments: Any) -> list[Tensor]:
+    """Return what each tile of the vocabulary contributes to the statistics of each row.
+
+    Args:
+        *arguments: see `StatisticsCall`.
 
     Returns:
-        For each reduction, [tiles, rows] float32 unless noted:
-
-        - logsumexp(x): the greatest x, and the sum of the masses ``exp(x - greatest)`` (0 in place
-          of a greatest of -inf)
-        - sum(x): the sum
-        - mean(x, y), dot(q, y): a finite number near the weighted mean of y, where the masses of
-          x, or the absolute values of q, are the weights; and the sum of the masses, or of q,
-          times y's distance from that number
-        - max(x): the greatest, nan if any is; its first column, int32
-        - at indices: the values, [rows, k]; undefined for an index that is not in the vocabulary
+        For each statistic the numbers of `Statistic.of_tile`, [tiles, rows] float32 or int32. For
+        a statistic at indices, the values [rows, k] float32; undefined for an index that is not
+        in the vocabulary.
     """
-    parsed, vocabulary = Program.parse(program), linear_weight.shape[0]
-    widths = [index.shape[1] for index in indices]
-    found = [
-        input.new_zeros(shape, dtype=dtype)
-        for shape, dtype in statistic_shapes(parsed, widths, input.shape[0], vocabulary, tile)
-    ]
-    for number, start in enumerate(range(0, vocabulary, tile)):
-        columns = slice(start, min(start + tile, vocabulary))
-        values = _block(input, linear_weight[columns], linear_bias, operands, parsed, columns)
-        outputs, of_index = iter(found), iter(indices)
-        for reduction in parsed.reductions:
-            x = values[reduction.value]
-            output = next(outputs)
-            if reduction.kind in INDEXED:
-                index = next(of_index).long()
-                inside = (index >= columns.start) & (index < columns.stop)
-                here = x.gather(1, (index - start).clamp(0, x.shape[1] - 1))
-                output.copy_(torch.where(inside, here, output))
-            elif reduction.kind == "sum":
-                output[number] = x.sum(1)
-            elif reduction.kind == "dot":
-                y = values[reduction.values[1]]
-                output[number] = center = center_of(x.abs(), y)
-                next(outputs)[number] = (x * (y - center.unsqueeze(1))).sum(1)
-            elif reduction.kind == "max":
-                output[number], where = x.max(1)
-                next(outputs)[number] = where + start
-            else:
-                top = x.amax(1)
-                distance = x - top.masked_fill(top == -math.inf, 0.0).unsqueeze(1)
-                mass = distance.exp()
-                if reduction.kind == "logsumexp":
-                    output[number] = top
-                    next(outputs)[number] = mass.sum(1)
+    call = StatisticsCall(*arguments)
+    program, vocabulary = Program.parse(call.program), call.linear_weight.shape[0]
+    found = _new_statistics(*call)
+    by_statistic = stored_numbers(program, found)
+    for number, start in enumerate(range(0, vocabulary, call.tile)):
+        columns = slice(start, min(start + call.tile, vocabulary))
+        values = _block(
+            call.input,
+            call.linear_weight[columns],
+            call.linear_bias,
+            call.operands,
+            program,
+            columns,
+        )
+        of_index = iter(call.indices)
+        for statistic in program.statistics:
+            is_indexed = isinstance(statistic, Indexed)
+            index = next(of_index).long() if is_indexed else None
+            read = [values[name].clone() for name in statistic.values]
+            numbers = statistic.of_tile(read, columns, index)
+            for stored, each in zip(by_statistic[statistic], numbers, strict=True):
+                if is_indexed:
+                    stored += each
                 else:
-                    # What has no mass counts for nothing, whatever it is.
-                    y = values[reduction.values[1]].masked_fill(mass == 0.0, 0.0)
-                    output[number] = center = center_of(mass, y)
-                    next(outputs)[number] = (mass * (y - center.unsqueeze(1))).sum(1)
+                    stored[number] = each
     return found
 
 
 @tile_statistics.register_fake
-def _(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    program: str,
-    skip_ignored: bool,
-    tile: int,
-    sources: str,
-) -> list[Tensor]:
-    rows, vocabulary = input.shape[0], linear_weight.shape[0]
-    widths = [index.shape[1] for index in indices]
-    shapes = statistic_shapes(Program.parse(program), widths, rows, vocabulary, tile)
-    return [input.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+def _new_statistics(*arguments: Any) -> list[Tensor]:
+    call = StatisticsCall(*arguments)
+    widths = [index.shape[1] for index in call.indices]
+    rows, vocabulary = call.input.shape[0], call.linear_weight.shape[0]
+    program = Program.parse(call.program)
+    return [
+        call.input.new_zeros(stored.shape, dtype=stored.dtype)
+        for stored in stored_by_statistics(program, widths, rows, vocabulary, call.tile)
+    ]
 
 
 def _block_starts(like: Tensor, width: int, count: int) -> list[Tensor]:
@@ -198,57 +197,67 @@ def _(
     return linear_weight.new_empty((width, linear_weight.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::logit_gradient", mutates_args=())
-def logit_gradient(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    start: Tensor,
-    width: int,
-    after: Sequence[Tensor],
-    sources: str,
-) -> list[Tensor]:
-    """What the program's steps make of a block of logits.
+class GradientCall(NamedTuple):
+    """The arguments of `logit_gradient`.
 
-    Args:
-        input, linear_bias, operands: as for `tile_statistics`.
+    Attributes:
+        input, linear_bias, operands, sources: as for `StatisticsCall`.
         linear_weight: [vocabulary, hidden], or the block's own [width, hidden].
         program: ends in ``block`` for each result.
         start: the block's first column, int32 [].
-        width: its columns.
+        width: columns of the block.
         after: as for `weight_block`.
-        sources: as for `tile_statistics`.
+    """
+
+    input: Any
+    linear_weight: Any
+    linear_bias: Any
+    operands: Sequence[Any]
+    program: str
+    start: Any
+    width: int
+    after: Sequence[Any]
+    sources: str
+
+
+_GRADIENT_SCHEMA = (
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, str program, "
+    "Tensor start, SymInt width, Tensor[] after, str sources) -> Tensor[]"
+)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::logit_gradient", mutates_args=(), schema=_GRADIENT_SCHEMA)
+def logit_gradient(*arguments: Any) -> list[Tensor]:
+    """Return what the program's steps make of a block of logits.
+
+    Args:
+        *arguments: see `GradientCall`.
 
     Returns:
         [rows, width] each, the first in the dtype of `input`, the others in float32. The rows
         begin at multiples of `ALIGNMENT` bytes.
     """
-    parsed, first = Program.parse(program), int(start)
-    columns = slice(first, first + width)
-    if linear_weight.shape[0] != width:
-        linear_weight = linear_weight[columns]
-    values = _block(input, linear_weight, linear_bias, operands, parsed, columns)
-    blocks = _new_blocks(parsed, input, width)
-    for reduction, block in zip(parsed.reductions, blocks, strict=True):
-        block.copy_(values[reduction.values[-1]])
+    call = GradientCall(*arguments)
+    program, first = Program.parse(call.program), int(call.start)
+    columns = slice(first, first + call.width)
+    weight = call.linear_weight
+    if weight.shape[0] != call.width:
+        weight = weight[columns]
+    values = _block(call.input, weight, call.linear_bias, call.operands, program, columns)
+    blocks = _new_blocks(*call)
+    for output, block in zip(program.blocks, blocks, strict=True):
+        block.copy_(values[output.values[-1]])
     return blocks
 
 
 @logit_gradient.register_fake
-def _(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    operands: Sequence[Tensor],
-    program: str,
-    start: Tensor,
-    width: int,
-    after: Sequence[Tensor],
-    sources: str,
-) -> list[Tensor]:
-    return _new_blocks(Program.parse(program), input, width)
+def _new_blocks(*arguments: Any) -> list[Tensor]:
+    call = GradientCall(*arguments)
+    rows, width = call.input.shape[0], call.width
+    return [
+        call.input.new_empty_strided((rows, width), (row_stride(width, dtype), 1), dtype=dtype)
+        for dtype in block_dtypes(Program.parse(call.program), call.input.dtype)
+    ]
 
 
 def row_stride(width: int, dtype: torch.dtype) -> int:
@@ -259,14 +268,7 @@ def row_stride(width: int, dtype: torch.dtype) -> int:
 
 def block_dtypes(program: Program, dtype: torch.dtype) -> list[torch.dtype]:
     """Of what `logit_gradient` returns for an input of `dtype`."""
-    return [dtype, *(torch.float32 for _ in program.reductions[1:])]
-
-
-def _new_blocks(program: Program, input: Tensor, width: int) -> list[Tensor]:
-    return [
-        input.new_empty_strided((input.shape[0], width), (row_stride(width, dtype), 1), dtype=dtype)
-        for dtype in block_dtypes(program, input.dtype)
-    ]
+    return [dtype, *(torch.float32 for _ in program.blocks[1:])]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::add_product", mutates_args=())
@@ -314,16 +316,16 @@ def _block(
     if linear_bias is not None:
         z += linear_bias[columns]
     place = torch.arange(columns.start, columns.stop, device=z.device)
-    values = {Name("z"): z, COLUMN: place.unsqueeze(0)}
+    values = {LOGIT: z, COLUMN: place.unsqueeze(0)}
     for name, at in program.operands.items():
         operand = operands[at]
         if operand.is_floating_point():
             operand = operand.float()
-        if name[0] == "r":
+        if name.kind is OperandKind.ROW:
             operand = operand.unsqueeze(1)
-        elif name[0] == "c":
+        elif name.kind is OperandKind.COLUMN:
             operand = operand[columns].unsqueeze(0)
-        elif name[0] == "b":
+        elif name.kind is OperandKind.LOGIT:
             operand = operand[:, columns]
         values[name] = operand
     schedule(program).run(values, in_place=False)

@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.blockwise.engine import TILE, Gradients, Head, Wanted
-from cce_inductor.kernels.program.text import INDEXED, Name, Program, Reduction, position
-from cce_inductor.kernels.statistics.reductions import NOWHERE, cotangents, index_of, is_valid_index
+from cce_inductor.kernels import together
+from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted
+from cce_inductor.kernels.program.names import Name, OperandKind
+from cce_inductor.kernels.statistics.base import Numbers, Statistic
+from cce_inductor.kernels.statistics.indexed import Indexed
+from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.kernels.triton.gradient import UntiledError, gradient_program
 from cce_inductor.kernels.triton.specification import (
     add_product,
     block_starts,
     logit_gradient,
-    statistics_of,
+    stored_numbers,
     tile_statistics,
     weight_block,
 )
@@ -49,8 +52,6 @@ STATISTICS_WIDTHS = (TILE, TILE // 2, TILE // 4)
 TILES_ENOUGH = 1024
 """For a device to be busy, of 128 rows each."""
 
-_KINDS = frozenset(["logsumexp", "sum", "mean", "dot", "max", *INDEXED])
-
 
 def reason_against(head: Head) -> str | None:
     """Why a program cannot be computed here, None if it can."""
@@ -58,15 +59,17 @@ def reason_against(head: Head) -> str | None:
         return "there is no template for a vocabulary whose size changes"
     if head.compute_dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"there is no template for {head.compute_dtype}"
-    if all(reduction.kind in INDEXED for reduction in head.program.reductions):
+    if all(isinstance(statistic, Indexed) for statistic in head.program.statistics):
         return "nothing is reduced over the vocabulary"
-    for reduction in head.program.reductions:
-        if reduction.kind not in _KINDS:
-            return f"{reduction.kind} has no template"
-        if reduction.kind == "gather":
-            count = head.operands[position(reduction.args[1])].shape[1]
-            if not isinstance(count, int) or count > INDEX_LIMIT:
+    for statistic in head.program.statistics:
+        if isinstance(statistic, Indexed):
+            shape = statistic.index_of(head.operands).shape
+            if not statistic.is_flat and not (
+                isinstance(shape[1], int) and shape[1] <= INDEX_LIMIT
+            ):
                 return f"the template gathers at most {INDEX_LIMIT} indices a row"
+        elif not statistic.tile_numbers:
+            return f"{statistic.name} has no template"
     return None
 
 
@@ -82,101 +85,50 @@ def reduce(input: Tensor, head: Head, sources: str = "", tile: int | None = None
         sources: as for `tile_statistics`.
         tile: columns of a tile of statistics; None for as many as suit the sizes.
     """
-    program, vocabulary = head.program, head.linear_weight.shape[0]
+    program, vocabulary = head.program, head.vocabulary
     tile = tile or _statistics_width(input.shape[0], vocabulary)
     indices = _indices(head)
-    _assert_in_bounds(indices, vocabulary)
-    kept = _kept(head, indices)
-    found = iter(
-        tile_statistics(
-            input.to(head.compute_dtype),
-            head.linear_weight.to(head.compute_dtype),
-            head.linear_bias,
-            _here(head.operands, input),
-            indices,
-            str(program),
-            head.skip_ignored,
-            tile,
-            sources,
-        )
+    _assert_in_bounds(list(indices.values()), vocabulary)
+    stored = tile_statistics(
+        input.to(head.compute_dtype),
+        head.linear_weight.to(head.compute_dtype),
+        head.linear_bias,
+        _on_device_of(input, head.operands),
+        list(indices.values()),
+        str(program),
+        head.skip_ignored,
+        tile,
+        sources,
     )
-    statistics = [
-        (reduction, [next(found) for _ in range(count)])
-        for reduction, count in statistics_of(program)
-    ]
-    by_reduction = dict(statistics)
-    normalizers = {
-        reduction: _Normalizer(*each)
-        for reduction, each in statistics
-        if reduction.kind == "logsumexp"
-    }
-    results: list[Tensor] = []
-    of_index = iter(indices)
-    for reduction, (first, *rest) in statistics:
-        if reduction.kind == "logsumexp":
-            results.append(normalizers[reduction].lse)
-        elif reduction.kind == "mean":
-            results.append(normalizers[reduction.weights].mean(first.double(), rest[0]))
-        elif reduction.kind == "sum":
-            results.append(first.sum(0, dtype=torch.float64))
-        elif reduction.kind == "dot":
-            of_q = by_reduction[reduction.weights][0].double()
-            results.append((first.double() * of_q + rest[0]).sum(0))
-        elif reduction.kind == "max":
-            top, where = first.max(0)
-            columns = rest[0].gather(0, where.unsqueeze(0)).squeeze(0)
-            results += [top.double(), columns.long()]
-        else:
-            values = first.double().masked_fill(next(of_index) == NOWHERE, 0.0)
-            results.append(values if reduction.kind == "gather" else values.squeeze(1))
-    for normalizer in list(normalizers.values())[:1]:
-        results.append(normalizer.of_wider_tiles(tile, vocabulary).to(head.logit_dtype))
-    if kept is None:
-        return results
-    return [_zero_unless(kept, result) for result in results]
+    of_tiles = together.parts(stored_numbers(program, stored))
+    whole = together.combined(
+        {s: each if s not in indices else _unsqueezed(each) for s, each in of_tiles.items()}
+    )
+    by_statistic = together.results(whole, indices)
+    results = [result for statistic in program.statistics for result in by_statistic[statistic]]
+    normalizers = [each for each in program.statistics if isinstance(each, LogSumExp)]
+    for normalizer in normalizers[:1]:
+        wide = _of_wider_tiles(normalizer, of_tiles[normalizer], tile)
+        results.append(wide.to(head.logit_dtype))
+    kept = _kept(head)
+    return results if kept is None else [_zero_unless(kept, result) for result in results]
 
 
-class _Normalizer:
-    """The softmax of a row, from the greatest of each tile and the sum of its masses below that.
-
-    Attributes:
-        shift: of each tile, float64 [tiles, rows].
-        total: of each tile, the sum of ``exp(x - shift)``.
-        lse: of the row.
-    """
-
-    def __init__(self, top: Tensor, total: Tensor):
-        self.shift = top.masked_fill(top == -math.inf, 0.0).double()
-        self.total = total.double()
-        self.lse = _logsumexp(self.of_tiles, 0)
-
-    @property
-    def of_tiles(self) -> Tensor:
-        return self.shift + self.total.log()
-
-    def mean(self, center: Tensor, weighted: Tensor) -> Tensor:
-        """From the statistics of a mean."""
-        # A tile without any mass has no weight, whatever it says.
-        share = (self.shift - self.lse).exp().masked_fill(self.total == 0, 0.0)
-        return (share * (center * self.total + weighted)).sum(0)
-
-    def of_wider_tiles(self, tile: int, vocabulary: int) -> Tensor:
-        """The logsumexp of each tile of `blockwise`, [rows, tiles]."""
-        wide = min(TILE // tile, self.total.shape[0])
-        of_tiles = self.of_tiles
-        missing = -of_tiles.shape[0] % wide
-        if missing:
-            nothing = of_tiles.new_full((missing, of_tiles.shape[1]), -math.inf)
-            of_tiles = torch.cat([of_tiles, nothing])
-        return _logsumexp(of_tiles.unflatten(0, (-1, wide)), 1).t()
+def _unsqueezed(numbers: Numbers) -> Numbers:
+    """A kernel stores the values at indices once, and not for each tile."""
+    return tuple(each.unsqueeze(0) for each in numbers)
 
 
-def _logsumexp(values: Tensor, dim: int) -> Tensor:
-    """`torch.logsumexp`, whose decomposition asks whether there are any rows: of rows that depend
-    on data nobody knows while the graph is traced."""
-    top = values.amax(dim, keepdim=True)
-    top = top.masked_fill(top == -math.inf, 0.0)
-    return (values - top).exp().sum(dim).log() + top.squeeze(dim)
+def _of_wider_tiles(normalizer: LogSumExp, of_tiles: Numbers, tile: int) -> Tensor:
+    """Return the logsumexp of each tile of `blockwise`, [rows, tiles]."""
+    (lse,) = of_tiles
+    wide = min(TILE // tile, lse.shape[0])
+    missing = -lse.shape[0] % wide
+    if missing:
+        nothing = lse.new_full((missing, lse.shape[1]), -math.inf)
+        lse = torch.cat([lse, nothing])
+    (combined,) = normalizer.combine((lse.unflatten(0, (-1, wide)).transpose(0, 1),), ())
+    return combined.t()
 
 
 def reduce_backward(
@@ -193,18 +145,14 @@ def reduce_backward(
         UntiledError: the gradient cannot be written as a program.
     """
     program, weight = head.program, head.linear_weight
-    rows, vocabulary, input_dtype = input.shape[0], weight.shape[0], input.dtype
-    indices = _indices(head)
-    by_text = {
-        str(reduction): index for reduction, index in zip(_indexed(program), indices, strict=True)
-    }
-    by_value = cotangents(program, list(grads), list(results), by_text, head.logit_dtype)
+    rows, vocabulary, input_dtype = input.shape[0], head.vocabulary, input.dtype
+    by_value = together.cotangents(program, grads, results, _indices(head), head.logit_dtype)
     names = {at: name for name, at in program.operands.items()}
     wanted_operands = [names[at] for at, asked in enumerate(wanted.operands) if asked]
-    if any(name[0] == "b" for name in wanted_operands):
+    if any(name.kind is OperandKind.LOGIT for name in wanted_operands):
         raise UntiledError("it is as large as the logits")
     gradient, operands = gradient_program(
-        program, _here(head.operands, input), by_value, wanted_operands, _kept(head, indices)
+        program, _on_device_of(input, head.operands), by_value, wanted_operands, _kept(head)
     )
 
     input = input.to(head.compute_dtype)
@@ -212,7 +160,7 @@ def reduce_backward(
     d_weights: list[Tensor] = []
     d_biases: list[Tensor] = []
     sums: dict[Name, list[Tensor]] = {name: [] for name in wanted_operands}
-    width = _block_width(rows, vocabulary, head, len(gradient.reductions))
+    width = _block_width(rows, vocabulary, head, len(gradient.blocks))
     blocks = range(0, vocabulary, width)
     before: list[Tensor] = []  # what has been made of the block before
     for start, first in zip(blocks, block_starts(weight, width, len(blocks)), strict=True):
@@ -243,15 +191,15 @@ def reduce_backward(
             d_biases.append(dz.sum(0, dtype=torch.float32))
             before.append(d_biases[-1])
         for name, values in zip(wanted_operands, of_operands, strict=True):
-            over = {"r": [1], "c": [0], "s": [0, 1]}[name[0]]
-            sums[name].append(values.sum(over, dtype=torch.float64))
+            sums[name].append(values.sum(_SUMMED[name.kind], dtype=torch.float64))
             before.append(sums[name][-1])
 
     found: list[Tensor | None] = [None] * len(head.operands)
     for name, of_blocks in sums.items():
-        operand = head.operands[position(name)]
-        total = torch.cat(of_blocks) if name[0] == "c" else torch.stack(of_blocks).sum(0)
-        found[position(name)] = total.to(operand.dtype)
+        operand = head.operands[name.position]
+        is_column = name.kind is OperandKind.COLUMN
+        total = torch.cat(of_blocks) if is_column else torch.stack(of_blocks).sum(0)
+        found[name.position] = total.to(operand.dtype)
     bias = head.linear_bias
     return Gradients(
         d_input.to(input_dtype) if d_input is not None else None,
@@ -259,6 +207,10 @@ def reduce_backward(
         torch.cat(d_biases).to(bias.dtype) if bias is not None and d_biases else None,
         found,
     )
+
+
+_SUMMED = {OperandKind.ROW: [1], OperandKind.COLUMN: [0], OperandKind.SCALAR: [0, 1]}
+"""The dimensions of a block that the gradient of an operand is summed over."""
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -305,38 +257,26 @@ def _assert_in_bounds(indices: Sequence[Tensor], vocabulary: int) -> None:
         torch.ops.aten._assert_async.msg(outside == 0, message)
 
 
-def _here(operands: Sequence[Tensor], input: Tensor) -> list[Tensor]:
-    """The operands on the device of `input`; only one of a single value may be elsewhere."""
+def _on_device_of(input: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
+    """Return the operands on the device of `input`. Only a scalar may be on another one."""
     return [operand.to(input.device) for operand in operands]
 
 
-def _indexed(program: Program) -> list[Reduction]:
-    return [reduction for reduction in program.reductions if reduction.kind in INDEXED]
-
-
-def _indices(head: Head) -> list[Tensor]:
-    """The indices of each reduction at indices, in order: int32 [rows, k], `NOWHERE` for none,
-    the size of the vocabulary for one out of bounds."""
-    vocabulary = head.linear_weight.shape[0]
-    found = []
-    for reduction in _indexed(head.program):
-        given = head.operands[position(reduction.args[1])].to(torch.int64)
-        index = index_of(reduction, given, vocabulary)
-        valid = is_valid_index(reduction, given, vocabulary).view(index.shape)
-        found.append(torch.where(valid, index, vocabulary).to(torch.int32))
+def _indices(head: Head) -> dict[Statistic, Tensor]:
+    """Return the indices of each statistic that has some: int32 [rows, k], `NOWHERE` for an ignored
+    one, the size of the vocabulary for one out of bounds."""
+    found: dict[Statistic, Tensor] = {}
+    for statistic in head.program.indexed:
+        given = statistic.index_of(head.operands).to(torch.int64)
+        index = statistic.prepared(given, head.vocabulary)
+        valid = statistic.is_valid(given, head.vocabulary).view(index.shape)
+        found[statistic] = torch.where(valid, index, head.vocabulary).to(torch.int32)
     return found
 
 
-def _kept(head: Head, indices: Sequence[Tensor]) -> Tensor | None:
-    """Which rows are computed, None for all."""
-    if not head.skip_ignored:
-        return None
-    targets = [
-        index != NOWHERE
-        for reduction, index in zip(_indexed(head.program), indices, strict=True)
-        if reduction.kind == "target"
-    ]
-    return torch.cat(targets, 1).any(1)
+def _kept(head: Head) -> Tensor | None:
+    """Return which rows are computed; None for all."""
+    return together.kept_rows(head.program, head.operands) if head.skip_ignored else None
 
 
 def _zero_unless(kept: Tensor, result: Tensor) -> Tensor:

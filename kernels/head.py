@@ -1,0 +1,115 @@
+"""The head of a model: what makes a logit, and what is computed from it.
+
+These are the arguments that all kernels share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels.program.text import Program
+
+TILE = 1024
+"""Vocabulary entries of a tile: wide enough for products to run at full speed."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of `dtype` are summed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tile_count(vocabulary: int) -> int:
+    """The number of tiles that cover `vocabulary` entries; the last may be narrower."""
+    return -(-vocabulary // TILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What makes a logit, and what is computed from it.
+
+    Attributes:
+        linear_weight: [vocabulary, hidden], any floating dtype and strides.
+        linear_bias: [vocabulary] or None.
+        operands: those that `program` names, see `OperandKind`; indices are [rows] or [rows, k].
+        program: what is computed.
+        skip_ignored: whether rows all of whose class indices are ignored are left out: they are
+            neither read nor computed, and every result is 0.
+        compute_dtype: the dtype of the matrix products' operands.
+        workspace_bytes: bound on the block of logits and the blocks that are made of it.
+    """
+
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    operands: Sequence[Tensor]
+    program: Program
+    skip_ignored: bool
+    compute_dtype: torch.dtype
+    workspace_bytes: int
+
+    SCHEMA: ClassVar[str] = (
+        "Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, str program, "
+        "bool skip_ignored, ScalarType compute_dtype, SymInt workspace_bytes"
+    )
+    """The same as the arguments of an operator."""
+
+    @classmethod
+    def of(
+        cls,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        operands: Sequence[Tensor],
+        program: str,
+        *others: Any,
+    ) -> Head:
+        """Return a head from the arguments of an operator."""
+        return cls(linear_weight, linear_bias, operands, Program.parse(program), *others)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.linear_weight.shape[0]
+
+    @property
+    def logit_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.compute_dtype)
+
+    def tiles(self) -> Iterator[tuple[int, slice]]:
+        """Every tile's number and its range of the vocabulary."""
+        for number, start in enumerate(range(0, self.vocabulary, TILE)):
+            yield number, slice(start, min(start + TILE, self.vocabulary))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which gradients are asked for; nothing is computed for the others."""
+
+    input: bool
+    linear_weight: bool
+    linear_bias: bool
+    operands: Sequence[bool]
+
+    @classmethod
+    def of(cls, output_mask: Sequence[bool]) -> Wanted:
+        """Return what the mask of an operator asks for."""
+        input, linear_weight, linear_bias, *operands = output_mask
+        return cls(input, linear_weight, linear_bias, operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The gradients that were asked for, with the shapes and dtypes of what they belong to; None
+    for the others."""
+
+    input: Tensor | None
+    linear_weight: Tensor | None
+    linear_bias: Tensor | None
+    operands: Sequence[Tensor | None]
+
+    def computed(self) -> list[Tensor]:
+        """Those that were asked for, in order."""
+        every = (self.input, self.linear_weight, self.linear_bias, *self.operands)
+        return [gradient for gradient in every if gradient is not None]

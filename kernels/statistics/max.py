@@ -1,0 +1,53 @@
+"""``max(x)``: the greatest value of each row and its first index. nan is greater than any number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.statistics.base import Numbers, Statistic, TileNumber, Upstream
+from cce_inductor.kernels.statistics.cotangent import Cotangents
+from cce_inductor.kernels.statistics.template_lines import MINUS_INFINITY, TemplateLines
+
+
+class Max(Statistic, name="max"):
+    result_dtypes = (torch.float64, torch.int64)
+    tile_numbers = (TileNumber("GREATEST"), TileNumber("FIRST", torch.int32))
+
+    def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
+        return tuple(values[self.value].max(1))
+
+    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+        greatest, first = values[0].max(1)
+        return greatest, first + tile.start
+
+    def nothing(self, rows: int, device: torch.device, index: Tensor | None) -> Numbers:
+        return (
+            torch.full((rows,), -math.inf, dtype=torch.float64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+        )
+
+    def combine(self, parts: Numbers, required: Sequence[Numbers]) -> Numbers:
+        greatest, which = parts[0].max(0)
+        return greatest, parts[1].gather(0, which.unsqueeze(0)).squeeze(0)
+
+    def results(self, whole: Numbers, required: Sequence[Numbers], index: Tensor | None) -> Numbers:
+        greatest, first = whole
+        return greatest, first.long()
+
+    def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
+        cotangents[self.value].add_at(upstream.grad, upstream.results[1].unsqueeze(1))
+
+    def write(self, lines: TemplateLines, number: int) -> None:
+        greatest = lines.begin(f"greatest{number}", MINUS_INFINITY)
+        first = lines.begin(f"first{number}", "0", "int32")
+        x = lines.inside(self.value, MINUS_INFINITY)
+        lines.updates.append(
+            f"{greatest}, {first} = device.greater({greatest}, {first}, {x}, first_column)"
+        )
+        lines.store(greatest, f"GREATEST{number}")
+        lines.store(first, f"FIRST{number}")

@@ -1,0 +1,37 @@
+"""``sum(x)``: the sum of a value over the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.statistics.base import Numbers, Statistic, TileNumber, Upstream
+from cce_inductor.kernels.statistics.cotangent import Cotangents
+from cce_inductor.kernels.statistics.numerics import row_sum
+from cce_inductor.kernels.statistics.template_lines import TemplateLines
+
+
+class Sum(Statistic, name="sum"):
+    is_sum = True
+    tile_numbers = (TileNumber("SUM"),)
+
+    def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
+        return (values[self.value].sum(1),)
+
+    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+        return (row_sum(values[0]),)
+
+    def nothing(self, rows: int, device: torch.device, index: Tensor | None) -> Numbers:
+        return (torch.zeros(rows, dtype=torch.float64, device=device),)
+
+    def combine(self, parts: Numbers, required: Sequence[Numbers]) -> Numbers:
+        return (parts[0].sum(0),)
+
+    def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
+        cotangents[self.value].add_constant(upstream.grad)
+
+    def write(self, lines: TemplateLines, number: int) -> None:
+        lines.store(lines.sum(self.value), f"SUM{number}")

@@ -1,0 +1,176 @@
+"""The lines of the Triton template that compute the statistics of a tile.
+
+A statistic writes its lines with `TemplateLines`. A *tile* of statistics is computed in several
+*parts* of BLOCK_V columns, one after another. `device` is `kernels.triton.device`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from cce_inductor.kernels.program.names import Name
+
+MINUS_INFINITY = 'float("-inf")'
+
+
+@dataclasses.dataclass(frozen=True)
+class Masses:
+    """The variables that hold the masses ``exp(x - greatest)`` of a value.
+
+    Attributes:
+        greatest: the greatest value of each row in the parts so far.
+        mass: the masses of this part.
+        total: the sum of the masses of the parts so far.
+        update: the line that adds to `total`.
+        rescale: a format that makes a sum of masses above the greatest value of the parts before
+            one above that of the parts so far.
+    """
+
+    greatest: str
+    mass: str
+    total: str
+    update: str
+    rescale: str
+
+
+class TemplateLines:
+    """The lines of all statistics of a program.
+
+    Args:
+        values: the variable of each value of the program.
+        indices: the argument of each index operand, in order, and the number of its indices a row.
+
+    Attributes:
+        before: lines before the first part of a tile.
+        updates: lines for each part, after its product.
+        after: lines that store what the parts have left.
+        outputs: the arguments that are written, except for the first number, which Inductor stores.
+        targets: variables that hold class indices.
+    """
+
+    def __init__(self, values: Mapping[Name, str], indices: list[tuple[str, int]]):
+        self._values = values
+        self._indices = iter(indices)
+        self.before: list[str] = []
+        self.updates: list[str] = []
+        self.after: list[str] = []
+        self.outputs: list[str] = []
+        self.targets: list[str] = []
+        self._has_first = False
+        self._masses: dict[Name, Masses] = {}
+        self._sums: dict[Name, tuple[str, str]] = {}
+
+    def begin(self, name: str, value: str, dtype: str = "float32") -> str:
+        """Declare a variable of one number a row; return its name."""
+        self.before.append(f"{name} = tl.full([BLOCK_M], {value}, tl.{dtype})")
+        return name
+
+    def inside(self, value: Name, fill: str) -> str:
+        """Return a value in float32, with `fill` in columns beyond the vocabulary."""
+        return f"device.only({self._values[value]}, inside, {fill}, EVEN_V)"
+
+    def store(self, variable: str, argument: str) -> None:
+        """Store one number of each row."""
+        if self._has_first:
+            self.outputs.append(argument)
+            place = f"{argument} + tile_of_statistics * M + rows"
+            self.after.append(f"tl.store({place}, {variable}, mask=row_inside)")
+            return
+        self._has_first = True
+        self.after.append(
+            f'{{{{store_output(("tile_of_statistics", "rows"), "{variable}", "row_inside", '
+            'indent_width=8, val_shape=("BLOCK_M",))}}'
+        )
+
+    def sum(self, value: Name) -> str:
+        """Return the variable that holds the sum of a value over the parts so far."""
+        return self._sum(value)[0]
+
+    def sum_update(self, value: Name) -> str:
+        """Return the line that adds to `sum`."""
+        return self._sum(value)[1]
+
+    def _sum(self, value: Name) -> tuple[str, str]:
+        if value not in self._sums:
+            name = self.begin(f"sum_{value}", "0.0")
+            update = f"{name} += tl.sum({self.inside(value, '0.0')}, 1)"
+            self.updates.append(update)
+            self._sums[value] = name, update
+        return self._sums[value]
+
+    def masses(self, x: Name) -> Masses:
+        """Return the variables of a softmax, whose lines are written once."""
+        if x not in self._masses:
+            greatest = self.begin(f"greatest_{x}", MINUS_INFINITY)
+            total = self.begin(f"total_{x}", "0.0")
+            low, before, mass = f"low_{x}", f"before_{x}", f"mass_{x}"
+            rescale = f"device.rescaled({{}}, {before}, {greatest})"
+            update = f"{total} = {rescale.format(total)} + tl.sum({mass}, 1)"
+            self.updates += [
+                f"{low} = {self.inside(x, MINUS_INFINITY)}",
+                f"{before} = {greatest}",
+                f"{greatest} = tl.maximum({greatest}, tl.max({low}, 1))",
+                f"{mass} = device.mass_of(device.above({low}, {greatest}))",
+                update,
+            ]
+            self._masses[x] = Masses(greatest, mass, total, update, rescale)
+        return self._masses[x]
+
+    def weighted_sum(
+        self,
+        number: int,
+        *,
+        before: str,
+        weights: str,
+        y: str,
+        rescale: str,
+        total: str,
+        size: str,
+    ) -> None:
+        """Write the two numbers of a weighted sum of `y`: see `numerics.center_of`.
+
+        Args:
+            number: of the statistic.
+            before: the line that adds to the sum of the weights; these lines come before it.
+            weights, y: of this part.
+            rescale: a format that makes a sum over the parts before one for this part's weights.
+            total: the sum of the weights of the parts before.
+            size: the sum of their absolute values.
+        """
+        center, weighted = f"center{number}", f"weighted{number}"
+        self.begin(center, "0.0")
+        self.begin(weighted, "0.0")
+        part = f"weights{number}, y{number}"
+        place = self.updates.index(before)
+        self.updates[place:place] = [
+            f"{part} = {weights}, {y}",
+            f"nearer{number} = device.nearer({center}, {size}, {part})",
+            f"{weighted} = {rescale.format(weighted)} "
+            f"+ device.moved({center}, nearer{number}, {total}, {part})",
+            f"{center} = nearer{number}",
+        ]
+        self.store(center, f"CENTER{number}")
+        self.store(weighted, f"WEIGHTED{number}")
+
+    def at_indices(self, number: int, value: Name, *, is_target: bool) -> None:
+        """Write the value at each index of the next argument, where a row of the tile has one."""
+        argument, width = next(self._indices)
+        x, out = self._values[value], f"OUT{number}"
+        self.outputs.append(out)
+        for k in range(width):
+            index = f"index{number}_{k}"
+            place = f'{argument} + rows * {{{{stride("{argument}", 0)}}}}'
+            place += f' + {k} * {{{{stride("{argument}", 1)}}}}'
+            self.before.append(f"{index} = tl.load({place}, mask=row_inside, other=-1)")
+            if is_target:
+                self.targets.append(index)
+            # These lines come first, so that the values are not needed any more when the lines
+            # after them compute their exponentials.
+            self.updates[:0] = [
+                f"if device.any_in({index}, first_column, BLOCK_V):",
+                f"    found = device.at({x}, columns, {index})",
+                f"    here = ({index} >= first_column) & ({index} < first_column + BLOCK_V)",
+                f"    here &= row_inside & ({index} < V)",
+                f"    tl.store({out} + rows * {width} + {k}, found, mask=here)",
+            ]
