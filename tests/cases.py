@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from cce_inductor.kernels import reference
-from cce_inductor.kernels.blockwise.engine import TILE, Head, Wanted
 from cce_inductor.kernels.blockwise.product import operand_dtype
+from cce_inductor.kernels.head import TILE, Head, Wanted
+from cce_inductor.kernels.program.names import OperandKind
 from cce_inductor.kernels.program.text import Program
 
 HIDDEN, ROWS, IGNORED = 7, 12, -100
@@ -119,7 +120,7 @@ def wants_gradient(head):
     """For each operand whether its gradient is compared: what a program reads, but no block."""
     names = {at: name for name, at in head.program.operands.items()}
     return [
-        at in names and names[at][0] != "b" and operand.is_floating_point()
+        at in names and names[at].kind is not OperandKind.LOGIT and operand.is_floating_point()
         for at, operand in enumerate(head.operands)
     ]
 
@@ -163,7 +164,7 @@ def expected(input, head, upstream=None):
 
 def kept_rows(head):
     """Rows with a class index that is not ignored."""
-    targets = [r.args for r in head.program.reductions if r.kind == "target"]
+    targets = [each.args for each in head.program.statistics if each.name == "target"]
     return torch.stack(
         [head.operands[int(name[1:])] != ignored for _, name, ignored in targets]
     ).any(0)
@@ -172,7 +173,7 @@ def kept_rows(head):
 def gradients_of(reduce, reduce_backward, input, head, upstream=None, wanted=None):
     """The results, and the gradients of input, weight, bias and operands."""
     results = reduce(input, head)
-    count = sum(reduction.outputs for reduction in head.program.reductions)
+    count = sum(len(each.result_dtypes) for each in head.program.statistics)
     with_tiles = len(results) > count
     upstream = upstream or upstream_of(results[:count])
     wanted = wanted or Wanted(True, True, head.linear_bias is not None, wants_gradient(head))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import cce_inductor
-from cce_inductor.kernels.blockwise.engine import TILE
+from cce_inductor.kernels.head import TILE
 
 TOKENS, HIDDEN, VOCABULARY = 96, 32, 2 * TILE + 300
 SEEDS = range(8)

@@ -69,11 +69,10 @@ def _reduce_rows(input: Tensor, *arguments: Any) -> Any:
 def _reduce_rows_backward(
     grads: Sequence[Tensor | None],
     results: Sequence[Tensor],
-    output_mask: Sequence[bool],
     input: Tensor,
     *arguments: Any,
 ) -> Any:
-    head = Head.of(*arguments)
+    head, output_mask = Head.of(*arguments[:-1]), arguments[-1]
     if not _is_tiled(input, head):
         return NotImplemented
     wanted = Wanted.of(output_mask)

@@ -66,21 +66,18 @@ def _(input: Tensor, *arguments: Any) -> list[Tensor]:
 @torch.library.custom_op(
     f"{NAMESPACE}::reduce_rows_backward",
     mutates_args=(),
-    schema="(Tensor?[] grads, Tensor[] results, bool[] output_mask, "
-    f"Tensor input, {Head.SCHEMA}) -> Tensor[]",
+    schema="(Tensor?[] grads, Tensor[] results, "
+    f"Tensor input, {Head.SCHEMA}, bool[] output_mask) -> Tensor[]",
 )
 def reduce_rows_backward(
-    grads: Sequence[Tensor | None],
-    results: Sequence[Tensor],
-    output_mask: Sequence[bool],
-    input: Tensor,
-    *head: Any,
+    grads: Sequence[Tensor | None], results: Sequence[Tensor], input: Tensor, *arguments: Any
 ) -> list[Tensor]:
     """See `kernels.blockwise.engine.reduce_backward`.
 
-    `output_mask` is for input, weight, bias and each operand; only the gradients that it asks for
-    are returned.
+    The last argument, `output_mask`, is for input, weight, bias and each operand; only the
+    gradients that it asks for are returned.
     """
+    *head, output_mask = arguments
     wanted = Wanted.of(output_mask)
     with _without_autocast(input):
         return engine.reduce_backward(grads, results, input, Head.of(*head), wanted).computed()
@@ -88,13 +85,9 @@ def reduce_rows_backward(
 
 @reduce_rows_backward.register_fake
 def _(
-    grads: Sequence[Tensor | None],
-    results: Sequence[Tensor],
-    output_mask: Sequence[bool],
-    input: Tensor,
-    *arguments: Any,
+    grads: Sequence[Tensor | None], results: Sequence[Tensor], input: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    head = Head.of(*arguments)
+    head, output_mask = Head.of(*arguments[:-1]), arguments[-1]
     primals = (input, head.linear_weight, head.linear_bias, *head.operands)
     return [
         primal.new_empty(primal.shape)
@@ -131,12 +124,12 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         torch.ops.cce_inductor.reduce_rows_backward(
             list(grads),
             results,
-            output_mask,
             input,
             linear_weight,
             linear_bias,
             operands,
             *ctx.constants,
+            output_mask,
         )
     )
     gradients = [next(found) if wanted else None for wanted in output_mask]

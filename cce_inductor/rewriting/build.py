@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.statistics.gather import Gather
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES, Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Operand
@@ -253,7 +254,7 @@ class Builder:
         if isinstance(operand, Statistic):
             assert operand.index is not None
             index = self.row(operand.index)
-            if operand.kind == "gather":
+            if operand.kind is Gather:
                 return self._to_last(index, operand.logits.vocabulary_dim)
             return index
         if not operand.kind.varies_over_rows:

@@ -14,8 +14,11 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.names import OperandKind
-from cce_inductor.kernels.program.text import INDEXED, WEIGHTED, Name, Program, Reduction, Step
+from cce_inductor.kernels.program.names import Name, OperandKind
+from cce_inductor.kernels.program.text import Program, Step
+from cce_inductor.kernels.statistics import base as kernels
+from cce_inductor.kernels.statistics.indexed import Indexed
+from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Leaf, Operand, leaves
 from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
@@ -57,26 +60,25 @@ class Group:
         self.results: Node | None = None
         self.outputs: dict[int, Node] = {}
         self._steps: dict[str, Step] = {}
-        self._reductions: dict[str, Reduction] = {}
+        self._outputs: dict[str, kernels.Statistic] = {}
         self._names: dict[int, tuple[Apply, Name]] = {}  # by the identity of the expression
 
     def add(self, statistic: Statistic) -> None:
         """Make the operator compute a statistic."""
         self.statistics.append(statistic)
-        reduction = self._reduction(statistic)
-        if reduction.kind in WEIGHTED:
-            self._reductions.setdefault(str(reduction.weights), reduction.weights)
-        self._reductions.setdefault(str(reduction), reduction)
+        output = self._output(statistic)
+        for each in (*output.requirements, output):
+            self._outputs.setdefault(str(each), each)
 
     def output(self, statistic: Statistic) -> int:
         """Return the position of a statistic among the operator's results."""
-        wanted = str(self._reduction(statistic))
-        first = {str(reduction): at for at, reduction in self.program.outputs}
+        wanted = str(self._output(statistic))
+        first = {str(output): place.start for place, output in self.program.places}
         return first[wanted] + statistic.output
 
     @property
     def program(self) -> Program:
-        return Program(tuple(self._steps.values()), tuple(self._reductions.values()))
+        return Program(tuple(self._steps.values()), tuple(self._outputs.values()))
 
     def check_derivative(self) -> None:
         """Check that the derivative of the program is made of pointwise operators.
@@ -96,14 +98,14 @@ class Group:
     def skip_ignored(self) -> bool:
         """Whether nothing reads the results of rows whose targets are ignored."""
         ignored = {s.ignored for s in self.statistics}
-        targets = {(s.index, *s.constants) for s in self.statistics if s.kind == "target"}
+        targets = {(s.index, *s.constants) for s in self.statistics if s.kind is Target}
         return None not in ignored and ignored == targets
 
-    def _reduction(self, statistic: Statistic) -> Reduction:
+    def _output(self, statistic: Statistic) -> kernels.Statistic:
         args: list[Any] = [self.name(value) for value in statistic.values]
-        if statistic.kind in INDEXED:
+        if issubclass(statistic.kind, Indexed):
             args.append(self._operand_name(OperandKind.ROW, statistic))
-        return Reduction(statistic.kind, (*args, *statistic.constants))
+        return statistic.kind((*args, *statistic.constants))
 
     def _operand_name(self, kind: OperandKind, operand: Operand | Statistic) -> Name:
         for position, known in enumerate(self.operands):

@@ -10,6 +10,8 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.statistics.logsumexp import LogSumExp
+from cce_inductor.kernels.statistics.sum import Sum
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Expression, Operand, leaves
@@ -116,7 +118,7 @@ class Returned:
     @property
     def row(self) -> Statistic:
         """A row that reads every tensor that the logits are made of."""
-        return Statistic("sum", self.logits, (self.expression,))
+        return Statistic(Sum, self.logits, (self.expression,))
 
     @property
     def strides(self) -> tuple[int, ...] | None:
@@ -199,9 +201,8 @@ def _with_softmaxes(expression: Expression) -> Expression:
         source, is_detached = rest[0].source, False
         if isinstance(source, Call) and source.target is torch.detach and _is_detached(first):
             (source,), (first,), is_detached = source.args, first.args, True
-        if isinstance(source, Statistic) and (source.kind, source.values) == (
-            ("logsumexp", (first,))
-        ):
+        is_normalizer = isinstance(source, Statistic) and source.kind is LogSumExp
+        if is_normalizer and source.values == (first,):
             softmax = Apply("_log_softmax", (_with_softmaxes(first), -1, False))
             return Apply("detach", (softmax,)) if is_detached else softmax
     args = tuple(_with_softmaxes(argument) for argument in expression.args)

@@ -97,6 +97,8 @@ class _Accumulation:
             statistic: statistic.nothing(kept.count, kept.device, indices.get(statistic))
             for statistic in self.program.statistics
         }
+        # Each once, and last those that write over the values.
+        self._in_order = sorted(self._whole, key=lambda each: each.overwrites)
         self._normalizer = _first_normalizer(self.program)
         self._of_tiles = torch.empty(
             kept.count, tile_count(head.vocabulary), dtype=head.logit_dtype, device=kept.device
@@ -111,7 +113,7 @@ class _Accumulation:
             number: of the tile.
         """
         numbers: ByStatistic = {}
-        for statistic in sorted(self.program.statistics, key=lambda each: each.overwrites):
+        for statistic in self._in_order:
             index = self.indices.get(statistic)
             numbers[statistic] = statistic.of_tile(
                 self._values_of(statistic, values), tile, None if index is None else index[block]

@@ -7,8 +7,8 @@ reads. Cross-entropy under a softcap of 30 is
     logsumexp(t2); target(t2, r0, -100)
 
 The first statements are *steps*: each applies one pointwise ATen operator. The last statements are
-*outputs*: `kernels.statistics` has one file for each statistic of a row, and `output.Block` ends the
-program of a gradient. Names of values:
+*outputs*: `kernels.statistics` has one file for each statistic of a row, and `output.Block` ends
+the program of a gradient. Names of values:
 
 - ``z``: the logit; ``j``: its place in the vocabulary
 - ``r0``, ``c0``, ``s0``, ``b0``: operand 0; the letter is its `OperandKind`

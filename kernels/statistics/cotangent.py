@@ -83,7 +83,7 @@ class Cotangent:
         self.factors.append((grad, other))
 
     def add_at(self, grad: Tensor, index: Tensor) -> None:
-        """Add gradients [rows, k] in the columns `index` [rows, k]; negative ones are no columns."""
+        """Add gradients [rows, k] in the columns `index` [rows, k]; negative ones are none."""
         self._at.append((index, grad.reshape(index.shape)))
 
     @property

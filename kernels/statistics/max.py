@@ -1,4 +1,4 @@
-"""``max(x)``: the greatest value of each row and its first index. nan is greater than any number."""
+"""``max(x)``: the greatest value of each row and its first index. nan is the greatest of all."""
 
 from __future__ import annotations
 

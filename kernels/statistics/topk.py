@@ -53,8 +53,9 @@ class TopK(Statistic, name="topk"):
     def combine(self, parts: Numbers, required: Sequence[Numbers]) -> Numbers:
         values, indices = (each.movedim(0, 1).flatten(1) for each in parts)
         # Stable sorts: of equal values, the one with the smaller index comes first.
-        indices, order = indices.sort(1)
-        values, greatest_first = values.gather(1, order).sort(1, descending=True, stable=True)
+        indices, order = indices.sort(dim=1)
+        values = values.gather(1, order)
+        values, greatest_first = values.sort(dim=1, descending=True, stable=True)
         return values[:, : self.k], indices.gather(1, greatest_first)[:, : self.k]
 
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:

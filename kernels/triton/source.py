@@ -7,10 +7,11 @@ writes the steps of the program into them (`modification`, like FlexAttention's 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 
@@ -35,8 +36,9 @@ _jinja = jinja2.Environment(
 )
 
 
-class Template(NamedTuple):
-    """The text of a template, and the name by which Inductor knows it; equal texts have one name."""
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The text of a template, and the name by which Inductor knows it: equal for equal texts."""
 
     name: str
     source: str

@@ -191,6 +191,7 @@ def reduce_backward(
             d_biases.append(dz.sum(0, dtype=torch.float32))
             before.append(d_biases[-1])
         for name, values in zip(wanted_operands, of_operands, strict=True):
+            assert name.kind is not None
             sums[name].append(values.sum(_SUMMED[name.kind], dtype=torch.float64))
             before.append(sums[name][-1])
 

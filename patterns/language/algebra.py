@@ -17,6 +17,15 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.kernels.program.text import overload
+from cce_inductor.kernels.statistics import base as kernels
+from cce_inductor.kernels.statistics.dot import Dot
+from cce_inductor.kernels.statistics.gather import Gather
+from cce_inductor.kernels.statistics.indexed import Indexed
+from cce_inductor.kernels.statistics.logsumexp import LogSumExp
+from cce_inductor.kernels.statistics.max import Max
+from cce_inductor.kernels.statistics.mean import Mean
+from cce_inductor.kernels.statistics.sum import Sum
+from cce_inductor.kernels.statistics.topk import TopK
 from cce_inductor.patterns.language.expression import (
     LOGIT,
     Apply,
@@ -58,10 +67,12 @@ class Algebra:
             classes = self.site.fixed_vocabulary(self.logits)
             return call(operator.add, self.row(x), math.log(classes))
         core, shift = self._split(x)
-        lse = self._statistic("logsumexp", core)
+        lse = self._statistic(LogSumExp, core)
         return lse if shift is None else call(operator.add, lse, shift)
 
-    def gather(self, x: Any, index: Node, *, kind: str = "gather", constants: Any = ()) -> Row:
+    def gather(
+        self, x: Any, index: Node, *, kind: type[Indexed] = Gather, constants: Any = ()
+    ) -> Row:
         """Return `x` at the indices.
 
         A pointwise function of late values is applied after gathering: it needs no second pass.
@@ -69,7 +80,7 @@ class Algebra:
         Args:
             x: an expression.
             index: the indices, [rows] or [rows, k] according to `kind`.
-            kind: "gather", "index" or "target", a reduction of `kernels.program`.
+            kind: `Gather`, `Index` or `Target`.
             constants: further arguments of the reduction.
         """
         if _is_detached(x):
@@ -87,13 +98,13 @@ class Algebra:
 
     def max(self, x: Any) -> tuple[Row, Row]:
         """Return the greatest value and its index."""
-        return self._greatest("max", x)
+        return self._greatest(Max, x)
 
     def topk(self, x: Any, k: int) -> tuple[Row, Row]:
         """Return the greatest k values and their indices."""
-        return self._greatest("topk", x, k)
+        return self._greatest(TopK, x, k)
 
-    def _greatest(self, kind: str, x: Any, *constants: int) -> tuple[Row, Row]:
+    def _greatest(self, kind: type[kernels.Statistic], x: Any, *constants: int) -> tuple[Row, Row]:
         if _is_detached(x):
             value, index = self._greatest(kind, x.args[0], *constants)
             return detach_row(value), index
@@ -116,7 +127,7 @@ class Algebra:
         if isinstance(x, Apply) and x.target == "exp" and LOGIT in leaves(x):
             return call(torch.exp, self.logsumexp(x.args[0]))
         if not self._late(x) or not isinstance(x, Apply):
-            return self._statistic("sum", x)
+            return self._statistic(Sum, x)
         if x.target in (_ADD, _SUB) and not x.kwargs:
             return Call(overload(x.target), tuple(self.sum(a) for a in x.args))
         if x.target == "neg":
@@ -130,8 +141,8 @@ class Algebra:
             if is_constant_over_row(second):
                 return call(operator.mul, self.sum(first), self.row(second))
             product = self._sum_of_product(first, second)
-            return product if product is not None else self._statistic("sum", x)
-        return self._statistic("sum", x)
+            return product if product is not None else self._statistic(Sum, x)
+        return self._statistic(Sum, x)
 
     def row(self, x: Any) -> Any:
         """Return an expression that is constant over the row, computed once for each row."""
@@ -150,7 +161,7 @@ class Algebra:
                 core, shift = self._split(rest.args[0])
                 mean = None if shift is None else self._mean(core, value)
                 if mean is not None:
-                    lse = self._statistic("logsumexp", core)
+                    lse = self._statistic(LogSumExp, core)
                     mass = call(torch.exp, call(operator.add, lse, shift))
                     total = call(operator.mul, mass, mean)
                     return total if factor is None else factor(total)
@@ -172,7 +183,7 @@ class Algebra:
         """Return the sum of a product from which a late value will be subtracted."""
         if is_constant_over_row(fixed) or is_constant_over_row(term) or self._late(term):
             return self.sum(Apply(_MUL, (fixed, term)))
-        return Statistic("dot", self.logits, (fixed, term))
+        return Statistic(Dot, self.logits, (fixed, term))
 
     def _mean(self, core: Any, value: Any) -> Row | None:
         """Return the mean of `value` under softmax(core).
@@ -182,7 +193,7 @@ class Algebra:
         if is_constant_over_row(value):
             return self.row(value)
         if not self._late(value):
-            return Statistic("mean", self.logits, (core, value))
+            return Statistic(Mean, self.logits, (core, value))
         if isinstance(value, Apply) and value.target in (_ADD, _SUB) and not value.kwargs:
             means = [self._mean(core, term) for term in value.args]
             if None not in means:
@@ -238,5 +249,5 @@ class Algebra:
     def _late(self, x: Any) -> bool:
         return self.site.is_late(x, self.logits)
 
-    def _statistic(self, kind: str, x: Expression) -> Statistic:
+    def _statistic(self, kind: type[kernels.Statistic], x: Expression) -> Statistic:
         return Statistic(kind, self.logits, (x,))

@@ -18,8 +18,10 @@ from torch.fx import Node
 from torch.utils._pytree import tree_map
 
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.text import Name, Program, Reduction, Step
+from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.program.text import Program, Step
 from cce_inductor.kernels.program.tracing import NotPointwiseError, RandomError, record
+from cce_inductor.kernels.statistics.sum import Sum
 from cce_inductor.patterns.language.examples import is_symbol, with_fixed_number
 from cce_inductor.patterns.language.expression import Apply
 from cce_inductor.patterns.language.logits import Logits
@@ -173,7 +175,7 @@ def _trace(
         if len(results) != 1:
             return NotPointwiseError("it returns several tensors")
         if steps:
-            alone = Program(tuple(steps), (Reduction("sum", (results[0],)),))
+            alone = Program(tuple(steps), (Sum((results[0],)),))
             derivative(alone, [torch.empty((), dtype=dtype) for dtype in dtypes])
     except NotPointwiseError as error:
         return type(error)(*error.args)  # without its traceback, which holds the frames

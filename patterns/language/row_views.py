@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.statistics.index import Index
 from cce_inductor.patterns.language.capture import captured
 from cce_inductor.patterns.language.examples import is_symbol, same_shape, tensor_example
 from cce_inductor.patterns.language.expression import where
@@ -58,7 +59,7 @@ def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Lo
 
 def _index_of(site: Site, row: Row) -> Any:
     """Return the index of each row's entry in the vocabulary."""
-    entries = [part for part in parts(row) if isinstance(part, Statistic) and part.kind == "index"]
+    entries = [part for part in parts(row) if isinstance(part, Statistic) and part.kind is Index]
     if not entries or any(entry.index is not entries[0].index for entry in entries):
         site.unsupported(reasons.CHANGES_UNKNOWN_ENTRIES)
     return entries[0].index

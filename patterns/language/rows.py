@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
+from cce_inductor.kernels.statistics import base as kernels
 from cce_inductor.patterns.language.expression import Expression, Operand, leaves
 from cce_inductor.patterns.language.logits import Call, Logits, Projection, applied
 
@@ -23,16 +24,16 @@ class Statistic:
     The result is float64 unless it is an index.
 
     Attributes:
-        kind: the reduction, one of `kernels.program`.
+        kind: what is computed of each row, a class of `kernels.statistics`.
         logits: the logits whose rows are reduced. `values` is reduced, not their expression.
-        values: what is reduced; for "mean" the logits of the softmax and the averaged value.
-        index: the indices of "gather", "index" and "target": a node or a call.
+        values: what is reduced; for a mean the logits of the softmax and the averaged value.
+        index: the indices of a statistic at indices: a node or a call.
         constants: further arguments of the reduction.
         output: which of the reduction's results this is.
         ignored: a target and the index in it that marks rows whose value is not used.
     """
 
-    kind: str
+    kind: type[kernels.Statistic]
     logits: Logits
     values: tuple[Expression, ...]
     index: Node | Call | None = None
@@ -150,10 +151,7 @@ def is_reduced(source: Any) -> bool:
 
 def is_sum(source: Any) -> bool:
     """Whether a row is computed from sums over the vocabulary, and not only from chosen logits."""
-    return any(isinstance(part, Statistic) and part.kind in _SUMS for part in parts(source))
-
-
-_SUMS = ("logsumexp", "sum", "mean", "dot")
+    return any(isinstance(part, Statistic) and part.kind.is_sum for part in parts(source))
 
 
 def _operands(expressions: tuple[Expression, ...]) -> list[Operand]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.patterns.language import (
     Algebra,
     Apply,
@@ -72,7 +73,7 @@ def nll_loss(
     _check_indices(site, target, input)
     target, ignored = _targets(site, target, ignore_index)
     found = Algebra(site, logits).gather(
-        logits.expression, target, kind="target", constants=(ignored,)
+        logits.expression, target, kind=Target, constants=(ignored,)
     )
     return call(
         torch.ops.cce_inductor.cross_entropy.default,
@@ -104,7 +105,7 @@ def _with_indices(
         summed = x if weight is None else Apply("mul.Tensor", (x, _classes(site, weight, logits)))
         logit_sum = ignoring(algebra.sum(summed), target, ignore_index)
     lse = algebra.logsumexp(x)
-    found = algebra.gather(x, target, kind="target", constants=(ignore_index,))
+    found = algebra.gather(x, target, kind=Target, constants=(ignore_index,))
     return call(
         torch.ops.cce_inductor.cross_entropy.default,
         ignoring(lse, target, ignore_index),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cce_inductor.kernels.program.text import TOPK_LIMIT
+from cce_inductor.kernels.statistics.topk import LIMIT
 from cce_inductor.patterns.language import (
     Algebra,
     Apply,
@@ -65,8 +65,8 @@ def topk(
     if not largest:
         site.unsupported(reasons.TAKES_THE_SMALLEST)
     k = int(constant(k))
-    if not 0 < k <= TOPK_LIMIT:
-        site.unsupported(reasons.topk_out_of_range(TOPK_LIMIT))
+    if not 0 < k <= LIMIT:
+        site.unsupported(reasons.topk_out_of_range(LIMIT))
     return Algebra(site, logits).topk(logits.expression, k)
 
 

@@ -27,7 +27,7 @@ from cases import assert_agrees as assert_agrees_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cce_inductor.kernels.blockwise import engine
-from cce_inductor.kernels.blockwise.engine import TILE, Wanted
+from cce_inductor.kernels.head import TILE, Wanted
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 VOCABULARIES = [1, 5, TILE - 1, TILE, TILE + 1, 2 * TILE + TILE // 2]
@@ -197,7 +197,7 @@ def test_any_ignore_index(ignore_index, skip_ignored):
 @pytest.mark.parametrize("name", ["target", "softcap", "class weights", "bias of a block"])
 def test_skipped_rows_are_never_read(name, dtype):
     input, head = case(PROGRAMS[name], dtype=dtype, skip_ignored=True)
-    upstream = upstream_of(engine.reduce(input, head)[: len(head.program.reductions)])
+    upstream = upstream_of(engine.reduce(input, head)[: len(head.program.statistics)])
     want = computed(input, head, upstream)
     ignored = head.operands[0] == IGNORED
     poisoned = input.masked_fill(ignored[:, None], math.nan)
@@ -653,7 +653,7 @@ def test_memory_stays_within_the_workspace(name, dtype, backward):
     )
     input = random(rows, HIDDEN).to(dtype)
     results = engine.reduce(input, head)
-    count = sum(reduction.outputs for reduction in head.program.reductions)
+    count = sum(len(each.result_dtypes) for each in head.program.statistics)
     upstream = upstream_of(results[:count]) + [None] * (len(results) - count)
     wanted = Wanted(True, True, True, wants_gradient(head))
     if backward:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from cce_inductor.kernels.blockwise.product import WideProduct, accumulation_dtype, operand_dtype
+from cce_inductor.kernels.blockwise.product import WideProduct, operand_dtype
+from cce_inductor.kernels.head import accumulation_dtype
 
 CPU = torch.device("cpu")
 PRECISION = 2**-16

@@ -262,7 +262,7 @@ OTHER_PROGRAMS = {
 @pytest.mark.parametrize("name", OTHER_PROGRAMS)
 def test_other_programs_do_not_spill(name, kind):
     text, wants_scale = OTHER_PROGRAMS[name]
-    outputs = Program.parse(text).outputs
+    statistics = Program.parse(text).statistics
     constants = (text, True, BF16, 2**30)
 
     def forward(input, weight, target, scale):
@@ -272,9 +272,9 @@ def test_other_programs_do_not_spill(name, kind):
 
     def backward(grad, lse, input, weight, target, scale):
         results, grads = [], []
-        for _, reduction in outputs:
-            results += [lse, target][: reduction.outputs]
-            grads += [grad, None][: reduction.outputs]
+        for statistic in statistics:
+            results += [lse, target][: len(statistic.result_dtypes)]
+            grads += [grad, None][: len(statistic.result_dtypes)]
         return torch.ops.cce_inductor.reduce_rows_backward(
             [*grads, None],
             [*results, lse.unsqueeze(1)],

@@ -48,7 +48,7 @@ def compiled(input, head, upstream, **options):
     names = [i for i, wanted in enumerate(wants(head)) if wanted]
     leaves = [input, head.linear_weight, head.linear_bias, *(head.operands[i] for i in names)]
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves if leaf is not None]
-    count = sum(reduction.outputs for reduction in head.program.reductions)
+    count = sum(len(each.result_dtypes) for each in head.program.statistics)
     text = str(head.program)
 
     def fn(input, weight, *rest):
@@ -366,8 +366,8 @@ MUTATIONS = {
     ),
     "the last part of a tile is left out": ("PARTS, PARTS)", "PARTS, PARTS - 1)"),
     "the sum is not rescaled": (
-        "device.rescaled(total0, before0, top0)",
-        "device.rescaled(total0, before0 * 0, top0 * 0)",
+        "device.rescaled(total_z, before_z, greatest_z)",
+        "device.rescaled(total_z, before_z * 0, greatest_z * 0)",
     ),
     "the bias is read for another column": ("BIAS + ", "BIAS + 0 * "),
     "the rows of another tile are read": (
