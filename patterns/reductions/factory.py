@@ -17,7 +17,7 @@ from cce_inductor.patterns.language import (
     call,
     pointwise,
     reduction,
-    same_size,
+    same_shape,
     size_of,
     tensor_example,
 )
@@ -60,7 +60,7 @@ def _made(
 ) -> ReductionResult:
     """Return a constant tensor, or constant logits if it has the shape of the logits."""
     made, shape = site.example, tensor_example(input).shape
-    if made.dim() == len(shape) and all(map(same_size, made.shape, shape)):
+    if same_shape(made.shape, shape):
         filler = given[1:] if function is torch.full else ()
         return pointwise(site, like, input, *filler, **options)
     kept = {name: value for name, value in options.items() if name not in ("dtype", "device")}

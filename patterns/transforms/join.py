@@ -33,6 +33,7 @@ from cce_inductor.patterns.language import (
     only_where,
     operands_of,
     read,
+    same_shape,
     same_size,
     tensor_example,
     transform,
@@ -148,7 +149,7 @@ def _check_column(site: Site, tensor: Node, tensors: Any, logits: Logits) -> Non
     shape = list(tensor_example(of_logits).shape)
     shape[logits.vocabulary_dim] = 1
     value = tensor_example(tensor)
-    if value.dim() != len(shape) or not all(map(same_size, value.shape, shape)):
+    if not same_shape(value.shape, shape):
         site.unsupported(reasons.JOINS_WITH_NO_COLUMN)
     if not value.dtype.is_floating_point:
         site.unsupported(reasons.JOINS_WITH_INTEGERS)

@@ -13,6 +13,7 @@ from cce_inductor.patterns.language import (
     Site,
     dimension,
     example,
+    same_shape,
     same_size,
     tensor_example,
     transform,
@@ -38,7 +39,7 @@ def view(site: Site, input: Any, *shape: Any, **named: Any) -> Logits:
             site.unsupported(reasons.DYNAMIC_SHAPE_OF_TENSOR)
     if not sizes or isinstance(sizes[0], torch.dtype):
         site.unsupported(reasons.REINTERPRETS_BITS)
-    if after.dim() == before.dim() and all(map(same_size, after.shape, before.shape)):
+    if same_shape(after.shape, before.shape):
         return logits
     if any(isinstance(example(size), torch.Size) for size in sizes):
         site.unsupported(reasons.DYNAMIC_SHAPE_OF_TENSOR)
