@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+SLOW_RULES := tests/patterns/test_algebra.py tests/patterns/test_sharing.py
 
 .PHONY: demo test test-only fast lint
 
@@ -18,7 +19,7 @@ test-only: $(VENV)/test-installed
 	TRITON_INTERPRET=1 $(PYTEST) tests/templates/interpreted
 
 fast: $(VENV)/test-installed
-	$(PYTEST) tests/patterns tests/test_imports.py tests/test_options.py tests/test_main.py
+	$(PYTEST) tests/patterns tests/test_imports.py tests/test_options.py $(SLOW_RULES:%=--ignore=%)
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check
