@@ -1,23 +1,23 @@
 """Train the example GPT twice on the CPU, without and with ``--cce``, and compare the two runs.
 
 ``examples/train_gpt.py`` runs in two processes, one after the other, with the same seed and
-the same arguments. This script watches their resident memory from outside, then prints a
-table, draws memory over time, and writes the numbers as JSON next to the picture::
+the same arguments. This script samples their resident memory, then prints a table, draws
+memory over time, and writes the numbers as JSON next to the picture::
 
     python benchmarks/demo.py --picture build/demo/demo.png
 
-It fails when a run fails, when nothing was rewritten, or when the losses differ by more than
-the order of float32 operations explains.
+It fails if a run fails, if nothing was rewritten, or if the losses differ by more than a different
+order of float32 operations explains.
 
 How memory is measured:
 
-* It is the resident memory of the training process alone: Inductor's compile workers and the
-  C++ compiler are other processes. The peak is the one the kernel kept; the picture is made
-  of samples taken every 10 ms. Python, torch and the compiler itself are part of both curves.
-* The tokenizer's cache is filled beforehand and Inductor's cache starts out empty in both
-  runs, so that both do the same work.
+* It is the resident memory of the training process, including Python, torch and the compiler, but
+  without Inductor's compile workers and the C++ compiler, which are other processes. The peak is
+  the one recorded by the operating system; the picture shows samples taken every 10 ms.
+* Both runs do the same work: the tokenizer's cache is filled beforehand, and Inductor's cache is
+  empty at the start of each run.
 
-Needs psutil, rich and matplotlib besides what the example needs.
+Needs psutil, rich and matplotlib in addition to the packages of the example.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = "examples/train_gpt.py"  # both runs start in ROOT
+SCRIPT = "examples/train_gpt.py"  # relative to ROOT, the current folder of both runs
 PICTURE = Path("build/demo/demo.png")
 
 VOCABULARY = 32768
@@ -52,16 +52,16 @@ MODEL = {"layers": 4, "heads": 4, "width": 256, "block-size": BLOCK_SIZE}
 TRAINING = {"device": "cpu", "dtype": "float32", "lr": 2e-3, "warmup": 10, "eval-batches": 2}
 
 SAMPLING_INTERVAL = 0.01  # seconds
-COMPILED_STEPS = 3  # first steps, left out of the step time: they contain the compilation
+COMPILED_STEPS = 3  # the first steps, excluded from the step time because they compile
 ZOOMED_STEPS = 3  # steps in the right half of the picture
 MIB = 1 << 20
 
-# Both runs compute the same sums in another order of float32 operations. Eager PyTorch against
-# torch.compile is such a change too: it moves the losses of such a run by less than 1e-5.
+# Both runs compute the same sums in a different order. So do eager PyTorch and torch.compile, whose
+# losses differ by less than 1e-5 in such a run.
 TOLERANCE = 1e-3
 
-# What the measured process executes: the script as it is, then a report of what only the
-# process itself can know, its exact peak and the rewrites.
+# Executed by the measured process: the unchanged script, then a report of what only the process
+# itself knows, which is its exact peak and the rewrites.
 CHILD = """
 import json, resource, runpy, sys
 
@@ -91,7 +91,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training run did."""
+    """The measurements of one training run."""
 
     peak_mib: float
     steps: list[dict[str, Any]]
@@ -122,7 +122,7 @@ class Run:
 
 
 def script_arguments(steps: int, batch_size: int) -> list[str]:
-    """The arguments that both runs have in common."""
+    """Return the arguments that both runs have in common."""
     options = {
         **MODEL,
         **TRAINING,
@@ -179,7 +179,7 @@ def largest_difference(without: Run, with_cce: Run) -> float:
 
 
 def check(without: Run, with_cce: Run) -> None:
-    """Raise unless something was rewritten and the losses stayed the same."""
+    """Raise DemoError unless something was rewritten and the losses stayed the same."""
     if not with_cce.rewrites:
         reasons = {report["reason"] for report in with_cce.reports} or {"no loss was found"}
         raise DemoError(f"--cce rewrote nothing: {'; '.join(sorted(map(str, reasons)))}")

@@ -1,31 +1,33 @@
-"""What a GPU says about this package, in nine minutes.
+"""Measure and check the package on a GPU in nine minutes.
 
     python benchmarks/gpu.py --minutes 9 --output results
 
-Needs a clone and an interpreter with torch, triton, pytest, hypothesis and numpy; no network, and
-no installed package: the clone that this file stands in is measured. With --installed it is the
-package that the interpreter finds by itself, a wheel for example; the results say which file was
-imported. --wheels is a folder of wheels to compare with (Liger's, Apple's, QuACK).
+Needs a clone and an interpreter with torch, triton, pytest, hypothesis and numpy, but no network
+and no installed package: it measures the clone that contains this file. With --installed it
+measures the package that the interpreter imports, which may come from a wheel; the results name the
+imported file. --wheels is a folder with wheels of other packages to compare with (Liger, Cut
+Cross-Entropy, QuACK).
 
-The parts run in the order of what they decide, each in a process of its own:
+The parts run in this order, the most important decisions first, each in its own process:
 
-1. versions    whether the library's products with float32 results can be relied on
-2. products    what the device can do, and how wide the gradient's blocks have to be
-3. assertion   whether an assertion in the loop over tiles costs the statistics kernel time
-4. kernels     which configurations are the defaults, and how near they are to the library
-5. blocks      whether templates pay, beside a library product and one fused pass
-6. head        time and memory of the whole loss beside everything else that computes it
-7. tests       whether tests/cuda pass
-8. autocast    the same head with float32 weights
-9. peaked      a head as a trained model has it
-10. sanitizer  whether a kernel reads or writes out of bounds, or races
+1. versions    Are the library's matrix products with float32 results correct?
+2. products    How fast are copies and matrix products, and how wide do the gradient's blocks have
+               to be?
+3. assertion   Does an assertion in the loop over tiles slow the statistics kernel down?
+4. kernels     Which configurations should be the defaults, and how near are they to the library?
+5. blocks      Are the templates faster than a library product followed by one fused pass?
+6. head        Time and memory of the whole loss, beside every other implementation
+7. tests       Do the tests in tests/cuda pass?
+8. autocast    The same head with float32 weights
+9. peaked      A head with logits as in a trained model
+10. sanitizer  Does a kernel read or write out of bounds, or race?
 
-results/gpu.json is written after every single number, results/gpu.md, the table that is printed at
-the end, after every part; results/gpu.log has what the parts print. When the minutes are over,
-whatever runs is stopped and the rest is dropped; no part takes more than its share of them, and one
-that crashes or hangs costs only its own numbers. Whatever has no number has a reason.
+results/gpu.json is written after each number. results/gpu.md, the table that is also printed at the
+end, is written after each part. results/gpu.log has the output of the parts. When the time is over,
+the running part is stopped and the rest is dropped. No part takes more than its share of the time,
+and a part that crashes or hangs loses only its own numbers. Each missing number has a reason.
 
-With --device cpu everything that needs no device runs on small shapes, to see that it does.
+--device cpu runs everything that needs no GPU on small shapes, to test this script.
 """
 
 from __future__ import annotations
@@ -52,16 +54,16 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 
 LEAST_SECONDS = 5.0
-"""A part that would have less is dropped."""
+"""A part with less time than this is dropped."""
 
 LEAST_SHARE_SECONDS = 30.0
-"""What a part may take however small its share is: it imports and compiles."""
+"""Each part may take this long even if its share is smaller: it has to import and compile."""
 
 END_SECONDS = 1.5
-"""What is kept for stopping the last part and for the table."""
+"""Time reserved for stopping the last part and for writing the table."""
 
 LAST_LINES = 12
-"""Of what a part printed, for one that failed."""
+"""How many lines of its output are kept for a part that failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Part:
     """A program that measures something.
 
     Attributes:
-        name: of its numbers.
-        command: the interpreter's arguments; --device and --until are added.
-        share: of the budget, at most.
+        name: its name in the results.
+        command: arguments of the interpreter; --device and --until are added.
+        share: the largest fraction of the budget that it may take.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Part:
 
 
 def _of_this_package(name: str, share: float, module: str, *case: str) -> Part:
-    # -P: modules come from PYTHONPATH, not from wherever this is started.
+    # -P: modules are imported from PYTHONPATH, not from the current folder.
     return Part(name, ("-P", "-m", f"gpu_parts.{module}", *case), share)
 
 
@@ -99,12 +101,12 @@ PARTS = (
 
 
 class Record:
-    """Everything that is known, in a file that is always complete.
+    """All results so far, kept in a file that is complete at any time.
 
     Args:
-        output: the folder.
-        about: what was asked for.
-        parts: all of them.
+        output: the folder of the results.
+        about: the arguments of the run.
+        parts: every part that will run.
     """
 
     def __init__(self, output: Path, about: dict[str, Any], parts: Sequence[Part]) -> None:
@@ -120,11 +122,11 @@ class Record:
         return time.monotonic() - self.began
 
     def take(self, name: str, line: str) -> None:
-        """A line that a part has written."""
+        """Add a line of output of a part."""
         try:
             found = json.loads(line)
         except json.JSONDecodeError:
-            return  # cut off: its writer was stopped in the middle of it
+            return  # incomplete: the part was stopped while writing it
         for planned in found.pop("plan", []):
             self._result(name, planned)
         if "name" in found:
@@ -140,7 +142,7 @@ class Record:
         return results[-1]
 
     def end(self, name: str, status: str, **fields: Any) -> None:
-        """A part is over; what it had planned and not done has its end for a reason."""
+        """Mark a part as finished; its status becomes the reason of each missing number."""
         part = self.parts[name]
         part |= {"status": status, **fields}
         ended = "ended without it" if status == "ran" else status
@@ -171,7 +173,7 @@ class Driver:
         output: the folder of the results.
         device: "cuda" or "cpu".
         seconds: the budget.
-        environment: of the parts.
+        environment: environment variables of the parts.
     """
 
     def __init__(
@@ -243,7 +245,7 @@ class Driver:
     def _listen(
         self, process: subprocess.Popen[str], name: str, deadline: float, record: Record
     ) -> bool:
-        """Records what a part says until it ends; whether it did before the deadline."""
+        """Record the output of a part; return whether the part ended before the deadline."""
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
         def read() -> None:
@@ -257,7 +259,7 @@ class Driver:
                 line = lines.get(timeout=min(left, 0.5))
             except queue.Empty:
                 if process.poll() is not None:
-                    end_group(process)  # something that it started keeps the pipe open
+                    end_group(process)  # a process that it started keeps the pipe open
                 continue
             if line is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -268,7 +270,7 @@ class Driver:
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all that it has started."""
+    """Kill a process and every process that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -285,7 +287,7 @@ def say(record: Record, text: str) -> None:
 
 
 def nvidia_smi() -> str:
-    """Clocks, power and temperature in a line, or why there is none."""
+    """Return clocks, power and temperature in one line, or the reason why they are unknown."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "there is no nvidia-smi"
@@ -298,14 +300,14 @@ def nvidia_smi() -> str:
     return (ran.stdout or ran.stderr).strip()
 
 
-CAPTION = "Ratios are to what was measured beside it: torch.compile, or a product of the library."
+CAPTION = "A ratio is to torch.compile or to a library product, measured in the same rounds."
 HEADINGS = ("part", "what", "ms", "ratio", "MiB", "more")
 NOTED = ("tflops", "gb_per_s", "forward_ms", "loss", "registers", "spills", "won", "timed")
-"""What the last column shows beside a time, and errors."""
+"""Fields that the last column shows beside a time, in addition to errors."""
 
 
 def table_lines(parts: Any) -> list[str]:
-    """The results as a table in Markdown, which also reads well as it is."""
+    """Return the results as a table in Markdown with aligned columns."""
     rows = [HEADINGS, *(row for part in parts for row in _rows(part))]
     widths = [max(len(row[at]) for row in rows) for at in range(len(HEADINGS))]
     lines = [
@@ -356,7 +358,7 @@ def _more(result: dict[str, Any]) -> str:
 
 
 def unpacked(wheels: Path, folder: Path) -> list[str]:
-    """The wheels of a folder as files, which Triton has to read; what goes on PYTHONPATH."""
+    """Unpack the wheels, because Triton reads source files; return what to add to PYTHONPATH."""
     found = sorted(wheels.glob("*.whl"))
     if not found:
         sys.exit(f"gpu.py: there are no wheels in {wheels}")
@@ -367,7 +369,7 @@ def unpacked(wheels: Path, folder: Path) -> list[str]:
 
 
 def environment(device: str, paths: Sequence[str], cache: Path) -> dict[str, str]:
-    """Of the parts: what they import, and a compiler's cache of this run alone."""
+    """Return the environment variables of the parts, with an empty compiler cache."""
     inherited = os.environ.get("PYTHONPATH")
     every = [*paths, *([inherited] if inherited else [])]
     found = os.environ | {
@@ -376,8 +378,8 @@ def environment(device: str, paths: Sequence[str], cache: Path) -> dict[str, str
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
     }
     if device == "cpu":
-        # With an empty cache Inductor tries out vector instructions for longer than this runs,
-        # and the threads of small operations wait for each other on busy cores.
+        # With an empty cache, Inductor's test of vector instructions takes longer than the parts.
+        # Threads of small operations would wait for each other on busy cores.
         found |= {"TORCHINDUCTOR_VEC_ISA_OK": "1", "OMP_NUM_THREADS": "1"}
     return found
 
@@ -386,7 +388,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="the budget, all in all")
+    parser.add_argument("--minutes", type=float, default=9.0, help="the budget of the whole run")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the results")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--wheels", type=Path, help="folder of other packages' wheels")
@@ -406,8 +408,8 @@ def main() -> None:
     began = time.monotonic()
     arguments = parse_arguments()
     if arguments.device == "cuda" and not has_cuda():
-        sys.exit("gpu.py: there is no CUDA device; --device cpu runs what needs none")
-    # So that a part that runs is ended, too.
+        sys.exit("gpu.py: there is no CUDA device; --device cpu runs the parts that need none")
+    # An exception lets the driver kill the running part.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu.py: terminated"))
     arguments.output.mkdir(parents=True, exist_ok=True)
     about = {

@@ -1,23 +1,22 @@
-"""Seconds, peak memory and accuracy of the loss of one language-model head, method by method.
+"""Measure time, peak memory and accuracy of the loss of one language-model head, method by method.
 
-A step is ``F.cross_entropy(F.linear(input, linear_weight), target)`` and its gradients with
-respect to ``input`` [tokens, hidden] and ``linear_weight`` [vocab, hidden]. Every method runs it
-in a process of its own, on the same values:
+A step is ``F.cross_entropy(F.linear(input, linear_weight), target)`` and its gradients with respect
+to ``input`` [tokens, hidden] and ``linear_weight`` [vocab, hidden]. Each method runs it in a
+process of its own, with the same values:
 
-* ``eager``, ``compile``: as written, and under ``torch.compile``;
+* ``eager``, ``compile``: as written, without and with ``torch.compile``;
 * ``auto_chunker``: ``torch.compile`` with Inductor's automatic chunking of the batch;
   ``auto_chunker_forced`` lifts the size and ratio below which it leaves a graph alone;
 * ``linear_cross_entropy``: ``torch.nn.functional.linear_cross_entropy`` with its default options;
 * ``liger_kernel``, ``cut_cross_entropy``: the fused losses of these packages (CUDA only);
 * ``cce_inductor``: as written, under ``torch.compile`` with this package's backend.
 
-In each round every method runs one step while the others wait, and the order rotates. Seconds are
-the median over rounds; the ratio compares a method with ``compile`` in the same round. Memory, of
-one step before the rounds, is the peak above the inputs and the gradients that the step leaves;
-what is used while there are no gradients yet counts as far as it exceeds them. Errors are
-``norm(actual - reference) / norm(reference)`` against a float64 reference that is computed in
-blocks of the vocabulary. A method that cannot run, or that runs without doing what it is measured
-for, gets a reason instead of numbers.
+In each round, each method runs one step while the others wait, and the order rotates. Seconds are
+the median over rounds; a ratio compares a method with ``compile`` in the same round. Memory is the
+peak of one step minus the inputs and the gradients that the step leaves. Errors are ``norm(actual -
+reference) / norm(reference)`` against a float64 reference that is computed in blocks of the
+vocabulary. A method that cannot run, or that falls back to another implementation, gets a reason
+instead of numbers.
 
     python benchmarks/head.py --dtype bfloat16 --json head.json --picture head.png
 """
@@ -51,13 +50,13 @@ OURS = "cce_inductor"
 IGNORE_INDEX = -100
 LOGITS_DEVIATION = {"random": 1.0, "peaked": 8.0}
 REFERENCE_BLOCK = 4096
-OUT_OF_MEMORY = "DefaultCPUAllocator: "  # begins the RuntimeError of torch's allocator
+OUT_OF_MEMORY = "DefaultCPUAllocator: "  # the beginning of the error of torch's CPU allocator
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The shapes and values that every method gets."""
+    """The shapes and values of the inputs, the same for each method."""
 
     tokens: int
     vocab: int
@@ -71,7 +70,7 @@ class Problem:
     threads: int
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Input and weight, which require gradients, and target; the same in every process."""
+        """Return input and weight, with gradients required, and target; the same in each process."""
         generator = torch.Generator().manual_seed(self.seed)
         deviation = LOGITS_DEVIATION[self.logits] / self.hidden**0.5
         input = torch.randn(self.tokens, self.hidden, generator=generator)
@@ -86,14 +85,14 @@ class Problem:
         )
 
     def loss(self, input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
-        """The loss as written."""
+        """Return the loss as it is usually written."""
         logits = F.linear(input, linear_weight)
         return F.cross_entropy(logits.float() if self.cast else logits, target)
 
 
 @torch.no_grad()
 def reference(problem: Problem) -> dict[str, Tensor]:
-    """Loss and gradients in float64, one block of the vocabulary at a time."""
+    """Return loss and gradients in float64, computed in blocks of the vocabulary."""
     input, linear_weight, target = problem.inputs()
     input = input.double()
     blocks = list(linear_weight.split(REFERENCE_BLOCK))
@@ -119,12 +118,12 @@ def reference(problem: Problem) -> dict[str, Tensor]:
 
 
 class RefusedError(Exception):
-    """The method ran without doing what it is measured for."""
+    """The method ran, but fell back to another implementation."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compute the loss, and a check, after the first step, that it was really used."""
+    """An implementation of the loss, and a check after the first step that it did not fall back."""
 
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     check_used: Callable[[Tensor], None] = lambda loss: None
@@ -139,7 +138,7 @@ def compiled(problem: Problem) -> Method:
 
 
 def auto_chunker(problem: Problem, **options: int) -> Method:
-    # The first import registers the operators which the second one looks up.
+    # The first import registers operators that the second import needs.
     from torch._inductor import compile_fx, metrics  # noqa: F401
     from torch._inductor.fx_passes import auto_chunker as chunker
 
@@ -217,7 +216,7 @@ CUDA_ONLY = {"liger_kernel", "cut_cross_entropy"}
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a method has no numbers: a word or two for the table, and the detail."""
+    """Why a method has no numbers: a short kind for the table, and the detail."""
 
     kind: str
     detail: str
@@ -243,7 +242,7 @@ class Failure:
 
 
 class Session:
-    """A method with its inputs, in the worker process."""
+    """The worker's side: a method with its inputs."""
 
     def __init__(self, name: str, problem: Problem) -> None:
         torch.set_num_threads(problem.threads)
@@ -260,7 +259,7 @@ class Session:
         self.loss = self.input.grad = self.linear_weight.grad = None
 
     def warm_up(self, steps: int) -> float:
-        """The loss, after the given number of steps; the first one compiles."""
+        """Run some steps, the first of which compiles; return the loss."""
         self.run_step()
         self.method.check_used(self.loss)
         for _ in range(steps - 1):
@@ -269,7 +268,7 @@ class Session:
         return self.loss.item()
 
     def step_peak_bytes(self) -> int:
-        """Peak memory of a step above the inputs and the gradients that it leaves."""
+        """Return the peak memory of a step above the inputs and the gradients that it leaves."""
         self.forget_step()
         with peak_memory(self.device) as peak_bytes:
             self.run_step()
@@ -287,7 +286,7 @@ class Session:
             return seconds()
 
     def errors(self, reference_path: Path) -> dict[str, float]:
-        """Relative errors of the last step."""
+        """Return the relative errors of the last step."""
         actual = {
             "loss": self.loss.detach(),
             "d_input": self.input.grad,
@@ -302,7 +301,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def serve(connection: Connection, name: str, problem: Problem) -> None:
-    """Answer requests with what the session returns, until one fails or the parent hangs up."""
+    """Run requests until one fails or the parent closes the connection; send each result."""
     try:
         session = Session(name, problem)
         while True:
@@ -350,7 +349,7 @@ class Worker:
 
 @dataclass
 class Result:
-    """What is known of one method; without a failure, everything."""
+    """The measurements of one method, complete unless there is a failure."""
 
     method: str
     round_seconds: list[float] = field(default_factory=list)
@@ -364,13 +363,13 @@ class Result:
         return statistics.median(self.round_seconds)
 
     def ratios(self, baseline: Result) -> list[float]:
-        """Seconds over the baseline's, round by round."""
+        """Return the seconds of each round divided by those of the baseline."""
         pairs = zip(self.round_seconds, baseline.round_seconds, strict=True)
         return [seconds / other for seconds, other in pairs]
 
 
 class Race:
-    """The methods side by side; one that fails drops out."""
+    """Runs the methods side by side; a method that fails drops out."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.results = {name: Result(name) for name in names}
@@ -386,7 +385,7 @@ class Race:
     def ask(
         self, names: Iterable[str], request: str, *arguments: object
     ) -> list[tuple[Result, Any]]:
-        """Ask one after the other; the answers of those that still run, each with its result."""
+        """Send a request to one worker after the other; return each result with its answer."""
         answers = []
         for name in names:
             if name not in self.workers:
@@ -422,7 +421,7 @@ class Race:
 
 
 def run(problem: Problem, arguments: argparse.Namespace, console: Console) -> list[Result]:
-    """Run every round and, unless told otherwise, the check."""
+    """Run all rounds and, unless `--no-check` is given, the check."""
     with (
         tempfile.TemporaryDirectory() as folder,
         Race(arguments.methods) as race,
@@ -485,7 +484,7 @@ def cells(result: Result, baseline: Result | None) -> list[str]:
 def report(
     problem: Problem, arguments: argparse.Namespace, results: Sequence[Result]
 ) -> dict[str, Any]:
-    """Everything, for a file."""
+    """Return all numbers, for a JSON file."""
     baseline = find_baseline(results)
     methods = []
     for result in results:
@@ -504,7 +503,7 @@ def report(
 
 
 def draw(title: str, results: Sequence[Result], path: Path) -> None:
-    """Two bar panels, seconds and memory; a method without numbers shows the reason."""
+    """Draw bars of time and memory; a method without numbers shows the reason."""
     import matplotlib
 
     matplotlib.use("Agg")

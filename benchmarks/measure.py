@@ -1,15 +1,15 @@
-"""Seconds or peak memory of a piece of code, and a description of where they were measured.
+"""Measure the time and peak memory of a block of code, and describe the machine.
 
-Memory is the highest amount in use during the code above what was in use when it began:
+Peak memory is the largest amount in use during the code, minus the amount in use when it began:
 
-* on CUDA from the allocator's own statistics;
-* on Linux from the resident high-water mark of the process, which the kernel resets on request;
-* elsewhere from the resident size sampled every millisecond, which can miss short peaks.
+* on CUDA, from the statistics of PyTorch's allocator;
+* on Linux, from the resident high-water mark of the process, which can be reset;
+* elsewhere, from the resident size sampled every millisecond, which can miss short peaks.
 
-The C heap keeps freed blocks for reuse, which makes a resident size depend on what ran before. A
-process started with the variables in `EXACT_MEMORY` has glibc map every large block separately
-and hand it back when it is freed. This costs time, so that such a process measures its memory
-first and calls `use_default_heap` before it measures seconds.
+The C heap keeps freed blocks for reuse, so the resident size depends on what ran before. In a
+process that is started with the variables in `EXACT_MEMORY`, glibc maps each large block separately
+and returns it to the system when it is freed. This costs time, so such a process measures its
+memory first and calls `use_default_heap` before it measures time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESET_PEAK = "5"
 SAMPLE_SECONDS = 0.001
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
-# Names and values of malloc.h, and where glibc's own adjustment of the two thresholds ends.
+# Constants of malloc.h, and the largest values to which glibc itself adjusts the two thresholds.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 DEFAULT_THRESHOLDS = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25}
@@ -40,7 +40,7 @@ DEFAULT_THRESHOLDS = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25}
 
 @contextmanager
 def timed(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Yield a function that tells the seconds since the beginning of the body."""
+    """Yield a function that returns the seconds since the body began."""
     synchronize(device)
     start = time.perf_counter()
 
@@ -58,7 +58,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that tells the peak memory since the beginning of the body, in bytes."""
+    """Yield a function that returns the peak memory since the body began, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -81,7 +81,7 @@ def glibc() -> ctypes.CDLL | None:
 
 
 def use_default_heap() -> None:
-    """From now on reuse freed blocks like a process that was started without `EXACT_MEMORY`."""
+    """Reuse freed blocks from now on, as in a process started without `EXACT_MEMORY`."""
     if libc := glibc():
         for parameter, value in DEFAULT_THRESHOLDS.items():
             libc.mallopt(parameter, value)
@@ -97,7 +97,7 @@ def status_bytes(field: str) -> int:
 
 @contextmanager
 def sampled_resident_peak() -> Iterator[Callable[[], int]]:
-    """Sample the resident size on a thread; yield a function that tells the largest so far."""
+    """Sample the resident size in a thread; yield a function that returns the largest so far."""
     process = psutil.Process()
     largest = process.memory_info().rss
     stopped = threading.Event()
@@ -121,7 +121,7 @@ def sampled_resident_peak() -> Iterator[Callable[[], int]]:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What the numbers depend on besides the arguments."""
+    """Return the versions and the hardware that the numbers depend on."""
     described: dict[str, str | int] = {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,14 +1,14 @@
-"""A training step of unmodified Hugging Face models, with and without cce_inductor.
+"""Measure a training step of unmodified Hugging Face models, with and without cce_inductor.
 
-``torch.compile(model)(input_ids=ids, labels=ids).loss.backward()``, for models with a small body
-and a large vocabulary: what is left is mostly the head, whose logits the model returns. Each model
-runs in processes of its own, one for each method, that take their steps in turn::
+A step is ``torch.compile(model)(input_ids=ids, labels=ids).loss.backward()``. The models have a
+small body and a large vocabulary, so most of the step is the head, whose logits the model returns.
+Each method runs in a process of its own; the processes take their steps in turn::
 
     python benchmarks/models.py --picture build/models.png
 
-Peak memory is that of a step above the weights and the gradients it leaves behind; time is given
-as a ratio to ``torch.compile``, the median over the rounds. The gradient of every parameter is
-compared with eager's. Needs transformers, psutil and rich, and matplotlib for the picture.
+Memory is the peak of a step above the weights and gradients. Time is a ratio to ``torch.compile``,
+the median over the rounds. The gradient of every parameter is compared with eager's. Needs
+transformers, psutil and rich, and matplotlib for the picture.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MODELS = ("llama", "gemma2", "gpt2")
 METHODS = ("eager", "compile", "cce_inductor")
 BASELINE, OURS = "compile", "cce_inductor"
 MIB = 1 << 20
-TOLERANCE = 1e-4  # of a gradient's relative difference from eager's
+TOLERANCE = 1e-4  # largest relative difference of a gradient from eager's
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained."""
+    """The size of the models and batches, and where they run."""
 
     vocab: int
     hidden: int
@@ -54,7 +54,7 @@ class Problem:
 
 @dataclass
 class Result:
-    """What one method did with one model."""
+    """The measurements of one method with one model."""
 
     model: str
     method: str
@@ -66,7 +66,7 @@ class Result:
 
 
 def build(name: str, problem: Problem) -> torch.nn.Module:
-    """The model with random weights, the same every time."""
+    """Return the model with random weights, the same in each process."""
     import transformers
 
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def build(name: str, problem: Problem) -> torch.nn.Module:
 
 
 def work(connection: Connection, name: str, method: str, problem: Problem, folder: str) -> None:
-    """Answers to "step", with seconds, until told to stop; first says everything else."""
+    """Measure one method: send its result, then the seconds of each requested step."""
     import transformers
 
     warnings.simplefilter("ignore")
@@ -168,7 +168,7 @@ def measure(name: str, problem: Problem, rounds: int, folder: str) -> list[Resul
         for (_, connection), result in zip(workers, results, strict=True):
             connection.send("step")
             seconds = connection.recv()
-            if number:  # the first after the heap was changed
+            if number:  # the first step after the change of the heap is a warm-up
                 result.seconds.append(seconds)
     for worker, connection in workers:
         connection.send("stop")
@@ -214,7 +214,7 @@ def table(problem: Problem, results: list[Result]) -> Table:
 
 
 def draw(problem: Problem, results: list[Result], path: Path) -> None:
-    """Peak memory of each model, without and with."""
+    """Draw the peak memory of each model, without and with cce_inductor."""
     from matplotlib.figure import Figure
 
     shown = {BASELINE: "torch.compile", OURS: "with cce_inductor"}

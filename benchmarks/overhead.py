@@ -1,13 +1,12 @@
-"""What the package costs at import and at compile time.
+"""Measure what the package costs at import and at compile time.
 
-Import: fresh processes in turn run ``import torch`` alone, and ``import torch`` followed by
-``import cce_inductor``. The package adds what the second import takes by itself; the two totals
-are there to compare it with.
+Import: fresh processes alternately run ``import torch`` alone, and ``import torch`` followed by
+``import cce_inductor``. The cost is the time of the second import; the totals are for comparison.
 
 Compile: a training step of a small Llama of ``transformers`` with random weights is compiled from
-scratch, with every cache disabled. The pass is timed call by call as Inductor calls it. Its share
-is these seconds over those of compilation: the seconds of the first step less those of a later
-one. One compilation goes unmeasured, because it imports most of the compiler.
+scratch, with all caches disabled. Each call of the pass is timed. Its share is the sum of these
+times, divided by the time of the compilation, which is the first step minus a later step. The first
+compilation is not measured, because it imports most of the compiler.
 
     python benchmarks/overhead.py --json overhead.json
 """
@@ -47,14 +46,14 @@ for module in sys.argv[1:]:
 
 
 def import_seconds(*modules: str) -> list[float]:
-    """Seconds that each import takes, one after the other in a fresh process."""
+    """Return the seconds of each import, in this order, in a fresh process."""
     command = [sys.executable, "-c", TIMED_IMPORTS, *modules]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [float(line) for line in output.split()]
 
 
 def measure_imports(repeats: int) -> dict[str, list[float]]:
-    """Seconds of ``import torch``, of both imports, and of ours after ``import torch``."""
+    """Return seconds of ``import torch``, of both imports, and of this package's import alone."""
     seconds: dict[str, list[float]] = {"torch": [], "both": [], "added": []}
     for _ in range(repeats):
         seconds["torch"] += import_seconds("torch")
@@ -65,7 +64,7 @@ def measure_imports(repeats: int) -> dict[str, list[float]]:
 
 
 def llama_step(layers: int, hidden: int, vocab: int, tokens: int) -> Callable[[], None]:
-    """A compiled forward and backward of a random Llama; compilation happens in the first call."""
+    """Return a training step of a random Llama; its first call compiles."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -80,7 +79,7 @@ def llama_step(layers: int, hidden: int, vocab: int, tokens: int) -> Callable[[]
     model = LlamaForCausalLM(config).train()
     input_ids = torch.randint(vocab, (1, tokens))
 
-    # The model itself would return the logits, too, so that they would have to be stored.
+    # Without this function, the model would also return its logits.
     @torch.compile
     def loss(input_ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=input_ids, labels=input_ids).loss
@@ -93,14 +92,14 @@ def llama_step(layers: int, hidden: int, vocab: int, tokens: int) -> Callable[[]
 
 
 def installed_pass() -> Any:
-    """The pass that ``cce_inductor.install`` has put among Inductor's."""
+    """Return the pass that ``cce_inductor.install`` has added to Inductor's."""
     passes = get_custom_graph_passes(torch._inductor.config.pre_grad_custom_pass)
     return next(entry for entry in passes if type(entry).__module__.startswith(OURS))
 
 
 @contextmanager
 def timed_calls(graph_pass: Any) -> Iterator[list[float]]:
-    """Yield the list that gets the seconds of every call of the pass."""
+    """Yield a list to which the seconds of each call of the pass are appended."""
     seconds: list[float] = []
     call = type(graph_pass).__call__
 

@@ -1,14 +1,14 @@
 """Train and evaluate a Llama with the Trainer of transformers, without and with cce_inductor.
 
-The data is that of ``examples/train_gpt.py``: the source code of Python's standard library. The
-training script knows nothing of cce_inductor; the second run has one more line, ``install()``,
-before it. Both run in processes of their own, one after the other::
+The data is that of ``examples/train_gpt.py``: the source code of Python's standard library. The two
+runs differ in one line, ``cce_inductor.install()`` before the training code. They run in processes
+of their own, one after the other::
 
     python benchmarks/trainer.py
 
-The table has what the Trainer says (losses, metrics) and what the process took: peak resident
-memory, and seconds of a step after the compilation. It fails when a number differs by more than
-the order of float32 operations explains, or when nothing was rewritten.
+The table shows the losses and metrics of the Trainer, the peak resident memory of the process, and
+the median time of a step after the compilation. The script fails if a number differs by more than a
+different order of float32 operations explains, or if nothing was rewritten.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3
-COMPILED_STEPS = 3  # first steps, left out of the step time: they contain the compilation
+COMPILED_STEPS = 3  # the first steps, excluded from the step time because they compile
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One run; prints its numbers as JSON."""
+    """Train once, and print the numbers as JSON."""
     import torch
     import transformers
 
@@ -100,8 +100,8 @@ def child(arguments: argparse.Namespace) -> None:
         )
         trainer = make(model=transformers.LlamaForCausalLM(config))
         trainer.train()
-        # A model that was trained by a Trainer is evaluated without being compiled, one that was
-        # loaded is compiled.
+        # A Trainer evaluates the model that it has trained without compiling it, but compiles a
+        # model that was loaded.
         loaded = transformers.LlamaForCausalLM(config)
         loaded.load_state_dict(trainer.model.state_dict())
         metrics = make(model=loaded).evaluate()

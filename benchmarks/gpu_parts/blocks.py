@@ -1,8 +1,8 @@
-"""The other way to write it: a library product of one block, and one fused pass over the block.
+"""Measure the alternative to the templates: a library product of a block, then one fused pass.
 
-Were that faster than the templates, they would not be worth having. A block is bfloat16, or
-float32 where the library can write that. Times are of the whole vocabulary, extrapolated from one
-block; ratios are to the library's product of the whole vocabulary.
+The templates are worth having only if they are faster. A block is bfloat16, or float32 if the
+library can write float32. Times are for the whole vocabulary, extrapolated from one block. Ratios
+are to the library's product of the whole vocabulary.
 """
 
 from __future__ import annotations

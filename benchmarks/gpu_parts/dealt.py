@@ -1,7 +1,8 @@
-"""A pytest plugin: runs every n-th test only, and says what became of each.
+"""A pytest plugin that runs every n-th test and writes the outcome of each.
 
-DEALT is ``number/of/descriptor``: which of how many processes this is, and the file descriptor to
-which it writes a line of JSON for its plan and for every test.
+The environment variable DEALT is ``number/of/descriptor``: the number of this process, how many
+processes there are, and the file descriptor to which it writes a line of JSON for each planned test
+and for each outcome.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Dealt:
         self.number, self.of, self.descriptor = map(int, text.split("/"))
 
     def write(self, **line: Any) -> None:
-        # Of one write, short enough, so that the processes' lines do not mix.
+        # A single short write is atomic, so the lines of several processes do not mix.
         os.write(self.descriptor, (json.dumps(line) + "\n").encode()[:4096])
 
     @pytest.hookimpl(trylast=True)

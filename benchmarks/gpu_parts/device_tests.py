@@ -1,4 +1,4 @@
-"""`tests/cuda`, dealt out to some pytest processes that share the device."""
+"""Run `tests/cuda`, distributed over several pytest processes that share the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 def command() -> list[str]:
-    # -P: the working directory does not decide which cce_inductor is tested.
+    # -P: cce_inductor is imported from PYTHONPATH, not from the current folder.
     pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     return [*pytest, "-p", "gpu_parts.dealt", "--rootdir", str(ROOT), TESTS]
 
@@ -27,7 +27,7 @@ def run(results: Results) -> None:
     for number in range(PROCESSES):
         environment = os.environ | {
             "DEALT": f"{number}/{PROCESSES}/{writing}",
-            "TORCHINDUCTOR_COMPILE_THREADS": "2",  # a process
+            "TORCHINDUCTOR_COMPILE_THREADS": "2",  # for each process
         }
         processes.append(
             subprocess.Popen(command(), cwd=ROOT, env=environment, pass_fds=[writing], stdout=2)
@@ -40,18 +40,18 @@ def run(results: Results) -> None:
     for number, process in enumerate(processes):
         status = process.wait()
         name = f"pytest process {number + 1} of {PROCESSES}"
-        if status < 0 or status > 1:  # 1: tests have failed
+        if status < 0 or status > 1:  # 1 means that tests failed
             results.reason(name, f"it ended with status {status}")
         else:
             results.number(name, status=status, detail=True)
 
 
 def tell(results: Results, line: str, counts: dict[str, int]) -> None:
-    """One line of the plugin's."""
+    """Record one line that the plugin has written."""
     try:
         test = json.loads(line)
     except json.JSONDecodeError:
-        return  # cut off: its process died in the middle of it
+        return  # incomplete: its process died while writing it
     name, outcome = test["test"].removeprefix(f"{TESTS}/"), test["outcome"]
     counts[outcome] = counts.get(outcome, 0) + 1
     if outcome == "planned":

@@ -1,12 +1,11 @@
-"""Time, memory and accuracy of one head's loss by every method, in three cases.
+"""Measure time, memory and accuracy of the loss of one head with each method, in three cases.
 
-- ``head``: (8192, 128256, 4096), bfloat16, random logits.
+- ``head``: (8192 tokens, vocabulary 128256, hidden 4096), bfloat16, random logits.
 - ``autocast``: the same with float32 weights under `torch.autocast`.
-- ``peaked``: (16384, 151936, 2048), logits as those of a trained model.
+- ``peaked``: (16384, 151936, 2048), with logits as in a trained model.
 
-A step is the loss and both gradients. Memory is its peak above the inputs and the gradients that
-stay. Errors are relative to float64. At the end every method says which kernels it spent its time
-in.
+A step computes the loss and both gradients. Memory is the peak of a step above the inputs and the
+gradients. Errors are relative to float64. At the end, each method is profiled.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ CASES: dict[str, Callable[[torch.device], Problem]] = {
 }
 
 KERNELS = 12
-"""How many of a method's kernels are told."""
+"""How many kernels of each method are listed, the longest first."""
 
 
 class Head:
-    """One head, with what has been measured of it."""
+    """The measurements of one problem, method by method."""
 
     def __init__(self, results: Results, problem: Problem) -> None:
         self.results, self.problem = results, problem
@@ -81,7 +80,7 @@ class Head:
         return result.detach()
 
     def prepare(self, name: str) -> Fields:
-        """What needs no rounds."""
+        """Compile a method, and measure what one step is enough for: memory and errors."""
         began = time.perf_counter()
         loss = METHODS[name](self.problem)
         self.step(loss)
@@ -113,7 +112,7 @@ class Head:
         return fields
 
     def race(self) -> None:
-        """Rounds in which the methods take turns."""
+        """Measure time in rounds in which each method runs one step."""
         samples: dict[str, list[list[float]]] = {name: [] for name in self.methods}
         for names in turns(list(samples), self.device):
             for name in [name for name in names if name in samples]:
@@ -138,7 +137,7 @@ class Head:
                 return
 
     def profile(self) -> None:
-        """Which kernels the time goes to."""
+        """Record the time of each kernel of each method."""
         for name, loss in self.methods.items():
             if self.results.left() <= 0:
                 return

@@ -1,12 +1,12 @@
-"""Times of this package's kernels, alone, in two cases.
+"""Time this package's two kernels alone, in two cases.
 
-- ``assertion``: the statistics kernel as it is and with an assertion in its loop over tiles. With
-  one the compiler may serialize the products of a Hopper device; this says what it costs.
-- ``candidates``: both kernels in every configuration that autotuning would try, the defaults
-  first, beside the library's product and Triton's own persistent one.
+- ``assertion``: the statistics kernel without and with an assertion in its loop over tiles. With an
+  assertion, the compiler may serialize the matrix products on Hopper; this measures the cost.
+- ``candidates``: both kernels in each configuration that autotuning would try, the defaults first,
+  beside the library's product and Triton's persistent product.
 
-``ms`` is the time of the kernel alone, from the profiler, ``call_ms`` that of the whole compiled
-call.
+``ms`` is the time of the kernel alone, from the profiler; ``call_ms`` is the time of the whole
+compiled call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONFIGURATIONS = "statistics and gradient in their configurations"
 
 
 def library(results: Results, problem: Problem) -> float | None:
-    """Milliseconds of the library's product of the shape."""
+    """Return the milliseconds of the library's product of the same shape."""
     input, weight, _ = problem.inputs()
     out = torch.empty(problem.tokens, problem.vocabulary, device=problem.device, dtype=input.dtype)
     work = {PRODUCT: Work(lambda: torch.mm(input, weight.t(), out=out), problem.flops)}
@@ -60,7 +60,7 @@ def assertion(results: Results, problem: Problem) -> None:
 
 
 def triton_product(problem: Problem) -> Fields:
-    """Inductor's best Triton kernel for the product of the shape, and which one it is."""
+    """Time the best Triton kernel that Inductor finds for the same product."""
     from torch._inductor.utils import run_and_get_code
 
     input, weight, _ = problem.inputs()
@@ -86,9 +86,9 @@ def triton_product(problem: Problem) -> Fields:
 
 
 def won(code: str) -> str:
-    """Which template a generated product comes from, and its configuration."""
+    """Describe the template and the configuration that won the autotuning, read off the code."""
     if "extern_kernels.mm" in code:
-        return "the library's product, which was to be left out"
+        return "the library's product, which should have been excluded"
     kind = "persistent" if "NUM_SMS" in code else "not persistent"
     reads = "descriptors" if "tensor_descriptor" in code else "pointers"
     blocks = re.findall(r"(BLOCK_[MNK]) : tl\.constexpr = (\d+)", code)
@@ -114,7 +114,7 @@ def candidates(results: Results, problem: Problem) -> None:
 
 
 def queue(results: Results, kernel: templates.Kernel) -> list[tuple[str, templates.Kernel, object]]:
-    """A kernel's configurations: the default, those that differ from it in shape, then the rest."""
+    """Return a kernel's configurations: first the group of the default, then the rest."""
     found: list[object] = []
 
     def ask() -> Fields:
@@ -131,7 +131,7 @@ def queue(results: Results, kernel: templates.Kernel) -> list[tuple[str, templat
 
 
 def short(config: object) -> str:
-    """A configuration in a few characters: its fields' initials and values."""
+    """Return a short name of a configuration, for example ``128x128x32 warps 8 stages 3``."""
     fields = templates.config_fields(config)
     if not isinstance(fields, dict):
         return str(fields)

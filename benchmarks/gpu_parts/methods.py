@@ -1,7 +1,7 @@
-"""The ways to compute a head's loss that are compared, by name.
+"""The implementations of the loss that are compared, by name.
 
-Each makes, for a problem, a function of input, weight and target. One that cannot be imported
-raises ImportError, which becomes its reason.
+Each takes a problem and returns a function of input, weight and target. If its package is missing,
+the ImportError becomes the reason in the results.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def compiled(problem: Problem) -> Loss:
 
 
 class FellBackError(Exception):
-    """The loss was computed, but not by what is measured here."""
+    """The loss was computed, but by a fallback."""
 
 
 class Warnings(logging.Handler):
-    """What the package warns of while it compiles: that a kernel is replaced by slower code."""
+    """Collects the package's warnings: it warns if slower code replaces a kernel."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -55,7 +55,7 @@ def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
             "on_error": "raise",
             "workspace_bytes": workspace_bytes,
         }
-        # By its name the backend is found only where the package is installed.
+        # The name "cce_inductor" is registered only if the package is installed.
         function = torch.compile(problem.loss, backend=backends.cce_inductor, options=options)
 
         def loss(*inputs: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
             if not any(report.rewritten for report in reports):
                 why = "; ".join(str(report.reason) for report in reports)
                 raise FellBackError(f"the loss was left alone: {why or 'it was not found'}")
-            if warnings.said:  # of the forward, or of the backward of the step before
+            if warnings.said:  # from this forward, or from the backward of the step before
                 raise FellBackError("; ".join(warnings.said))
             return result
 

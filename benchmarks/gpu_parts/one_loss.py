@@ -1,4 +1,4 @@
-"""One small loss and its gradients on a device, for compute-sanitizer to watch."""
+"""Compute one small loss and its gradients on the GPU; `sanitizer` runs this program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head whose loss and gradients are computed: shapes, values, and the float64 reference."""
+"""The loss that is measured: its shapes and values, and a float64 reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PEAKED_LOSS = 2.0
-"""What peaked logits are made for, in nats: about what a trained model of code reaches."""
+"""The loss of peaked logits in nats, about that of a model trained on code."""
 
 REFERENCE_BLOCK = 4096
 SHAPE = {"cuda": (8192, 128256, 4096), "cpu": (256, 2000, 64)}
@@ -22,9 +22,10 @@ class Problem:
     """``F.cross_entropy(F.linear(input, weight).float(), target)``.
 
     Attributes:
-        tokens, vocabulary, hidden: the shape.
-        device: where.
-        peaked: whether the logits favour the target, as a trained model's do.
+        tokens, vocabulary, hidden: sizes of the input [tokens, hidden] and of the weight
+            [vocabulary, hidden].
+        device: where the tensors are.
+        peaked: whether the target has a high logit, as in a trained model.
         autocast: whether input and weight are float32, and cast to bfloat16 by `torch.autocast`;
             otherwise they are bfloat16.
     """
@@ -42,7 +43,7 @@ class Problem:
 
     @property
     def flops(self) -> float:
-        """Of one product of the shape."""
+        """The floating-point operations of one matrix product."""
         return 2.0 * self.tokens * self.vocabulary * self.hidden
 
     @property
@@ -50,7 +51,7 @@ class Problem:
         return torch.float32 if self.autocast else torch.bfloat16
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Input [tokens, hidden], weight [vocabulary, hidden] and target [tokens]."""
+        """Return input [tokens, hidden], weight [vocabulary, hidden] and target [tokens]."""
         place = {
             "generator": torch.Generator(self.device).manual_seed(0),
             "device": self.device,
@@ -59,7 +60,7 @@ class Problem:
         input = torch.randn(self.tokens, self.hidden, **place)
         target = torch.randint(self.vocabulary, (self.tokens,), **place)
         if self.peaked:
-            # The logsumexp of the other logits, which are normal with a deviation of 1.
+            # The logsumexp of the other logits, which are normal with a standard deviation of 1.
             others = math.log(self.vocabulary) + 0.5
             input += (others - PEAKED_LOSS) * weight[target]
         return input.to(self.dtype), weight.to(self.dtype), target
@@ -68,14 +69,14 @@ class Problem:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def loss(self, input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        """As people write it."""
+        """Return the loss as it is usually written."""
         with self.autocasting():
             return F.cross_entropy(F.linear(input, weight).float(), target)
 
 
 @torch.no_grad()
 def reference(input: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Loss and gradients in float64, one block of the vocabulary at a time."""
+    """Return loss and gradients in float64, computed in blocks of the vocabulary."""
     rows = input.double()
     share = 1.0 / len(target)
     log_sum = rows.new_full((len(target),), -math.inf)
@@ -97,7 +98,7 @@ def reference(input: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Of the norms; in blocks, because the whole in float64 is large."""
+    """Return the relative error of the norm, computed in blocks to save memory."""
     squares = [
         (ours.double() - theirs).square().sum()
         for ours, theirs in zip(

@@ -1,9 +1,8 @@
-"""What the device can do: its copy rate, the library's products, and float32 sums of products.
+"""Measure the device: its copy rate, the library's matrix products, and float32 sums of products.
 
-The loss has to do four products of the shape, so that the library's rate is its ceiling. The
-gradient of the input is a float32 sum over blocks of the vocabulary: how wide a block has to be
-is seen here. A vocabulary that is no multiple of 8 is slow in the library unless the rows of the
-logits are padded.
+The loss needs four products of this shape, so the library's rate bounds its speed. The gradient of
+the input is a float32 sum over blocks of the vocabulary; this shows how wide a block has to be. If
+the vocabulary is not a multiple of 8, the library is slow unless the rows of the logits are padded.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def of_the_shape(results: Results, problem: Problem) -> None:
 
 
 def sums(results: Results, problem: Problem) -> None:
-    """d_input's sum, one block at a time; times are of a block, ratios to a product without sum."""
+    """Time the sum of d_input for one block; ratios are to the product without the sum."""
     _, weight, _ = problem.inputs()
     for width in WIDTHS[problem.device.type]:
         block = weight[:width]

@@ -1,4 +1,4 @@
-"""Milliseconds of every kernel that a call launches, by name."""
+"""The time of each kernel that a call launches, from torch's profiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def kernel_times(call: Callable[[], object], calls: int = 5) -> dict[str, float]:
-    """Of one call, the mean of several; the longest first."""
+    """Return the mean milliseconds per call of each kernel by its name, the longest first."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -19,7 +19,7 @@ def kernel_times(call: Callable[[], object], calls: int = 5) -> dict[str, float]
         torch.cuda.synchronize()
     times: dict[str, float] = {}
     for event in profiled.events():
-        # Inductor's annotations of whole graphs are on the device's timeline, too.
+        # Inductor's annotations of whole graphs are also on the device's timeline.
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             ms = event.time_range.elapsed_us() / 1e3 / calls
             times[event.name] = times.get(event.name, 0.0) + ms

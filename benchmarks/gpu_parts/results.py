@@ -1,11 +1,11 @@
-"""What a part says: lines of JSON on its standard output, one as soon as there is a number.
+"""The output of a part: lines of JSON on its standard output, written as results arrive.
 
-    {"plan": [names]}                what it is going to measure
-    {"name": ..., "ms": ..., ...}    numbers; of a name that was there already, more or newer ones
-    {"name": ..., "reason": ...}     why there are none
+    {"plan": [names]}                the names that will be measured
+    {"name": ..., "ms": ..., ...}    numbers; a later line of the same name adds or replaces some
+    {"name": ..., "reason": ...}     why there are no numbers
 
-Field names that the table knows: ``ms``, ``ratio`` to what ``against`` names, and ``mib``. With
-``detail`` true a result is in the JSON only.
+The table shows the fields ``ms``, ``ratio`` (to the result that ``against`` names) and ``mib``. A
+result with ``detail`` set is only in the JSON file.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import torch
 
 Fields = dict[str, Any]
 RESERVE_SECONDS = 2.0
-"""A part stops this long before it would be stopped, to say what it has left out."""
+"""A part ends this long before it would be stopped, to report what it has not measured."""
 
 NO_TIME = "no time was left in this part"
 NEEDS_CUDA = "needs a CUDA device"
 
 
 class Results:
-    """Writes the lines. What libraries print goes to standard error from here on.
+    """Writes results to standard output, and redirects the output of libraries to standard error.
 
     Args:
-        until: when the part will be stopped, as `time.time` counts.
+        until: when the part will be stopped, in seconds of `time.time`.
     """
 
     def __init__(self, until: float) -> None:
@@ -44,11 +44,11 @@ class Results:
         os.dup2(2, 1)
 
     def left(self) -> float:
-        """Seconds in which something may still begin."""
+        """Return the seconds that are left to start another measurement."""
         return self._until - time.time() - RESERVE_SECONDS
 
     def end(self) -> NoReturn:
-        """The part is over, without the seconds in which the compiler's processes would end."""
+        """Exit at once, without waiting for the compiler's worker processes."""
         self._stream.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -63,7 +63,7 @@ class Results:
         self._write({"name": name, "reason": why})
 
     def attempt(self, name: str, measure: Callable[[], Fields]) -> bool:
-        """Writes what `measure` returns, or why it has failed; whether it has not."""
+        """Write the result of `measure`, or its exception as the reason; return its success."""
         if self.left() <= 0:
             self.reason(name, NO_TIME)
             return False
@@ -73,7 +73,7 @@ class Results:
             self.reason(name, described(error))
             return False
         finally:
-            # The error held the tensors of the frames that it came through.
+            # The traceback of the exception kept tensors alive.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -90,16 +90,16 @@ def _is_strange(value: Any) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """An error's kind and the beginning of what it says."""
+    """Return the type of an exception and the beginning of its message."""
     return f"{type(error).__name__}: {error}".strip()[:600]
 
 
 def arguments(cases: tuple[str, ...] = ()) -> tuple[torch.device, Results, str]:
-    """The device, the results and the case that a part's command line asks for."""
+    """Return the device, the results and the case from the command line of a part."""
     parser = argparse.ArgumentParser()
     if cases:
         parser.add_argument("case", choices=cases)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--until", type=float, default=math.inf, help="as time.time() counts")
+    parser.add_argument("--until", type=float, default=math.inf, help="in seconds of time.time()")
     found = parser.parse_args()
     return torch.device(found.device), Results(found.until), getattr(found, "case", "")

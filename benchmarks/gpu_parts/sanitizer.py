@@ -1,4 +1,4 @@
-"""compute-sanitizer on one small loss: accesses out of bounds, and races in shared memory."""
+"""Run compute-sanitizer on one small loss: out-of-bounds accesses, races in shared memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def find() -> str | None:
 
 
 def run(watcher: Sequence[str], seconds: float) -> Fields:
-    """The loss, watched by a command or, with an empty one, by none."""
+    """Run the loss under a command, or directly if the command is empty."""
     program = [sys.executable, "-P", "-m", "gpu_parts.one_loss"]
-    # The compiler's own processes are not to be watched.
+    # Compile in the same process: the tool would also run on worker processes.
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     ran = subprocess.run(
         [*watcher, *program],
@@ -52,7 +52,7 @@ def main() -> None:
             results.reason(tool, why)
         return
     results.plan(UNWATCHED, *TOOLS)
-    # It compiles the kernels, which takes long where a tool watches.
+    # The first run compiles the kernels, which is slow under a tool.
     results.attempt(UNWATCHED, lambda: run([], results.left()))
     for tool in TOOLS:
         watcher = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_ERRORS)]

@@ -1,7 +1,7 @@
-"""This package's two kernels, each reached alone, in any configuration and with edited source.
+"""Compile and time each of this package's two kernels alone, in any configuration or with an edit.
 
-They are reached through the operators that Inductor decomposes into them, whose signatures stay;
-the small kernels around them are told apart by name in the profile.
+A kernel is reached through the operator that Inductor lowers to it. The small kernels around it are
+recognized by their names in the profile.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Edit = Callable[[str], str]
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A function whose compiled code has one of the two kernels.
+    """A function whose compiled code contains one of the two kernels.
 
     Attributes:
-        name: of the kernel.
-        function, arguments: what is compiled and called.
-        flops: of the products that the kernel does in one call.
+        name: the name of the kernel.
+        function, arguments: the function, and the arguments of a call.
+        flops: floating-point operations of the kernel's matrix products in one call.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Kernel:
 
 
 def statistics(problem: Problem) -> Kernel:
-    """The forward: logsumexp and target of every row."""
+    """Return the forward: logsumexp and target logit of each row."""
 
     def forward(input: Tensor, weight: Tensor, target: Tensor) -> Any:
         return torch.ops.cce_inductor.reduce_rows(
@@ -56,7 +56,7 @@ def statistics(problem: Problem) -> Kernel:
 
 
 def gradient(problem: Problem, block_width: int) -> Kernel:
-    """The gradient of the logits, in blocks of columns, and of it that of the input."""
+    """Return the backward with the gradient of the input: the logits' gradient, block by block."""
     input, weight, target = problem.inputs()
     workspace_bytes = block_width * problem.tokens * input.dtype.itemsize
     lse = torch.full((problem.tokens,), 12.0, dtype=torch.float64, device=problem.device)
@@ -82,7 +82,7 @@ def gradient(problem: Problem, block_width: int) -> Kernel:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Nothing comes from a cache: neither a configuration nor an edit is in its keys."""
+    """Disable all caches: their keys contain neither the configuration nor the edit."""
     from cce_inductor.operators import (
         inductor,
         ops,  # noqa: F401  (registers the operators)
@@ -95,7 +95,7 @@ def _alone() -> Iterator[None]:
 
 
 def candidates(kernel: Kernel) -> list[Any]:
-    """The configurations that would be tried, the default first; it runs the kernel to see."""
+    """Return the configurations that autotuning would try, the default first; runs the kernel."""
     from cce_inductor.kernels.triton import lowering
 
     offered: list[list[Any]] = []
@@ -114,7 +114,7 @@ def candidates(kernel: Kernel) -> list[Any]:
 
 @contextlib.contextmanager
 def _edited(edit: Edit, suffix: str) -> Iterator[list[str]]:
-    """Inductor gets the template's source as `edit` makes it; yields the sources."""
+    """Apply `edit` to each template's source; yield the list of edited sources."""
     from cce_inductor.kernels.triton import lowering
 
     original = getattr(lowering._triton_template, "__wrapped__", lowering._triton_template)
@@ -132,7 +132,7 @@ def _edited(edit: Edit, suffix: str) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _compiled_kernels() -> Iterator[list[Any]]:
-    """Collects Inductor's holders of the templates' kernels when they first run."""
+    """Yield the list of template kernels, as Inductor's autotuners, that have run."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     found: list[Any] = []
@@ -151,12 +151,13 @@ def _compiled_kernels() -> Iterator[list[Any]]:
 def measured(
     kernel: Kernel, config: Any = None, edit: Edit | None = None, suffix: str = ""
 ) -> Fields:
-    """Times of a kernel, and what it needs of the device.
+    """Return the times of a kernel, its registers and its spills.
 
     Args:
-        config: one of `candidates`; the default if there is none.
-        edit: applied to the template's source.
-        suffix: tells edits apart.
+        kernel: the kernel to measure.
+        config: one of `candidates`; None for the default.
+        edit: a function that changes the template's source.
+        suffix: distinguishes the names of edited templates.
     """
     from cce_inductor.kernels.triton import lowering
 
@@ -194,7 +195,7 @@ def _times(kernel: Kernel, function: Callable[..., Any]) -> Fields:
 
 
 def _needs(holders: list[Any]) -> Fields:
-    """Registers and spills, where Inductor tells."""
+    """Return registers and spills as far as Inductor knows them."""
     launchers = [launcher for holder in holders for launcher in getattr(holder, "launchers", [])]
     return {
         "registers": [getattr(launcher, "n_regs", None) for launcher in launchers],
@@ -211,7 +212,7 @@ ANCHOR = "row_inside = "
 
 
 def with_an_assertion(source: str) -> str:
-    """One in the loop over tiles, of values that are read there: any other is compiled away."""
+    """Add an assertion on loaded values, which is not optimized away, to the loop over tiles."""
     lines = source.splitlines(keepends=True)
     places = [at for at, line in enumerate(lines) if line.lstrip().startswith(ANCHOR)]
     if not places:

@@ -1,4 +1,4 @@
-"""Milliseconds of pieces of code that take turns, and peak memory."""
+"""Timing of functions in alternating rounds, and peak memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .results import Fields, Results, described
 
 ROUNDS = {"cuda": 9, "cpu": 3}
 LEAST_MS = 10.0
-"""What is shorter is called several times in a row, so that no launch is seen."""
+"""A shorter call is repeated, so that the launch overhead is not measured."""
 MOST_CALLS = 100
 
 
 class Stopwatch:
-    """Milliseconds between its making and each `mark`, of work that a device may do later."""
+    """Measures milliseconds from its creation to each `mark`, with CUDA events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -45,7 +45,7 @@ class Stopwatch:
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Of one call, from several in a row."""
+    """Return the milliseconds of one call, from `times` calls in a row."""
     watch = Stopwatch(device)
     for _ in range(times):
         call()
@@ -55,12 +55,12 @@ def milliseconds(call: Callable[[], object], device: torch.device, times: int = 
 
 @dataclass(frozen=True)
 class Work:
-    """Something to time.
+    """A function to time.
 
     Attributes:
-        call: does it.
-        flops, bytes: of one call, for its rate; 0 for none.
-        fields: what else to write beside its numbers.
+        call: the function.
+        flops, bytes: the work of one call, for the rates; 0 if there is no such rate.
+        fields: other fields of the result.
     """
 
     call: Callable[[], object]
@@ -80,10 +80,13 @@ class Work:
 def compare(
     results: Results, work: Mapping[str, Work], device: torch.device, against: str | None = None
 ) -> dict[str, float]:
-    """Medians of rounds in which all take turns, written after every round.
+    """Time functions in alternating rounds; write and return the medians.
 
     Args:
-        against: which of them the others' ratios are to.
+        results: where the medians are written, after each round.
+        work: the functions by name.
+        device: where they run.
+        against: the name of the function to which ratios are computed.
     """
     results.plan(*work)
     times: dict[str, int] = {}
@@ -119,7 +122,7 @@ def compare(
 
 
 def turns(names: Sequence[str], device: torch.device) -> Iterator[list[str]]:
-    """For each round those that take part, beginning with another one each time."""
+    """Yield the order of the names for each round; each round starts with another name."""
     for number in range(ROUNDS[device.type]):
         at = number % max(1, len(names))
         yield [*names[at:], *names[:at]]
@@ -127,8 +130,10 @@ def turns(names: Sequence[str], device: torch.device) -> Iterator[list[str]]:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells the peak above what was in use before, in bytes; None on a
-    device that does not count."""
+    """Yield a function that returns the peak above the memory in use before, in bytes.
+
+    On the CPU it returns None.
+    """
     if device.type != "cuda":
         yield lambda: None
         return

@@ -1,7 +1,7 @@
-"""What the numbers depend on, and two products that everything else assumes to be right.
+"""Record versions, and check two matrix products that the gradient relies on.
 
-`torch.mm` with ``out_dtype`` and ``addmm.dtype_out`` into its own summand are new, hardly
-documented, and what the gradient's float32 sums are made of: they are compared with float64.
+The float32 sums of the gradient use `torch.mm` with ``out_dtype``, and ``addmm.dtype_out`` with its
+first argument as output. Both are new and hardly documented, so they are compared with float64.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def packages() -> Fields:
 
 
 def _version(name: str) -> str:
-    """A version, or where a package is that has none."""
+    """Return the version of a package, or its location if it has no version."""
     try:
         spec = importlib.util.find_spec(name)
         if spec is None:

@@ -1,4 +1,4 @@
-"""Compiles every language model of transformers and looks at what became of its loss.
+"""Compile every language model class of transformers and report what became of its loss.
 
     python tests/models/survey.py --output docs/survey.md
     python tests/models/survey.py 'Gemma*' BertForMaskedLM --variant train --variant bf16
@@ -346,10 +346,14 @@ def table(results: list[Result]) -> str:
     lines = [
         "# Survey of transformers",
         "",
-        f"Written by `python tests/models/survey.py{variants}` with torch {torch.__version__},"
-        f" transformers {transformers.__version__}, {torch.get_default_device()}.",
+        "What the pass does to each language model class of transformers. The models are tiny and have",
+        "random weights. In the variant `whole` they are compiled as they are and return their logits;",
+        "`tests/models/survey.py` describes the other variants.",
         "",
-        "| task | classes | measured | every loss rewritten | numbers of eager |",
+        f"Written by `python tests/models/survey.py{variants}` with torch {torch.__version__}",
+        f"and transformers {transformers.__version__} on {torch.get_default_device()}.",
+        "",
+        "| task | classes | measured | every loss rewritten | same numbers as eager |",
         "|---|---|---|---|---|",
     ]
     for task in tiny.TASKS:
@@ -360,9 +364,10 @@ def table(results: list[Result]) -> str:
         lines.append(f"| {task} | {len(own)} | {len(measured)} | {rewritten} | {equal} |")
     lines += [
         "",
-        "The error is the largest relative difference of a parameter's gradient from eager.",
+        "The error is the largest relative difference from eager: of the gradient of a parameter, of the",
+        "loss, or of returned logits.",
         "",
-        "| class | task | variant | | losses | chain, or the reason | error |",
+        "| class | task | variant | result | losses | chain of operations, or the reason | error |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in sorted(results, key=lambda result: (result.name, VARIANTS.index(result.variant))):

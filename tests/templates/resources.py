@@ -1,4 +1,4 @@
-"""What every template needs of a device, compiled ahead of time: the table in docs/kernels.md.
+"""Compile every template ahead of time and write what it needs of a device: docs/kernels.md.
 
     python tests/templates/resources.py --output docs/kernels.md
 
@@ -147,17 +147,22 @@ HEADERS = (
     "with targets",
 )
 TEXT = f"""\
-# What the kernels need
+# What the CUDA kernels need
 
-Every configuration of both templates, compiled by Triton {triton.__version__} with the options that
-Inductor of torch {torch.__version__.split("+")[0]} passes, for devices that were not there. The
-first of each kernel is what is used; `max_autotune` tries all of them and keeps the fastest. A
-thread that spills registers is slower; the defaults do not. The last two columns count what a warp
-executes for a tile besides the product, in a tile that has no row's target and in one that has
-some: while it does, the tensor cores may wait. Made by
-`python tests/templates/resources.py --output docs/kernels.md`.
+The register count, shared memory and instructions of every configuration of both Triton templates.
+They were compiled ahead of time by Triton {triton.__version__} with the options that Inductor of torch
+{torch.__version__.split("+")[0]} passes; none of these devices was present.
 
-Tokens {ROWS:,}, vocabulary {VOCABULARY:,}, hidden {HIDDEN:,}. A block may use
+The configuration marked as default is used unless `mode="max-autotune"` is set, which tries all and
+keeps the fastest. A kernel that spills registers to memory is slower; no default does. The last two
+columns count the instructions that each warp executes for a tile besides the matrix product, for a
+tile without the target of any row and for a tile with targets. During these instructions, the tensor
+cores may be idle.
+
+To update this page, run `python tests/templates/resources.py --output docs/kernels.md`. It takes some
+minutes and needs no GPU.
+
+Problem size: {ROWS:,} tokens, vocabulary {VOCABULARY:,}, hidden size {HIDDEN:,}. Shared memory of a block:
 {", ".join(f"{size // 1024} KiB on sm_{name}" for name, size in SHARED_MEMORY.items())}.
 
 """
