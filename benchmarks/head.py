@@ -70,7 +70,7 @@ class Problem:
     threads: int
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return input and weight, with gradients required, and target; the same in each process."""
+        """Return input, weight and target; the first two require gradients."""
         generator = torch.Generator().manual_seed(self.seed)
         deviation = LOGITS_DEVIATION[self.logits] / self.hidden**0.5
         input = torch.randn(self.tokens, self.hidden, generator=generator)
