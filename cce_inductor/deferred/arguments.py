@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import AttrSource
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from cce_inductor.deferred import eager
 from cce_inductor.deferred.autograd import to_plain
@@ -30,6 +28,13 @@ from cce_inductor.recipe.stale import StaleLogitsError
 from cce_inductor.rewriting.mutation import mutated_storages, storage_of
 from cce_inductor.rewriting.returned import ARRIVED
 from cce_inductor.surprise import surprised
+from cce_inductor.torch_internals.inputs import (
+    add_part,
+    copy_graph,
+    disable_autocast,
+    module_like,
+    use_symbols_of_part,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -250,50 +255,32 @@ def _graph_of_operands(
     module: GraphModule, example_inputs: Sequence[Any], operands: _Operands
 ) -> GraphModule:
     """Return the graph with `operands.values` as its inputs."""
-    graph = Graph()
-    copies: dict[Node, Node] = {}  # Dynamo still needs the placeholders of its own graph
-    graph.output(graph.graph_copy(module.graph, copies))
-    old = [copies[node] for node in module.graph.find_nodes(op="placeholder")]
-    for node, copied in copies.items():
-        if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source
-    context = torch._guards.TracingContext.get()
+    graph, old = copy_graph(module)
     deferred = {each.position for each in operands.written}
     inputs = [node for position, node in enumerate(old) if position not in deferred]
     others = (value for at, value in enumerate(example_inputs) if at not in deferred)
     for value, passed in zip(others, operands.values[: operands.count], strict=True):
-        if value is not passed:
-            context.tensor_to_context[passed] = _symbols(context, value)[f"{PREFIX}0"]
+        if value is not passed:  # deferred logits whose values are needed
+            use_symbols_of_part(passed, value, f"{PREFIX}0")
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         for each in operands.written:
-            fake_mode = example(old[each.position]).fake_mode
-            symbols = _symbols(context, example_inputs[each.position])
+            logits = example_inputs[each.position]
             for number, place in enumerate(each.places):
-                if place < len(inputs):
-                    continue
-                tensor, name = operands.values[place], f"{PREFIX}{number}"
-                node = graph.placeholder(f"{old[each.position].name}{name}")
-                node.meta["example_value"] = fake_mode.from_tensor(tensor)
-                node._dynamo_source = AttrSource(old[each.position]._dynamo_source, name)
-                context.tensor_to_context[tensor] = symbols[name]
-                inputs.append(node)
+                if place == len(inputs):
+                    tensor = operands.values[place]
+                    inputs.append(add_part(old[each.position], logits, f"{PREFIX}{number}", tensor))
         for each in operands.written:
             tensors = [inputs[place] for place in each.places]
             with example(old[each.position]).fake_mode:
-                logits = add_calls(graph, each.calls, tensors)
-            old[each.position].replace_all_uses_with(logits)
+                result = add_calls(graph, each.calls, tensors)
+            old[each.position].replace_all_uses_with(result)
             graph.erase_node(old[each.position])
     for node in graph.nodes:
         if ARRIVED in node.meta:
             _keep_dtype(node)
     graph.lint()
-    inner = GraphModule(module, graph)
-    inner.meta.update(module.meta)
-    for name in ("compile_subgraph_reason", "_param_name_to_source"):
-        if hasattr(module, name):
-            setattr(inner, name, getattr(module, name))
-    return inner
+    return module_like(module, graph)
 
 
 def _keep_dtype(linear: Node) -> None:
@@ -303,18 +290,10 @@ def _keep_dtype(linear: Node) -> None:
     operands = [node for node in linear.args if isinstance(node, Node)]
     if not torch.is_autocast_enabled(device) and all(example(o).dtype == dtype for o in operands):
         return
+    disable_autocast(linear, device)
     with graph.inserting_before(linear):
-        disabled = graph.call_function(_enter_autocast, (device, None, False, None))
         for operand in operands:
             if example(operand).dtype != dtype:
                 cast = graph.call_method("to", (operand, dtype))
                 cast.meta["example_value"] = example(operand).to(dtype)
                 linear.replace_input_with(operand, cast)
-    with graph.inserting_after(linear):
-        graph.call_function(_exit_autocast, (disabled,))
-
-
-def _symbols(context: Any, logits: DeferredLogits) -> dict[str, Any]:
-    """Return Dynamo's symbols for the sizes of each plain tensor that `flatten` names."""
-    symbols: dict[str, Any] = context.tensor_to_context[logits].inner_contexts
-    return symbols
