@@ -117,7 +117,7 @@ class Group:
     def name(self, value: Any) -> Any:
         """Return the name of an expression in the program, and add the steps that compute it."""
         if isinstance(value, Leaf):
-            return Name(value.name)
+            return value.name
         if isinstance(value, Operand):
             return self._operand_name(value.kind, value)
         if not isinstance(value, Apply):

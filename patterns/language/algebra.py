@@ -1,7 +1,7 @@
 """Reductions of an expression over the vocabulary, in as few passes as identities allow.
 
 The softmax of a row needs one pass over its logits. But ``log_softmax(z)`` is the expression
-``z - lse``, whose `lse` is known only after that pass, and a hand-written ``z - max(z)`` is alike.
+``z - lse``, whose `lse` is known only after that pass. So is the maximum in ``z - max(z)``.
 Such values are *late*. The sum of ``q * (z - lse)`` equals ``sum(q * z) - lse * sum(q)``, which
 needs no second pass. If no such identity is known, the late value is an operand of a second pass,
 which is always correct.
@@ -14,18 +14,19 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from cce_inductor.kernels.program.text import overload
 from cce_inductor.kernels.statistics import base as kernels
 from cce_inductor.kernels.statistics.dot import Dot
 from cce_inductor.kernels.statistics.gather import Gather
+from cce_inductor.kernels.statistics.index import Index
 from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.kernels.statistics.max import Max
 from cce_inductor.kernels.statistics.mean import Mean
 from cce_inductor.kernels.statistics.sum import Sum
-from cce_inductor.kernels.statistics.topk import TopK
+from cce_inductor.kernels.statistics.target import Target
+from cce_inductor.kernels.statistics.topk import LIMIT, TopK
 from cce_inductor.patterns.language.expression import (
     LOGIT,
     Apply,
@@ -44,6 +45,7 @@ from cce_inductor.patterns.language.rows import (
     vocabulary_of,
 )
 from cce_inductor.patterns.language.site import Site
+from cce_inductor.reporting import reasons
 
 _ADD, _SUB, _MUL, _DIV = "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"
 
@@ -70,21 +72,21 @@ class Algebra:
         lse = self._statistic(LogSumExp, core)
         return lse if shift is None else call(operator.add, lse, shift)
 
-    def gather(
-        self, x: Any, index: Node, *, kind: type[Indexed] = Gather, constants: Any = ()
-    ) -> Row:
-        """Return `x` at the indices.
+    def gather(self, x: Any, index: Row) -> Row:
+        """Return `x` at the indices, [..., k] with k in the vocabulary's dimension."""
+        return self._at(Gather, x, index)
 
-        A pointwise function of late values is applied after gathering: it needs no second pass.
+    def index(self, x: Any, index: Row) -> Row:
+        """Return `x` at one index for each row, counted from the end if it is negative."""
+        return self._at(Index, x, index)
 
-        Args:
-            x: an expression.
-            index: the indices, [rows] or [rows, k] according to `kind`.
-            kind: `Gather`, `Index` or `Target`.
-            constants: further arguments of the reduction.
-        """
+    def target(self, x: Any, target: Row, ignore_index: int) -> Row:
+        """Return `x` at the class of each row, 0 where the class is `ignore_index`."""
+        return self._at(Target, x, target, ignore_index)
+
+    def _at(self, kind: type[Indexed], x: Any, index: Row, *constants: int) -> Row:
         if _is_detached(x):
-            return detach_row(self.gather(x.args[0], index, kind=kind, constants=constants))
+            return detach_row(self._at(kind, x.args[0], index, *constants))
         if is_constant_over_row(x):
             return self.row(x)
         if (
@@ -92,7 +94,8 @@ class Algebra:
             and self._late(x)
             and x.target in (_ADD, _SUB, _MUL, _DIV, "neg", "exp")
         ):
-            args = [self.gather(a, index, kind=kind, constants=constants) for a in x.args]
+            # A function of late values is applied to the gathered values: it needs no second pass.
+            args = [self._at(kind, a, index, *constants) for a in x.args]
             return Call(overload(x.target), tuple(args), x.kwargs)
         return Statistic(kind, self.logits, (x,), index, constants)
 
@@ -101,7 +104,13 @@ class Algebra:
         return self._greatest(Max, x)
 
     def topk(self, x: Any, k: int) -> tuple[Row, Row]:
-        """Return the greatest k values and their indices."""
+        """Return the greatest k values and their indices.
+
+        Raises:
+            UnsupportedError: k is 0 or too large for the kernels.
+        """
+        if not 0 < k <= LIMIT:
+            self.site.unsupported(reasons.topk_out_of_range(LIMIT))
         return self._greatest(TopK, x, k)
 
     def _greatest(self, kind: type[kernels.Statistic], x: Any, *constants: int) -> tuple[Row, Row]:

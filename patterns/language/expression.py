@@ -8,17 +8,22 @@ from typing import Any, TypeAlias
 
 from torch.fx import Node
 
+from cce_inductor.kernels.program import names
 from cce_inductor.kernels.program.names import OperandKind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
-    """``z``, the logit, or ``j``, its place in the vocabulary."""
+    """The logit, or its place in the vocabulary.
 
-    name: str
+    Attributes:
+        name: its name in a program.
+    """
+
+    name: names.Name
 
 
-LOGIT, COLUMN = Leaf("z"), Leaf("j")
+LOGIT, COLUMN = Leaf(names.LOGIT), Leaf(names.COLUMN)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ def product(
         site: the node of the product.
         input: [..., hidden].
         weight: [vocabulary, hidden], or [hidden, vocabulary] if `transposed`. A batch of equal
-            matrices (``weight.expand(n, -1, -1)``) is accepted, too.
+            matrices (``weight.expand(n, -1, -1)``) is accepted as well.
         transposed: whether the weight is [hidden, vocabulary], as `matmul` takes it.
         bias: [vocabulary], or None.
         weight_operations: turn a weight of another rank into a matrix.
@@ -158,7 +158,7 @@ def _transpose_of(node: Node) -> Node | None:
 
 
 def _expanded(node: Node) -> Node | None:
-    """Return the matrix of which a node makes a batch of equal matrices, all views of it.
+    """Return the matrix that a node repeats as a batch of views.
 
     Recognized are ``unsqueeze(0)``, ``expand``, ``expand_as``, ``broadcast_to`` and ``[None]``.
     """

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.patterns.language import (
     Algebra,
     Apply,
@@ -72,13 +71,11 @@ def nll_loss(
     _check_weight(site, weight)
     _check_indices(site, target, input)
     target, ignored = _targets(site, target, ignore_index)
-    found = Algebra(site, logits).gather(
-        logits.expression, target, kind=Target, constants=(ignored,)
-    )
+    target_logit = Algebra(site, logits).target(logits.expression, target, ignored)
     return call(
         torch.ops.cce_inductor.cross_entropy.default,
         None,
-        ignoring(found, target, ignored),
+        ignoring(target_logit, target, ignored),
         None,
         target,
         weight,
@@ -105,11 +102,11 @@ def _with_indices(
         summed = x if weight is None else Apply("mul.Tensor", (x, _classes(site, weight, logits)))
         logit_sum = ignoring(algebra.sum(summed), target, ignore_index)
     lse = algebra.logsumexp(x)
-    found = algebra.gather(x, target, kind=Target, constants=(ignore_index,))
+    target_logit = algebra.target(x, target, ignore_index)
     return call(
         torch.ops.cce_inductor.cross_entropy.default,
         ignoring(lse, target, ignore_index),
-        ignoring(found, target, ignore_index),
+        ignoring(target_logit, target, ignore_index),
         logit_sum,
         target,
         weight,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from cce_inductor.kernels.statistics.topk import LIMIT
 from cce_inductor.patterns.language import (
     Algebra,
     Apply,
@@ -64,10 +63,7 @@ def topk(
     logits = site.over_vocabulary(site.logits(input), dim)
     if not largest:
         site.unsupported(reasons.TAKES_THE_SMALLEST)
-    k = int(constant(k))
-    if not 0 < k <= LIMIT:
-        site.unsupported(reasons.topk_out_of_range(LIMIT))
-    return Algebra(site, logits).topk(logits.expression, k)
+    return Algebra(site, logits).topk(logits.expression, int(constant(k)))
 
 
 def _over_one_dimension(site: Site, input: Any, dim: Any) -> Logits:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels.statistics.index import Index
 from cce_inductor.patterns.language import (
     HERE,
     Algebra,
@@ -99,8 +98,8 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
         site.unsupported(reasons.DIAGONAL_WITHOUT_SOME_ROWS)
     logits = site.over_vocabulary(logits, logits.vocabulary_dim)
     entries = row_numbers(site, logits)
-    found = Algebra(site, logits).gather(logits.expression, entries, kind=Index)
-    return without_vocabulary(found, logits, False)
+    entry = Algebra(site, logits).index(logits.expression, entries)
+    return without_vocabulary(entry, logits, keepdim=False)
 
 
 @reduction(operator.getitem)
@@ -126,5 +125,5 @@ def getitem(site: Site, input: Any, index: Any) -> ReductionResult:
         logits = logits.with_row_operation(operator.getitem, HERE, taken, vocabulary_dim=dim)
     if rows and not any(same_shape(tensor_example(row).shape, result) for row in rows):
         site.unsupported(reasons.INDEX_IS_BROADCAST)
-    found = Algebra(site, logits).gather(logits.expression, column, kind=Index)
-    return without_vocabulary(found, logits, False)
+    entry = Algebra(site, logits).index(logits.expression, column)
+    return without_vocabulary(entry, logits, keepdim=False)

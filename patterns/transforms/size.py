@@ -1,4 +1,4 @@
-"""``logits.size(0)``. Dynamo calls it, too, for a number of rows that depends on data."""
+"""``logits.size(0)``. Dynamo calls it itself if the number of rows depends on data."""
 
 from __future__ import annotations
 
