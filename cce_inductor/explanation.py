@@ -1,11 +1,10 @@
-"""explain(): what the pass does to a function, without compiling it."""
+"""explain(): what the pass does to a function, without compiling it with Inductor."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from cce_inductor.rewriting.overlooked import largest_projection
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.surprise import on_error
 from cce_inductor.torch_internals.callers import in_torch
-from cce_inductor.torch_internals.capture import forget_compiled
-from cce_inductor.torch_internals.patches import without_recompile_limit
+from cce_inductor.torch_internals.temporary import temporarily_compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +26,10 @@ class ExplainedGraph:
     """One graph that Dynamo captured.
 
     Attributes:
-        before: its code as captured.
-        after: its code after the pass; the same where nothing was rewritten.
-        break_reason: why Dynamo ended the graph where it did; None if the function returned.
-        break_location: ``file.py:line`` of that place in the user's code, None if unknown.
+        before: the code of the graph as captured.
+        after: its code after the pass, the same if nothing was rewritten.
+        break_reason: why Dynamo ended the graph, None if the function returned.
+        break_location: ``file.py:line`` in the user's code where the graph ended, None if unknown.
     """
 
     before: str
@@ -42,13 +40,13 @@ class ExplainedGraph:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; print it.
+    """What `explain` found. Print it.
 
     Attributes:
-        losses: one record for each loss, in the order of execution.
+        losses: a report for each loss, in the order of execution.
         graphs: the graphs that Dynamo captured, in that order.
-        overlooked: for each graph without a loss that has a projection, the largest and what reads
-            it, in two lines.
+        overlooked: for each graph that has projections and no loss, two lines about the largest
+            projection and what reads it.
     """
 
     losses: list[LossReport]
@@ -73,7 +71,7 @@ class Explanation:
 
 
 class _Recorder:
-    """A Dynamo backend that keeps the graphs and runs the rewritten ones as they are."""
+    """A Dynamo backend that records each graph, rewrites it, and runs the result eagerly."""
 
     def __init__(self, options: Options):
         self.options = options
@@ -83,7 +81,7 @@ class _Recorder:
         self._breaks = collections.Counter(torch._dynamo.utils.counters["graph_break"])
 
     def _break_reason(self) -> str | None:
-        """What Dynamo said since the last graph, without the links."""
+        """Return what Dynamo said of graph breaks since the last graph, without the links."""
         breaks = torch._dynamo.utils.counters["graph_break"]
         new = [said for said, count in breaks.items() if count > self._breaks[said]]
         self._breaks = collections.Counter(breaks)
@@ -114,19 +112,19 @@ class _Recorder:
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Captures ``fn(*args, **kwargs)`` with Dynamo and runs the pass on what it captured.
+    """Capture ``fn(*args, **kwargs)`` with Dynamo, and run the pass on the graphs.
 
-    Inductor is not used. The function runs once, eagerly with its losses rewritten, so its side
-    effects happen, except that the random number generators are put back. Nothing of it stays
-    behind: no entry in `reports`, none in Dynamo's caches. The options are those of `install` if
-    it is in force.
+    Inductor is not used. The function runs once, eagerly and with its losses rewritten, so its side
+    effects happen. The random number generators are restored afterwards, and neither `reports` nor
+    Dynamo's caches have a new entry. The options are those of `install` if it is in force.
 
     Args:
         fn: a function or module, compiled or not.
-        *args, **kwargs: its arguments.
+        *args: its positional arguments.
+        **kwargs: its keyword arguments.
 
     Raises:
-        Exception: whatever `fn` raises.
+        Exception: any exception that `fn` raises.
     """
     return explain_with(options_in_force(), fn, *args, **kwargs)
 
@@ -134,36 +132,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 def explain_with(
     options: Options, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Explanation:
-    """`explain` with these options, whatever is installed."""
+    """Explain a function with these options instead of the installed ones."""
     recorder = _Recorder(options)
-    with compiled_for_now(fn, recorder) as compiled:
+    with temporarily_compiled(fn, recorder) as compiled:
         compiled(*args, **kwargs)
     return Explanation(recorder.losses, recorder.graphs, recorder.overlooked)
-
-
-def own_random_numbers() -> contextlib.AbstractContextManager[Any]:
-    """At its end the random number generators are put back."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    context: contextlib.AbstractContextManager[Any] = torch.random.fork_rng(devices=devices)
-    return context
-
-
-@contextlib.contextmanager
-def compiled_for_now(
-    fn: Callable[..., Any], backend: Callable[..., Any]
-) -> Iterator[Callable[..., Any]]:
-    """`fn` compiled by `backend`; at the end Dynamo forgets it, and the random number generators
-    are put back."""
-    try:
-        with own_random_numbers(), without_recompile_limit():
-            yield torch.compile(uncompiled(fn), backend=backend)
-    finally:
-        forget_compiled(backend)
-
-
-def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """What `torch.compile` was given, if `fn` is its result."""
-    original: Callable[..., Any] = getattr(
-        fn, "_torchdynamo_orig_callable", getattr(fn, "_orig_mod", fn)
-    )
-    return original

@@ -29,16 +29,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cce_inductor import backends
-from cce_inductor.explanation import (
-    Explanation,
-    compiled_for_now,
-    explain_with,
-    own_random_numbers,
+from cce_inductor.explanation import Explanation, explain_with
+from cce_inductor.options import Options, options_in_force
+from cce_inductor.reporting.log import log
+from cce_inductor.reporting.report import LossReport
+from cce_inductor.torch_internals.temporary import (
+    preserved_random_state,
+    temporarily_compiled,
     uncompiled,
 )
-from cce_inductor.options import Options, options_in_force
-from cce_inductor.reporting.log import reports
-from cce_inductor.reporting.report import LossReport
 
 __all__ = [
     "assert_matches_eager",
@@ -150,15 +149,15 @@ def assert_matches_eager(
         return compile_graph(module, example_inputs, options=chosen)
 
     fn = uncompiled(fn)
-    before = len(reports())
+    before = log.count
     ours = _Copy(fn, args, kwargs)
-    with compiled_for_now(ours.fn, compile_with_options) as compiled:
+    with temporarily_compiled(ours.fn, compile_with_options) as compiled:
         got = ours.run(compiled)
     eager = _Copy(fn, args, kwargs)
-    with own_random_numbers():
+    with preserved_random_state():
         expected = eager.run(eager.fn)
     reference = _Copy(fn, args, kwargs, exact=True)
-    with own_random_numbers(), in_float64():
+    with preserved_random_state(), in_float64():
         exact = reference.run(reference.fn)
 
     if not any(isinstance(value, Tensor) for value in expected.values()):
@@ -167,7 +166,7 @@ def assert_matches_eager(
         raise AssertionError(f"eager gives {list(expected)}, the compiled function {list(got)}")
     for name, value in expected.items():
         _assert_as_accurate(name, got[name], value, exact[name], slack)
-    return reports()[before:]
+    return log.since(before)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 
 import cce_inductor
 from cce_inductor.options import Options
-from cce_inductor.reporting import reasons
+from cce_inductor.reporting import notice, reasons
+from cce_inductor.reporting.log import MOST_REPORTS, ReportLog
 from cce_inductor.reporting.notice import is_large, last_word
+from cce_inductor.reporting.report import LossReport
 
 INPUT = torch.randn(1024, 8)
 WEIGHT = torch.randn(4096, 8)
@@ -185,3 +187,28 @@ def test_the_command_line_says_nothing_at_exit():
     command = [sys.executable, "-W", "ignore", "-m", "cce_inductor", "patterns"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stderr == ""
+
+
+def report_at(place):
+    return LossReport(False, "it is late", place, "cross_entropy", None, None, 0)
+
+
+def test_the_oldest_reports_are_forgotten():
+    log = ReportLog(limit=3)
+    for number in range(5):
+        log.add([report_at(f"a.py:{number}")])
+    assert [report.location for report in log.all()] == ["a.py:2", "a.py:3", "a.py:4"]
+    assert f"{MOST_REPORTS:,} reports" in cce_inductor.reports.__doc__
+    assert [report.location for report in log.since(4)] == ["a.py:4"]
+    assert log.since(0) == log.all()
+    assert log.since(log.count) == []
+    log.clear()
+    assert log.all() == log.since(0) == []
+
+
+def test_a_place_is_remembered_for_a_while(monkeypatch):
+    monkeypatch.setattr(notice, "_MOST_PLACES", 2)
+    tally = notice._Tally()
+    asked = ["a", "b", "a", "c", "b", "a"]  # the third place takes the place of the first
+    assert [tally.is_new(place) for place in asked] == [True, True, False, True, False, True]
+    assert len(tally._warned) == 2

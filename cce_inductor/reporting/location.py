@@ -14,20 +14,20 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTIL
 
 
 def location(node: Node) -> str | None:
-    """``file.py:line`` of the innermost frame outside PyTorch, None if the graph does not say."""
+    """Return ``file.py:line`` of the innermost frame outside PyTorch, None if it is unknown."""
     frames = [match.groups() for match in _FRAME.finditer(node.meta.get("stack_trace") or "")]
     outside = [frame for frame in frames if not in_torch(frame[0])]
     return "{}:{}".format(*outside[-1]) if outside else None
 
 
 def at(node: Node) -> str:
-    """`` at file.py:line``, or nothing, to end a sentence with."""
+    """Return `` at file.py:line`` for the middle of a sentence, or nothing if it is unknown."""
     place = location(node)
     return f" at {place}" if place else ""
 
 
 def operation(node: Node) -> str:
-    """The name of what the node does: ``view``, ``cross_entropy``, ``setitem``."""
+    """Return the name of a node's operation: ``view``, ``cross_entropy``, ``setitem``."""
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_function":
@@ -39,7 +39,7 @@ def operation(node: Node) -> str:
 
 
 def describe(node: Node) -> str:
-    """The operation with its constants: ``view(-1, 32000)``, ``truediv(30.0)``, ``linear``."""
+    """Return an operation with constants: ``view(-1, 32000)``, ``truediv(30.0)``, ``linear``."""
     first, *rest = node.args or (None,)
     shown = [] if isinstance(first, (Node, type(None))) else [_argument(first)]
     shown += [_argument(argument) for argument in rest if argument is not None]

@@ -1,7 +1,9 @@
-"""Every report of this process, and who is told of one."""
+"""The reports of this process, and everybody who is told of them."""
 
 from __future__ import annotations
 
+import collections
+import itertools
 import logging
 import threading
 
@@ -15,15 +17,22 @@ from cce_inductor.reporting.report import LossReport
 _logger = logging.getLogger(__name__)
 
 
-class ReportLog:
-    """Records of real compilations, from any thread.
+MOST_REPORTS = 10_000
 
-    Dynamo may start a compilation over; what an abandoned attempt found is dropped.
+
+class ReportLog:
+    """The latest reports of compilations in any thread.
+
+    Dynamo may start a compilation again. The reports of the abandoned attempt are dropped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MOST_REPORTS) -> None:
+        """Keep at most `limit` reports."""
         self._lock = threading.Lock()
-        self._entries: list[tuple[object, int, LossReport]] = []
+        self._entries: collections.deque[tuple[object, int, LossReport]] = collections.deque(
+            maxlen=limit
+        )
+        self._count = 0
 
     def add(self, reports: list[LossReport]) -> None:
         trace = torch._guards.CompileContext.current_trace_id()
@@ -33,11 +42,24 @@ class ReportLog:
                 if self._entries[-1][1] >= attempt:
                     break
                 self._entries.pop()
-            self._entries += [(compile_id, attempt, report) for report in reports]
+                self._count -= 1
+            self._count += len(reports)
+            self._entries.extend((compile_id, attempt, report) for report in reports)
 
     def all(self) -> list[LossReport]:
         with self._lock:
             return [report for _, _, report in self._entries]
+
+    @property
+    def count(self) -> int:
+        """The number of reports so far, including those that are not kept any more."""
+        return self._count
+
+    def since(self, count: int) -> list[LossReport]:
+        """Return the kept reports that came after the first `count`."""
+        with self._lock:
+            new = max(0, self._count - count)
+            return [report for _, _, report in itertools.islice(reversed(self._entries), new)][::-1]
 
     def clear(self) -> None:
         with self._lock:
@@ -47,17 +69,25 @@ class ReportLog:
 log = ReportLog()
 
 
-def publish(module: GraphModule, found: list[LossReport], options: Options) -> None:
-    """Tells everybody who may ask what a compilation did: `reports`, the logger "cce_inductor"
-    (TORCH_LOGS), ``torch._dynamo.utils.counters["cce_inductor"]`` and the structured trace; and
-    what is said without being asked (`notice`)."""
-    log.add(found)
+def publish(module: GraphModule, reports: list[LossReport], options: Options) -> None:
+    """Tell everybody what a compilation did.
+
+    The reports go to `reports`, to the logger "cce_inductor" (``TORCH_LOGS``), and to
+    ``torch._dynamo.utils.counters["cce_inductor"]``; a rewritten graph goes to the structured
+    trace; and `notice` warns of large losses that were left alone.
+
+    Args:
+        module: the graph after the pass.
+        reports: what was done about each loss in it.
+        options: the options of the pass.
+    """
+    log.add(reports)
     counters = torch._dynamo.utils.counters["cce_inductor"]
-    for report in found:
+    for report in reports:
         counters["rewritten" if report.rewritten else "left_alone"] += 1
         _logger.info("%s", report)
-    notice(found, options)
-    if not any(report.rewritten for report in found):
+    notice(reports, options)
+    if not any(report.rewritten for report in reports):
         return
     if _logger.isEnabledFor(logging.DEBUG):
         _logger.debug("rewritten graph:\n%s", readable(module))
@@ -69,20 +99,20 @@ def publish(module: GraphModule, found: list[LossReport], options: Options) -> N
 
 
 def readable(module: GraphModule) -> str:
-    """The graph as Python code with shapes, dtypes and source lines."""
+    """Return a graph as Python code with shapes, dtypes and source lines."""
     return module.print_readable(print_output=False)
 
 
 def reports() -> list[LossReport]:
-    """The losses found in every compilation so far, rewritten or not, oldest first.
+    """Return the losses of all compilations so far, rewritten or not, oldest first.
 
-    A compilation is one of `torch.compile` with Inductor while `install` is in force, or one by a
-    backend of this package; a function that is compiled again for other shapes is in it again.
-    `explain` adds nothing.
+    These are compilations of `torch.compile` with Inductor while `install` is in force, and with
+    the backends of this package. A function that is compiled again for other shapes is reported
+    again. `explain` adds nothing. Only the last 10,000 reports are kept.
     """
     return log.all()
 
 
 def clear_reports() -> None:
-    """Forgets what `reports` returned so far."""
+    """Forget all reports so far."""
     log.clear()

@@ -1,5 +1,4 @@
-"""What is said without being asked: which large losses were left alone, and at the end of a process
-in which `install` was called, that nothing was rewritten."""
+"""Warnings: which large losses were left alone, and at the end that none was rewritten."""
 
 from __future__ import annotations
 
@@ -16,55 +15,65 @@ _log = logging.getLogger(__name__)
 
 
 def is_large(size: int | None, options: Options) -> bool:
-    """Whether somebody would want to hear of logits that are stored, be it that nobody asked.
+    """Return whether stored logits are worth a warning.
 
-    Who raises `min_logits_bytes` wants to hear of no smaller ones; who lowers it, to try small
-    models say, has nothing to lose by them.
+    They are if they have `min_logits_bytes`. A lower value than the default does not count: it is
+    for tests with small models, where stored logits cost nothing.
 
     Args:
-        size: in bytes, None if it is known only at run time.
-        options: of the pass.
+        size: the size of the logits in bytes, None if it is known only at run time.
+        options: the options of the pass.
     """
     return size is None or size >= max(options.min_logits_bytes, DEFAULT_MIN_LOGITS_BYTES)
 
 
+_MOST_PLACES = 10_000
+
+
 class _Tally:
-    """Counts of this process's compilations.
+    """Counts of what the pass has seen in this process.
 
     Attributes:
-        graphs: how many the pass has seen.
-        losses: how many were found in them.
-        rewritten: how many of those were.
+        graphs: the number of graphs.
+        losses: the number of losses in them.
+        rewritten: the number of losses that were rewritten.
     """
 
     def __init__(self) -> None:
         self.graphs = self.losses = self.rewritten = 0
         self._lock = threading.Lock()
-        self._said: set[str] = set()
+        self._warned: dict[str, None] = {}  # the latest places, in the order of their warnings
 
-    def add(self, found: list[LossReport]) -> None:
+    def add(self, reports: list[LossReport]) -> None:
+        """Count the losses of one graph."""
         with self._lock:
             self.graphs += 1
-            self.losses += len(found)
-            self.rewritten += sum(report.rewritten for report in found)
+            self.losses += len(reports)
+            self.rewritten += sum(report.rewritten for report in reports)
 
     def is_new(self, place: str) -> bool:
-        """Whether nothing was said of a place before."""
+        """Return whether a place is none of the last 10,000 that this was asked of."""
         with self._lock:
-            new = place not in self._said
-            self._said.add(place)
-            return new
+            if place in self._warned:
+                return False
+            if len(self._warned) >= _MOST_PLACES:
+                del self._warned[next(iter(self._warned))]
+            self._warned[place] = None
+            return True
 
 
 tally = _Tally()
 
 
-def notice(found: list[LossReport], options: Options) -> None:
-    """Counts a compilation, and says which large losses it left alone: once a place, and of what
-    one graph leaves alone for one reason the first."""
-    tally.add(found)
+def notice(reports: list[LossReport], options: Options) -> None:
+    """Count the losses of a graph, and warn of large ones that were left alone.
+
+    There is one warning for each place in the user's code. Of several losses in the graph with the
+    same reason, only the first is named.
+    """
+    tally.add(reports)
     reasons: set[str] = set()
-    for report in found:
+    for report in reports:
         if report.reason is None or report.reason in reasons:
             continue
         if not report.failed and is_large(report.logits_bytes, options):
@@ -75,20 +84,20 @@ def notice(found: list[LossReport], options: Options) -> None:
 
 @functools.cache
 def speak_at_exit() -> None:
-    """From now on the end of this process is a time to say that nothing was rewritten."""
+    """Warn at the end of this process if nothing was rewritten."""
     atexit.register(_at_exit)
 
 
 def _at_exit() -> None:
     said = last_word(tally.graphs, tally.losses, tally.rewritten)
-    # A process of a data loader, say, that is started with the script's imports has no such task.
+    # The workers of a data loader import the script, but are not expected to compile anything.
     is_helper = multiprocessing.parent_process() is not None and not tally.graphs
     if is_in_force() and said is not None and not is_helper:
         _log.warning("cce_inductor: %s", said)
 
 
 def last_word(graphs: int, losses: int, rewritten: int) -> str | None:
-    """What to say at the end of a process with that many compilations; None for nothing."""
+    """Return what to warn of at the end of a process with these counts, None for nothing."""
     if rewritten:
         return None
     if not graphs:

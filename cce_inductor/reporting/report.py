@@ -1,4 +1,4 @@
-"""What was done about each loss, as records that a person or a program can read."""
+"""What was done about each loss, as a record for people and programs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class LossReport:
     """One loss of one compiled graph.
 
     Attributes:
-        rewritten: whether the fused operator took its place; for logits that are only returned
+        rewritten: whether the fused operator replaced the loss. For logits that are only returned
             (``defer_logits="always"``), whether they are deferred.
-        reason: why not, in one sentence; None if it was rewritten.
+        reason: why it was left alone, in one sentence. None if it was rewritten.
         location: ``file.py:line`` of the loss in the user's code, None if unknown.
         loss: the operations from the projection to the loss.
-        logits_shape: shape of the projection's result; a dynamic size is given by the value it
-            had at compilation, or -1 if it is known only at run time. None if the projection was
-            not found.
-        logits_dtype: dtype of the projection's result, None likewise.
-        bytes_saved: bytes of one copy of those logits, if rewritten, else 0; also 0 if they are
-            known only at run time. What a training step saves is more: the gradient of the logits,
-            and a float32 copy where there was one.
+        logits_shape: the shape of the projection's result. A dynamic size is given by its value at
+            compilation, or -1 if it is known only at run time. None if the projection was not
+            found.
+        logits_dtype: the dtype of the projection's result. None if it was not found.
+        bytes_saved: the bytes of one copy of the logits if the loss was rewritten, else 0. Also 0
+            if they are known only at run time. A training step saves more than that: the gradient
+            of the logits, and the float32 copy if there was one.
         deferred: whether the function also returns these logits, as `DeferredLogits`.
-        logits_bytes: bytes of those logits, or of the loss's input if the projection was not
-            found; None if they are known only at run time.
+        logits_bytes: the bytes of the logits, or of the loss's input if the projection was not
+            found. None if they are known only at run time.
         failed: whether the reason is an unexpected exception in the pass.
-        advice: what can be changed so that it is rewritten, None if nothing is known.
+        advice: what can be changed so that the loss is rewritten, None if nothing is known.
     """
 
     rewritten: bool
@@ -50,12 +50,12 @@ class LossReport:
 
     @classmethod
     def of_failure(cls, node: Node, reason: Reason) -> LossReport:
-        """The record of a loss in a graph that the pass could not look at."""
+        """Return the report of a loss in a graph on which the pass failed."""
         return cls(False, str(reason), location(node), describe(node), None, None, 0, failed=True)
 
     @property
     def sentence(self) -> str:
-        """All of it in a line, of a loss that is left alone."""
+        """The report of a loss that was left alone, in one line."""
         size = "" if self.logits_bytes is None else f"{format_bytes(self.logits_bytes)} "
         name = self.loss.split(" > ")[-1].partition("(")[0]
         place = f" at {self.location}" if self.location else ""
