@@ -1,4 +1,4 @@
-"""Programs over logits with random tensors, and what they should give."""
+"""Programs over logits with random tensors, and their expected results and gradients."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def random(*shape, seed=0):
 
 
 def spread(vocabulary, rows=ROWS):
-    """Both ends of the vocabulary and of every tile."""
+    """Return class indices at both ends of the vocabulary and of each tile."""
     edges = [0, vocabulary - 1, *range(TILE - 1, vocabulary, TILE), *range(TILE, vocabulary, TILE)]
     return torch.tensor((edges * rows)[:rows], dtype=torch.int64)
 
 
 def operands_of(vocabulary, rows=ROWS):
-    """An operand of every kind, by position."""
+    """Return operands of every kind; the comments show their names in programs."""
     index = spread(vocabulary, rows)
     target = index.clone()
     target[::5] = IGNORED
@@ -108,7 +108,7 @@ def head_of(weight, bias, operands, text, **fields):
 
 
 def case(text, vocabulary=TILE + 300, rows=ROWS, dtype=torch.float64, bias=True, **fields):
-    """Random tensors for a program."""
+    """Return a random input and a head for a program."""
     floating = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
     weight, biases = random(vocabulary, HIDDEN).to(dtype), random(vocabulary).to(dtype)
     operands = [floating(operand) for operand in operands_of(vocabulary, rows)]
@@ -117,7 +117,7 @@ def case(text, vocabulary=TILE + 300, rows=ROWS, dtype=torch.float64, bias=True,
 
 
 def wants_gradient(head):
-    """For each operand whether its gradient is compared: what a program reads, but no block."""
+    """Return for each operand whether its gradient is compared: those read, except blocks."""
     names = {at: name for name, at in head.program.operands.items()}
     return [
         at in names and names[at].kind is not OperandKind.LOGIT and operand.is_floating_point()
@@ -126,14 +126,14 @@ def wants_gradient(head):
 
 
 def upstream_of(results):
-    """Gradients that differ in every place."""
+    """Return upstream gradients whose entries all differ."""
     return [
         random(*r.shape, seed=n) if r.is_floating_point() else None for n, r in enumerate(results)
     ]
 
 
 def expected(input, head, upstream=None):
-    """The same of the reference, in float64."""
+    """Return results and gradients of the reference, in float64."""
     wide = lambda t: t.detach().double() if t.is_floating_point() else t  # noqa: E731
     bias = head.linear_bias
     tensors = [wide(input), wide(head.linear_weight), *([] if bias is None else [wide(bias)])]
@@ -163,7 +163,7 @@ def expected(input, head, upstream=None):
 
 
 def kept_rows(head):
-    """Rows with a class index that is not ignored."""
+    """Return a mask of the rows with a class index that is not ignored."""
     targets = [each.args for each in head.program.statistics if each.name == "target"]
     return torch.stack(
         [head.operands[int(name[1:])] != ignored for _, name, ignored in targets]
@@ -171,7 +171,7 @@ def kept_rows(head):
 
 
 def gradients_of(reduce, reduce_backward, input, head, upstream=None, wanted=None):
-    """The results, and the gradients of input, weight, bias and operands."""
+    """Return the results, and the gradients of input, weight, bias and operands."""
     results = reduce(input, head)
     count = sum(len(each.result_dtypes) for each in head.program.statistics)
     with_tiles = len(results) > count
@@ -184,7 +184,7 @@ def gradients_of(reduce, reduce_backward, input, head, upstream=None, wanted=Non
 
 
 def assert_agrees(computed, input, head, **tolerance):
-    """`computed` must give what the reference gives in float64."""
+    """Assert that `computed` returns the results and gradients of the float64 reference."""
     want = expected(input, head)
     # A count or a maximum of integers has no gradient, though all results are float64.
     upstream = [

@@ -1,4 +1,4 @@
-"""What the tests of this project assert about a function with a loss in it."""
+"""Assertions about functions that contain a loss, shared by the tests."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cce_inductor.reporting.report import LossReport
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.testing import assert_matches_eager
 
-# Of the reason that an operation changes a tensor that the projection reads, all but the operation.
+# The reason for an operation that changes an operand of the projection, without the operation's name.
 MAY_CHANGE = str(reasons.may_change_operand(Graph().call_function(len))).removeprefix("len ")
 
 
 def loss_after(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """A function whose logits go through `change`, then as [rows, 50] into a loss."""
+    """Return a function that applies `change` to its logits and takes the loss of [rows, 50]."""
 
     def fn(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(change(F.linear(input, weight)).reshape(-1, 50), target)
@@ -32,7 +32,7 @@ def loss_after(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def beside_a_loss(reduce: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
-    """A function with a loss, and ``reduce(logits, target)`` of the same logits."""
+    """Return a function that computes a loss and ``reduce(logits, target)`` of the same logits."""
 
     def fn(input: Tensor, weight: Tensor, target: Tensor) -> Any:
         logits = F.linear(input, weight)
@@ -42,7 +42,7 @@ def beside_a_loss(reduce: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]
 
 
 def capture(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> list[GraphModule]:
-    """The graphs that Dynamo makes of ``fn(*args)``, which runs eagerly."""
+    """Return the graphs that Dynamo captures from ``fn(*args)``; the call itself runs eagerly."""
     graphs: list[GraphModule] = []
 
     def backend(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -55,9 +55,9 @@ def capture(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> list[Gra
 
 
 def rewritten_graph(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> str:
-    """The code of the one graph of ``fn(*args)`` after the pass, without its signature.
+    """Return the code of the only graph of ``fn(*args)`` after the pass, without its signature.
 
-    Every loss in it must be rewritten.
+    Fails unless every loss is rewritten.
     """
     (module,) = capture(fn, *args, **compile_args)
     reports = rewrite(module, Options(min_logits_bytes=0, on_error="raise"))
@@ -67,7 +67,7 @@ def rewritten_graph(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> 
 
 
 def code(module: GraphModule) -> str:
-    """The statements of a graph, one a line, with nothing of its inputs' bookkeeping."""
+    """Return the statements of a graph, one per line, without renamed inputs and deletions."""
     lines = [
         line.strip().split(";  ")[0] for line in module.code.splitlines() if line[:4] == "    "
     ]
@@ -76,14 +76,14 @@ def code(module: GraphModule) -> str:
 
 
 def reports_of(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> list[LossReport]:
-    """What the pass does about each loss of ``fn(*args)``, however small its logits."""
+    """Return the report of each loss of ``fn(*args)``, however small its logits."""
     graphs = capture(fn, *args, **compile_args)
     options = Options(min_logits_bytes=0, on_error="raise")
     return [report for module in graphs for report in rewrite(module, options)]
 
 
 def reason_against(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> str:
-    """Why the one loss of ``fn(*args)`` is left alone; the graph must then be untouched."""
+    """Return the reason against the only loss of ``fn(*args)``; fails if the graph changed."""
     (module,) = capture(fn, *args, **compile_args)
     before = module.code
     (report,) = rewrite(module, Options(min_logits_bytes=0, on_error="raise"))
@@ -94,16 +94,16 @@ def reason_against(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> s
 
 
 def assert_used_by(reason: str | None, name: str, why: str) -> None:
-    """A loss must be left alone because of the operation `name`, for the reason `why`."""
+    """Assert that a reason blames the operation `name`, with the sentence `why`."""
     assert reason is not None
     assert reason.startswith(f"the logits are used by {name} at ")
     assert reason.endswith(f": {why}")
 
 
 def value_and_gradients(fn: Callable[..., Any], *args: Any) -> list[Tensor | None]:
-    """``fn(*args)`` and the gradients of all floating arguments that require one.
+    """Return ``fn(*args)`` and the gradients of the arguments that require one.
 
-    A result that is no scalar is reduced with distinct weights, so that rows cannot be swapped.
+    A result that is not a scalar is reduced with distinct weights, so that swapped rows are noticed.
     """
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     result = fn(*args)
@@ -119,7 +119,7 @@ def value_and_gradients(fn: Callable[..., Any], *args: Any) -> list[Tensor | Non
 def assert_as_accurate_as_eager(
     fn: Callable[..., Any], *args: Any, backend: str = "cce_inductor_eager", slack: float = 1.25
 ) -> None:
-    """`assert_matches_eager`, with every loss rewritten."""
+    """Assert that results match eager's, and that every loss was rewritten."""
     cce_inductor.clear_reports()
     reports = assert_matches_eager(fn, *args, backend=backend, slack=slack)
     assert reports

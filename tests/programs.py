@@ -1,11 +1,10 @@
 """Random programs from a projection to losses, as readable source code.
 
-A program is built line by line, and each line is run as it is added: a line that eager PyTorch
-cannot run is left out, and the shapes of what the lines before it made are known. A rule adds
-lines; rules are drawn until there are enough. The first rule of a table is the simplest one, to
-which Hypothesis shrinks.
+A program is built line by line. Each line is executed as it is added, so the shapes of earlier values
+are known, and a line that eager PyTorch cannot execute is dropped. Each rule adds lines. The first
+rule of a table is the simplest, because Hypothesis shrinks towards it.
 
-Some programs are called several times, with other numbers and other batch sizes in each call.
+Some programs are called several times, with different numbers and batch sizes.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _NAMES = {
     "halve": torch.ops.cce_inductor_programs.halve,
 }
 _BATCH = 11
-"""The batch size of the first call, a number that nothing else in a program can be."""
+"""The batch size of the first call. No other number in a program has this value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +48,11 @@ class Program:
     """A function in source code, and its arguments.
 
     Attributes:
-        seed: of the first argument.
-        arguments: the tensors, as expressions.
-        numbers: what further arguments are in each of the calls.
-        sizes: what the variable `size` of the expressions is in each of the calls.
-        lines: the function's body.
+        seed: the seed of the first argument; each further argument adds 1.
+        arguments: the tensor arguments, as expressions.
+        numbers: the number arguments, with their value in each call.
+        sizes: the value of the variable `size` of the expressions in each call.
+        lines: the body of the function.
         dynamic: whether the row dimensions are marked as dynamic.
     """
 
@@ -81,13 +80,13 @@ class Program:
         return f"{self.source}\nfor {', '.join(names)} in {values}:\n{loop}\n"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """How Hypothesis shows a failing example."""
+        """Print the program when Hypothesis shows a failing example."""
         for line in f"\n{self}".splitlines():
             printer.text(line)
             printer.break_()
 
     def dynamic_dims(self) -> list[tuple[str, int]]:
-        """The row dimensions of inputs, targets and masks, where some are dynamic."""
+        """Return the row dimensions of inputs, targets and masks if they are dynamic."""
         if not self.dynamic:
             return []
         values = zip(self.arguments, self.tensors(), strict=True)
@@ -105,17 +104,17 @@ class Program:
 
     @property
     def calls(self) -> int:
-        """How many calls differ from each other."""
+        """The number of calls."""
         return len(self.sizes)
 
     @property
     def exact(self) -> bool:
-        """Whether everything is in float64."""
+        """Whether all values are float64."""
         text = str(self)
         return not any(word in text for word in ("float32", "float16", "float()"))
 
     def function(self) -> Callable[..., Any]:
-        """The function, as a new code object with lines that can be shown."""
+        """Compile the function; its source lines are available to tracebacks."""
         filename = f"<program {next(_number)}>"
         linecache.cache[filename] = (len(self.source), None, self.source.splitlines(True), filename)
         namespace = dict(_NAMES)
@@ -127,7 +126,7 @@ class Program:
         return [_evaluate(text, self.seed + number, size) for number, text in enumerate(texts)]
 
     def inputs(self, call: int = 0) -> list[Any]:
-        """The arguments of one of the calls."""
+        """Return the arguments of a call."""
         return [*self.tensors(call), *(values[call] for values in self.numbers.values())]
 
 
@@ -137,7 +136,7 @@ def _evaluate(text: str, seed: int, size: int = _BATCH) -> Tensor:
 
 
 class _CannotRunError(Exception):
-    """Eager PyTorch does not run the line, or the rule does not apply."""
+    """Eager PyTorch cannot execute the line, or the rule does not apply."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +173,14 @@ class _Builder:
         return self.draw(st.integers(0, one_of - 1)) == one_of - 1
 
     def number(self) -> str:
-        """A factor or an offset."""
+        """Return a factor or an offset, constant or varying."""
         number = self.choose("2", "0.5", "-1.5", "3.0", "1", "0.25")
         if self.rarely():
             return self.varying(number, *self.choose((2, 3, 4), (-2, 0, 5)))
         return self.varying(number, 0.75, 1.5, 3.0)
 
     def varying(self, constant: object, *values: float) -> str:
-        """A constant; in a symbolic program often a number that is another in each call."""
+        """Return a constant, or in a symbolic program often a number that differs in each call."""
         if not self.symbolic or self.rarely(3):
             return str(constant)
         name = f"n{next(self.names)}"
@@ -192,7 +191,7 @@ class _Builder:
     # Code.
 
     def sized(self, text: str) -> str:
-        """The text with the batch size as a variable, where it is another in each call."""
+        """Replace the batch size in the text by a variable if it differs in each call."""
         return re.sub(rf"\b{_BATCH}\b", "size", text) if self.batched else text
 
     def line(self, text: str) -> None:
@@ -205,7 +204,7 @@ class _Builder:
         self.lines.append(self.indent + text)
 
     def new(self, expression: str, prefix: str = "v") -> str:
-        """A new variable with the value of an expression."""
+        """Assign an expression to a new variable, and return its name."""
         name = f"{prefix}{next(self.names)}"
         self.line(f"{name} = {expression}")
         return name
@@ -225,7 +224,7 @@ class _Builder:
         return self.argument(f"torch.randn({shape}, dtype={dtype})")
 
     def attempt(self, rule: Callable[..., None], *args: Any) -> bool:
-        """Runs a rule, and takes back what it added if it cannot go on."""
+        """Apply a rule; if it fails, undo what it added and return False."""
         state = {name: value for name, value in vars(self).items() if name in _STATE}
         saved = {name: value.copy() for name, value in state.items()}
         indent = self.indent
@@ -238,7 +237,7 @@ class _Builder:
         return True
 
     def _run_again(self) -> None:
-        """Makes all values anew, for a line that failed may have changed some."""
+        """Compute all values again, because the failed line may have changed some."""
         self.namespace = dict(_NAMES)
         for number, (name, text) in enumerate(self.arguments.items()):
             self.namespace[name] = _evaluate(text, self.seed + number)
@@ -247,7 +246,7 @@ class _Builder:
         exec("\n".join(body), self.namespace)
 
     def require_gradients(self) -> None:
-        """Eager's backward must accept what was changed in place."""
+        """Raise _CannotRunError if eager's backward rejects the in-place changes."""
         names = dict.fromkeys([*self.results, *self.views, *(z.name for z in self.logits)])
         values = [self.value(name) for name in names]
         leaves = [x for x in map(self.value, self.arguments) if x.requires_grad]
@@ -287,17 +286,17 @@ class _Builder:
         self.logits.append(_Logits(name, vocabulary_dim % dimensions if dimensions else 0))
 
     def columns(self, logits: _Logits, which: str) -> str:
-        """An index expression over the vocabulary."""
+        """Return an index expression over the vocabulary."""
         return "[" + ":, " * logits.vocabulary_dim + which + "]"
 
     def along_vocabulary(self, logits: _Logits) -> tuple[int, ...]:
-        """A shape that broadcasts over the rows."""
+        """Return a shape that broadcasts over the rows."""
         dim, dimensions = logits.vocabulary_dim, len(self.shape(logits))
         ones = self.draw(st.integers(0, dim))
         return (1,) * ones + (self.vocabulary(logits),) + (1,) * (dimensions - 1 - dim)
 
     def last(self, logits: _Logits) -> tuple[str, int]:
-        """The variable with its vocabulary last, and its size."""
+        """Return a variable with the vocabulary as its last dimension, and the vocabulary's size."""
         if logits.vocabulary_dim == len(self.shape(logits)) - 1:
             return logits.name, self.vocabulary(logits)
         moved = self.choose("movedim({}, -1)", "transpose({}, -1)").format(logits.vocabulary_dim)
@@ -1139,7 +1138,7 @@ def _kl_div(b: _Builder, z: _Logits) -> None:
 
 
 def _contrastive(b: _Builder, z: _Logits) -> None:
-    """The loss of square logits of which the diagonal is the target."""
+    """A loss of square logits whose targets are on the diagonal."""
     text = b.choose(
         "{z}.logsumexp(1) - {z}.diagonal()",
         "F.cross_entropy({z}, torch.arange({n})) + F.cross_entropy({z}.t(), torch.arange({n}))",
@@ -1161,7 +1160,7 @@ def _largest(b: _Builder, z: _Logits) -> None:
 
 
 def _escape(b: _Builder, z: _Logits) -> None:
-    """The logits, or something of all of them, are a result too."""
+    """Return the logits, or a function of all of them, as well."""
     how = b.choose("", ".detach()", ".softmax(-1)")
     b.results.append(b.new(z.name + how) if how else z.name)
 
@@ -1215,12 +1214,12 @@ KINDS = (
     (HAZARDS, BETWEEN),
     (ALIASES, (*ALIASES, *BETWEEN[:_USUAL])),
 )
-"""Of a program: the rules that may change or keep logits, and all that come before its loss."""
+"""The kinds of programs: rules that may change or keep logits, and rules before the loss."""
 
 
 @st.composite
 def programs(draw: Callable[..., Any]) -> Program:
-    """Programs with one projection or two, and at least one loss; a third without hazards."""
+    """Programs with one or two projections and at least one loss; a third has no hazards."""
     b = _Builder(draw)
     b.dtype = b.choose(*["torch.float64"] * 8, "torch.float32", "torch.bfloat16")
     b.symbolic, b.batched = b.rarely(5), b.rarely(12)

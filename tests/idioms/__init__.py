@@ -1,1 +1,1 @@
-"""Losses as training code writes them, and what the pass should do about each."""
+"""Losses as they are written in training code, and whether the pass rewrites each."""

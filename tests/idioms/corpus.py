@@ -1,10 +1,10 @@
-"""How an idiom is registered: what it is called with, and the verdict it should get.
+"""Registration of idioms: ways to write a loss, with arguments and the expected outcome.
 
     @rewritten(hidden(), weight(), labels())
     def nanogpt(x, weight, targets): ...
 
-A function is called with the tensors; a class is an `nn.Module`, made anew for every use, and its
-parameters' gradients count too.
+A function is called with the tensors. A class is an `nn.Module`, created anew for each use; the
+gradients of its parameters are compared as well.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ class Idiom:
     """One way of writing a loss.
 
     Attributes:
-        name: of the function or class.
-        subject: the file it is in.
+        name: the name of the function or class.
+        subject: the name of its file.
         code: the function, or the class of a module.
-        inputs: one maker for each argument.
-        rewritten: whether every loss in it should be rewritten; otherwise none may be.
-        reason: what the report says of a loss that is left alone, as a regular expression.
-        dynamic: as for `torch.compile`.
-        around: a context in which it is called, entered outside the compiled function.
-        graphs: how many graphs Dynamo makes of it; None if that does not matter.
-        dtype: what the parameters of a module are cast to.
-        rounded: a dtype coarser than its inputs', in which it computes.
+        inputs: a function for each argument that creates it.
+        rewritten: whether every loss should be rewritten; otherwise none may be.
+        reason: a regular expression for the reason in the report of a loss that is left alone.
+        dynamic: the argument `dynamic` of `torch.compile`.
+        around: a context manager around the call, outside the compiled function.
+        graphs: how many graphs Dynamo captures; None if that does not matter.
+        dtype: the dtype of a module's parameters.
+        rounded: the dtype in which it computes, if it is coarser than that of its inputs.
         smallest: the option ``min_logits_bytes``.
-        stored: how many tensors of rows and vocabulary stay: a teacher's, which are read
-            whole, or a weight that is joined from two.
-        random: whether float64 would draw other numbers: then eager is what it is compared with.
+        stored: how many tensors of [rows, vocabulary] remain: a teacher's probabilities, which are
+            used whole, or a weight that is joined from two.
+        random: whether float64 would draw other random numbers, so that the result is compared
+            with eager's in the same dtype.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Idiom:
     random: bool = False
 
     def make(self) -> tuple[Callable[..., Any], list[Any]]:
-        """The function or a new module, and new arguments; the same numbers every time."""
+        """Return the function or a new module, and new arguments with the same values each time."""
         torch.manual_seed(0)
         arguments = [make() for make in self.inputs]
         code = self.code
@@ -83,14 +84,14 @@ def _register(code: Any, inputs: tuple[Make, ...], **verdict: Any) -> Any:
 
 
 def rewritten(*inputs: Make, **options: Any) -> Callable[[Any], Any]:
-    """Registers an idiom all of whose losses should be rewritten."""
+    """Register an idiom in which every loss should be rewritten."""
     return lambda code: _register(code, inputs, rewritten=True, **options)
 
 
 def left_alone(reason: str | None, *inputs: Make, **options: Any) -> Callable[[Any], Any]:
-    """Registers an idiom none of whose losses may be rewritten, because of `reason`.
+    """Register an idiom in which no loss may be rewritten, because of `reason`.
 
-    No reason means that there is no loss to be found, and perhaps no report.
+    Without a reason, it contains no loss, and a report is optional.
     """
     return lambda code: _register(code, inputs, rewritten=False, reason=reason, **options)
 
@@ -98,17 +99,17 @@ def left_alone(reason: str | None, *inputs: Make, **options: Any) -> Callable[[A
 def real(
     *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32, grad: bool = True
 ) -> Make:
-    """Normally distributed numbers."""
+    """Return a maker of normally distributed values."""
     return lambda: (torch.randn(shape) * scale).to(dtype).requires_grad_(grad)
 
 
 def hidden(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Make:
-    """What the last block of a model makes: [2, 6, 16]."""
+    """Return a maker of hidden states, [2, 6, 16] by default."""
     return real(*(shape or (BATCH, TIME, HIDDEN)), dtype=dtype, grad=grad)
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> Make:
-    """The weight of a head: [37, 16]."""
+    """Return a maker of a head's weight, [37, 16] by default."""
     return real(*(shape or (VOCABULARY, HIDDEN)), scale=0.5, dtype=dtype, grad=grad)
 
 
@@ -117,7 +118,7 @@ def bias(size: int = VOCABULARY, dtype: torch.dtype = torch.float32) -> Make:
 
 
 def labels(*shape: int, ignored: int | None = None, high: int = VOCABULARY) -> Make:
-    """Class indices, [2, 6], some of them `ignored`."""
+    """Return a maker of class indices, [2, 6] by default, of which two are `ignored` if given."""
 
     def make() -> Tensor:
         values = torch.randint(high, shape or (BATCH, TIME))
@@ -129,7 +130,7 @@ def labels(*shape: int, ignored: int | None = None, high: int = VOCABULARY) -> M
 
 
 def mask(*shape: int) -> Make:
-    """Ones and some zeros, as floats."""
+    """Return a maker of a float mask with some zeros."""
 
     def make() -> Tensor:
         values = torch.ones(shape or (BATCH, TIME))
@@ -141,17 +142,17 @@ def mask(*shape: int) -> Make:
 
 
 def probabilities(*shape: int) -> Make:
-    """A distribution over the vocabulary for each token."""
+    """Return a maker of a distribution over the vocabulary for each token."""
     return lambda: torch.randn(shape or (BATCH, TIME, VOCABULARY)).softmax(-1)
 
 
 def number(value: Any) -> Make:
-    """A Python number, or a tensor of one."""
+    """Return a maker of a Python number, or of a tensor if `value` is a list."""
     return lambda: torch.tensor(value) if isinstance(value, list) else value
 
 
 class Body(nn.Module):
-    """An embedding and a norm, in the place of a transformer."""
+    """An embedding and a norm, as a substitute for a transformer."""
 
     def __init__(self, vocabulary: int = VOCABULARY, size: int = HIDDEN) -> None:
         super().__init__()
