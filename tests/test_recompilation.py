@@ -1,4 +1,4 @@
-"""As many compilations with the pass as without, whatever changes from call to call."""
+"""The pass causes no additional compilations, whatever changes from call to call."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ INTEGERS = (2, 3, 4, 5)
 
 
 def of_logits(use, numbers=FLOATS, target=TARGET):
-    """A function of logits and a number, and the arguments of its calls."""
+    """Return a function of logits and a number, and the arguments of its calls."""
     return (
         lambda input, weight, target, number: use(F.linear(input, weight), target, number),
         [(INPUT, WEIGHT, target, number) for number in numbers],
@@ -64,7 +64,7 @@ def focal(logits, target, number):
 
 
 def batches(use):
-    """A function of two batches of embeddings, as large as each other, of several sizes."""
+    """Return a function of two batches of embeddings, and batches of several sizes."""
     return use, [(torch.randn(n, 8), torch.randn(n, 8)) for n in (12, 14, 16, 18)]
 
 
@@ -233,7 +233,7 @@ LEFT_ALONE = {
 
 
 def count(fn, calls, backend, **compile_args):
-    """How many graphs are compiled, and the results and gradients of all calls."""
+    """Return the number of compiled graphs, and the results and gradients of all calls."""
     compiled = []
 
     def counting(module, example_inputs):
@@ -312,7 +312,7 @@ def test_sizes_that_are_not_always_different(fn, dynamic):
 
 @pytest.mark.parametrize(("fn", "calls"), LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_left_alone(fn, calls):
-    """The first graph is compiled for constants, the second for all other numbers."""
+    """Graph 1 is compiled for the first number, graph 2 for all others."""
     left = [r for r in assert_no_more_compilations(fn, calls) if not r.rewritten]
     assert left
     for report in left:
@@ -320,7 +320,7 @@ def test_left_alone(fn, calls):
 
 
 def test_loss_of_what_a_reduction_was_put_into_is_reported():
-    """Also where the number of classes may be another in the next call."""
+    """The loss is reported even if the number of classes may differ in the next call."""
     reports = assert_no_more_compilations(*batches(scattered_diagonal))
     assert len(reports) == 2
     assert all("diagonal_scatter" in report.reason for report in reports)

@@ -1,5 +1,7 @@
-"""An exception that nobody planned for comes out with ``on_error="raise"``, wherever the package
-catches one; otherwise the program goes on without what failed, and is told so once."""
+"""Unexpected exceptions are raised with ``on_error="raise"``, wherever the package catches them.
+
+Otherwise they are logged once, and the program continues without what failed.
+"""
 
 import logging
 import threading
@@ -70,7 +72,7 @@ PLACES = [derivative, reduced_logits, few_rows, deferred_argument]
 
 
 def with_choice(choice, place, monkeypatch):
-    """Runs it with the option as all of it sees it: of the installation and as the default."""
+    """Run code with the option, both as set by an installation and as the default of `Options`."""
     undo = surprise.set_default(choice)
     defaults = (*Options.__init__.__defaults__[:-1], choice)
     monkeypatch.setattr(Options.__init__, "__defaults__", defaults)
@@ -96,7 +98,7 @@ def test_a_surprise_is_said_once(place, monkeypatch, caplog):
 
 
 def test_an_error_of_the_numbers_is_their_own(caplog):
-    """PyTorch's own error, of arguments that do not fit, is no surprise."""
+    """An error that PyTorch raises for wrong arguments is not logged."""
     logits = defer(INPUT, WEIGHT, None, torch.float32)
     for wrong in (
         lambda: logits + torch.ones(7),

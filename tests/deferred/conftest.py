@@ -6,7 +6,7 @@ import cce_inductor
 
 @pytest.fixture
 def nothing_compiled():
-    """Dynamo has no code, there are no reports, and afterwards nothing is installed."""
+    """Start without compiled code and reports, and check that nothing is left installed."""
     torch._dynamo.reset()
     cce_inductor.clear_reports()
     yield

@@ -1,4 +1,4 @@
-"""Each question of `torch_internals.callers`, asked by what it is about and by something else."""
+"""Each question of `torch_internals.callers`, asked by the code it is about and by other code."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def logits():
 
 
 def called_by_torch(question):
-    """The answer when a function of PyTorch asks."""
+    """Return the answer to a question that a function of PyTorch asks."""
 
     class Asks(torch.nn.Module):
         forward = staticmethod(question)
@@ -31,7 +31,7 @@ def called_by_torch(question):
 
 
 def test_in_torch():
-    """Packages beside PyTorch are not PyTorch, though their names begin with its."""
+    """A package whose name begins with "torch" is not PyTorch."""
     inside = torch.nn.functional.__file__
     beside = inside.replace(os.path.join("torch", "nn"), os.path.join("torchtune", "nn"))
     assert callers.in_torch(inside)

@@ -1,4 +1,4 @@
-"""Deferred logits cost no compilation that stored ones would not."""
+"""Deferred logits cause no more compilations than stored logits."""
 
 import importlib
 import site
@@ -20,7 +20,7 @@ OPTIONS = {"min_logits_bytes": 0, "on_error": "raise", "defer_logits": "always"}
 
 
 class Counting:
-    """A backend that counts what it compiles, with the pass or without."""
+    """A backend that counts the graphs it compiles, with the pass or without."""
 
     def __init__(self, rewriting):
         self.rewriting = rewriting
@@ -148,7 +148,7 @@ def rearrange(tensor, pattern, **sizes):
 
 @pytest.fixture
 def another_library(tmp_path, monkeypatch):
-    """A package that keeps a table as einops does, installed in a folder of its own."""
+    """An installed package with a table of tensor types, like einops."""
     (tmp_path / "another_library.py").write_text(LIBRARY)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path)])

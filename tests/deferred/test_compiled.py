@@ -1,4 +1,4 @@
-"""Compiled functions that return logits, and that take deferred ones."""
+"""Compiled functions that return deferred logits, or take them as arguments."""
 
 import contextlib
 import gc
@@ -47,7 +47,7 @@ def loss_and_logits(x, w, target):
 
 
 def same_numbers(fn, code, args, *, rtol=1e-5, atol=1e-5, use=None):
-    """What `code`, the compiled `fn`, returns; it and the gradients of all of it are eager's."""
+    """Return the results of the compiled function, after comparing them and all gradients with eager."""
     inputs = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     outcomes, results = [], []
     for function in (code, fn):
@@ -117,7 +117,7 @@ def test_installed():
 
 
 def test_from_the_cache(tmp_path, monkeypatch):
-    """A cached graph is deferred like a new one, and serves nobody who did not ask for it."""
+    """The cache distinguishes graphs with deferred logits from those without."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     args = [*leaves(), TARGET]
     for _ in range(2):
@@ -173,7 +173,7 @@ def test_always_means_large_ones():
 
 
 def test_always_outside_of_the_function():
-    """As a Lightning module does: ``logits = self(x); loss = F.cross_entropy(...)``."""
+    """A Lightning module's step: ``logits = self(x); loss = F.cross_entropy(...)``."""
     args = leaves()
     model = compiled(head, defer_logits="always")
     logits = model(*args)
@@ -184,7 +184,7 @@ def test_always_outside_of_the_function():
     torch.testing.assert_close(mine, theirs)
 
 
-# What is done to logits before they are returned
+# Operations on logits before they are returned
 
 
 def with_loss(change):
@@ -422,7 +422,7 @@ def test_two_heads():
     assert all(isinstance(logits, DeferredLogits) for logits in result["logits"])
 
 
-# What is not deferred, and says why
+# Logits that are not deferred, and the reason in the report
 
 
 REFUSED = {
@@ -489,7 +489,7 @@ def test_late_passes(monkeypatch):
 
 
 def test_without_a_place_in_the_compiler(monkeypatch, caplog):
-    """Then the rest works."""
+    """Where the function to wrap is missing, a warning says so, and the rest works."""
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", object)
     assert wrap_inductor(print) is None
     with (
@@ -508,7 +508,7 @@ def test_the_place_is_put_back():
 
 
 def test_other_callers_of_inductor_get_logits():
-    """torch._inductor.compile and standalone_compile have nobody around them who would defer."""
+    """``torch._inductor.compile`` calls the pass without the function that makes logits deferred."""
     from torch._inductor import compile as inductor_compile
 
     graphs = []
@@ -595,8 +595,8 @@ SIZED = {
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", SIZED)
 def test_another_compiled_function_with_rows_of_other_lengths(name, dynamic):
-    """It is compiled as often as for tensors: once for a length, once for any, and
-    once for any number of sequences."""
+    """The number of compilations is that for plain tensors: one for the first length, one for any
+    length, and one for any number of sequences."""
 
     def entropy(logits):
         return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
@@ -617,7 +617,7 @@ def test_another_compiled_function_with_rows_of_other_lengths(name, dynamic):
 
 
 def test_another_compiled_function_with_one_sequence():
-    """The strides of dimensions of one are anything."""
+    """A dimension of size 1 may have any stride."""
     args = [leaf(1, 3, HIDDEN), leaves()[1]]
     logits, plain, _ = deferred_and_plain(lambda z: z[:, -1:].reshape(-1, VOCABULARY), args)
     loss = compiled(loss_of)(logits, TARGET[:1])
@@ -631,7 +631,7 @@ def with_norm(logits, target):
 @pytest.mark.parametrize("inner", [False, True], ids=["float32 inside", "bfloat16 inside"])
 @pytest.mark.parametrize("outer", [False, True], ids=["float32 outside", "bfloat16 outside"])
 def test_another_compiled_function_under_another_autocast(outer, inner):
-    """Its logits have the dtype that they came in."""
+    """The logits keep their dtype."""
     x, w = leaves()
     middle = leaf(HIDDEN, HIDDEN, seed=2)
 
@@ -678,7 +678,7 @@ WITHOUT_GRADIENTS = {
 @pytest.mark.parametrize("use", WITHOUT_GRADIENTS.values(), ids=WITHOUT_GRADIENTS)
 @pytest.mark.parametrize("whole", [False, True], ids=["a part", "the whole function"])
 def test_deferred_logits_are_met_without_gradients(use, whole):
-    """Dynamo asks what they are made of where it meets them, and again when it is done."""
+    """Dynamo flattens the logits when it first meets them, and again after tracing."""
 
     def first(x, w):
         return F.linear(x.tanh(), w)
@@ -734,7 +734,7 @@ def test_the_shape_of_stale_logits_is_known_in_a_compiled_function():
 
 
 def test_another_compiled_function_with_logits_made_otherwise():
-    """Code that was compiled for some formula is not given those of another."""
+    """Code that was compiled for one formula does not serve logits with another."""
     code = compiled(loss_of, fullgraph=False)
     for change in (
         lambda z: z,
@@ -750,7 +750,7 @@ def test_another_compiled_function_with_logits_made_otherwise():
 
 
 def captured(fn, *args, whole=True):
-    """What `compile_with_deferral` makes of the one graph of `fn`, which then runs."""
+    """Return the result of `compile_with_deferral` for the graph of `fn`, after running it."""
     found = []
 
     def compiler(module, example_inputs):
@@ -768,7 +768,7 @@ def captured(fn, *args, whole=True):
 
 
 def test_code_for_one_formula_is_given_another():
-    """Dynamo's guards keep that from happening; should they not, the graph runs as it is."""
+    """If Dynamo's guards miss that the formula differs, the graph runs without being compiled."""
     logits, _, _ = deferred_and_plain()
     code = captured(loss_of, logits, TARGET)
     others = [leaf(TOKENS, 2 * HIDDEN), leaf(VOCABULARY, 2 * HIDDEN, seed=1)]
@@ -786,7 +786,7 @@ def test_code_for_one_formula_is_given_another():
 
 
 def test_parts_of_a_graph_take_each_others_results():
-    """As DistributedDataParallel's do: the guards have seen a tensor."""
+    """Parts of a graph under DistributedDataParallel: the guards have seen a plain tensor."""
     logits, plain, _ = deferred_and_plain()
     code = captured(loss_of, plain, TARGET, whole=False)
     torch.testing.assert_close(code(logits, TARGET)[0], loss_of(plain, TARGET))
@@ -835,7 +835,7 @@ def test_a_compiled_function_returns_views_of_them(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_function_reads_their_data(backend):
-    """Dynamo looks at attributes of the very tensor while it traces."""
+    """Dynamo reads attributes of the argument itself while it traces."""
 
     def fn(logits, target):
         largest = logits.data.abs().amax() + logits.detach().amin()

@@ -1,4 +1,4 @@
-"""DeferredLogits by themselves: what waits, what is reduced, what computes, and what it refuses."""
+"""DeferredLogits in eager code: what stays deferred, what is fused, what computes, and errors."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ TARGET = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().
 
 
 class Head:
-    """Leaves, and the logits made of them, deferred or not."""
+    """Leaves, and logits that are computed from them, deferred or not."""
 
     def __init__(self, *, bias=False, dtype=torch.float32, requires_grad=True):
         generator = torch.Generator().manual_seed(0)
@@ -63,7 +63,7 @@ class Head:
 
 
 def assert_same_gradients(head, backward):
-    """`backward` of a head that is not deferred gives the gradients that `head` has."""
+    """Check that `head` has the gradients that `backward` gives to a head with plain logits."""
     other = Head(bias=head.bias is not None)
     backward(other)
     for mine, theirs in zip(head.leaves, other.leaves, strict=True):
@@ -80,7 +80,7 @@ def value_and_gradients(head, fn, logits):
 
 
 def assert_as_accurate(fn, *, bias=False, dtype=torch.float32, computed=False):
-    """`fn` of deferred logits is as near to float64 as `fn` of a tensor."""
+    """Check that `fn` is as accurate on deferred logits as on plain ones, against float64."""
     head = Head(bias=bias, dtype=dtype)
     logits = head.deferred()
     got = value_and_gradients(head, fn, logits)
@@ -97,7 +97,7 @@ def assert_as_accurate(fn, *, bias=False, dtype=torch.float32, computed=False):
         assert relative_error(mine, reference) <= 1.5 * relative_error(theirs, reference) + slack
 
 
-WAITING = {
+STAYING_DEFERRED = {
     "view": lambda z: z.view(-1, VOCABULARY),
     "reshape": lambda z: z.reshape(LENGTH, BATCH, VOCABULARY),
     "flatten": lambda z: z.flatten(0, 1),
@@ -143,9 +143,9 @@ WAITING = {
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("change", WAITING.values(), ids=WAITING)
-def test_waits(change, bias):
-    """Nothing is computed, the shape is right, and so are the numbers and gradients at a look."""
+@pytest.mark.parametrize("change", STAYING_DEFERRED.values(), ids=STAYING_DEFERRED)
+def test_stays_deferred(change, bias):
+    """The result is deferred, and its shape, values and gradients are right."""
     head = Head(bias=bias)
     logits = head.deferred()
     changed, plain = change(logits), change(head.plain())
@@ -170,7 +170,7 @@ ROWS_ONLY = ["rows", "one row", "index of rows", "mask", "narrow", "rows flatten
 @pytest.mark.parametrize("name", ROWS_ONLY)
 def test_few_rows_are_computed_alone(name):
     logits = Head().deferred()
-    changed = WAITING[name](logits)
+    changed = STAYING_DEFERRED[name](logits)
     changed._values()
     assert logits.is_deferred
 
@@ -265,7 +265,7 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduce", REDUCTIONS.values(), ids=REDUCTIONS)
-def test_reduced_without_the_numbers(reduce, dtype):
+def test_fused(reduce, dtype):
     assert_as_accurate(reduce, dtype=dtype)
     assert_as_accurate(reduce, dtype=dtype, bias=True)
 
@@ -290,7 +290,7 @@ def test_indices(reduce):
     assert torch.equal(got, reduce(head.plain()))
 
 
-def test_whose_gradient_is_wanted_has_an_argmax_anyway():
+def test_argmax_of_logits_whose_gradient_is_observed():
     logits = Head().deferred()
     logits.register_hook(lambda gradient: None)
     assert not logits.argmax(-1).requires_grad
@@ -396,7 +396,7 @@ def test_computed_once():
     assert not logits.is_deferred
 
 
-def test_a_look_under_no_grad_takes_no_gradient():
+def test_values_computed_under_no_grad_keep_the_gradient():
     head = Head()
     logits = head.deferred()
     with torch.no_grad():
@@ -408,7 +408,7 @@ def test_a_look_under_no_grad_takes_no_gradient():
 
 
 def test_plain():
-    """The same memory and gradient, and no deferred logits."""
+    """`plain` returns a plain tensor with the same memory and gradient."""
     head = Head()
     logits = head.deferred()
     plain = logits.plain()
@@ -490,7 +490,7 @@ def test_strides():
     assert_as_accurate(lambda z: with_strides(z, strides).cumsum(-1), computed=True)
 
 
-# What is changed in place
+# Changes in place
 
 
 IN_PLACE = {
@@ -510,7 +510,7 @@ IN_PLACE = {
 
 @pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
 def test_changed_in_place(change):
-    """Views and what was taken before see what they see of a tensor, and so do gradients."""
+    """Views, copies and gradients behave as for a plain tensor."""
     outcomes = []
     head = Head(bias=True)
     for logits in (head.deferred(), head.plain()):
@@ -540,7 +540,7 @@ def test_a_view_that_was_looked_at_follows_the_tensor():
     assert logits.sum() == rows.numel()
 
 
-# Gradients that somebody asks for
+# Observed gradients
 
 
 def test_retained_gradient():
@@ -607,7 +607,7 @@ def test_gradient_of_the_logits():
         lambda logits, loss: logits.register_hook(print),
     ],
 )
-def test_a_gradient_that_a_loss_has_skipped_is_an_error(ask):
+def test_gradient_that_a_loss_has_bypassed(ask):
     logits = Head().deferred()
     loss = F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
     with pytest.raises(RuntimeError, match=r'defer_logits="never"'):
@@ -615,7 +615,7 @@ def test_a_gradient_that_a_loss_has_skipped_is_an_error(ask):
 
 
 def test_a_leaf_made_of_them_gets_its_gradient():
-    """As chunked losses do: detach, take the gradient there, and pass it on."""
+    """Chunked losses detach the logits, compute a gradient there, and pass it on."""
     head = Head()
     logits = head.deferred()
     leaf = logits.detach().requires_grad_()
@@ -650,7 +650,7 @@ def test_what_is_detached_halfway_stays_detached():
             rows = z.view(-1, VOCABULARY)
         return rows.logsumexp(-1).sum() + z.logsumexp(-1).sum()
 
-    # Such a view is a leaf, where gradients end.
+    # Such a view is a leaf: gradients end there.
     assert_as_accurate(view_without_gradient, computed=True)
 
     def function_of_a_view_without_gradient(z):
@@ -662,7 +662,7 @@ def test_what_is_detached_halfway_stays_detached():
 
 
 def test_what_is_kept_is_not_given_away():
-    """`dequantize` returns its argument."""
+    """`dequantize` returns its argument. The result must not be the tensor that is kept."""
     logits = Head().deferred()
     kept = logits._values()
     assert logits.dequantize() is not kept
@@ -671,7 +671,7 @@ def test_what_is_kept_is_not_given_away():
 
 
 def test_checkpoint_that_meets_a_loss_for_the_first_time():
-    """It counts what is saved for the backward."""
+    """A checkpoint counts the tensors that are saved for the backward."""
     head = Head()
     logits = head.deferred()
 
@@ -695,11 +695,11 @@ def test_second_derivative():
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-2)
 
 
-# What autograd has that operations do not show
+# Autograd functions and hooks of users
 
 
 class Reversed(torch.autograd.Function):
-    """Gradient reversal, as in domain adaptation."""
+    """Gradient reversal, used in domain adaptation."""
 
     forward = staticmethod(lambda ctx, x: x.view_as(x))
     backward = staticmethod(lambda ctx, grad: -grad)
@@ -758,7 +758,7 @@ OWN_GRADIENTS = {
 
 
 @pytest.mark.parametrize("change", OWN_GRADIENTS.values(), ids=OWN_GRADIENTS)
-def test_gradients_of_somebody_else(change):
+def test_gradients_of_users(change):
     outcomes = []
     for make in (Head.deferred, Head.plain):
         head = Head()
@@ -770,7 +770,7 @@ def test_gradients_of_somebody_else(change):
 
 
 def test_an_in_place_change_makes_a_new_gradient():
-    """Which no loss has skipped."""
+    """No loss has bypassed the gradient of the modified logits."""
     outcomes = []
     for make in (Head.deferred, Head.plain):
         head = Head()
@@ -801,7 +801,7 @@ RESHAPED = {
 @pytest.mark.parametrize("looked", [False, True], ids=["", "looked at"])
 @pytest.mark.parametrize("change", RESHAPED.values(), ids=RESHAPED)
 def test_reshaped_in_place(change, looked):
-    """Views that were taken before stay what they are, in the same memory."""
+    """Views that were taken earlier keep their shape and memory."""
     outcomes = []
     head = Head()
     for logits in (head.deferred().detach(), head.plain().detach()):
@@ -846,7 +846,7 @@ def test_constants_that_are_equal_but_not_the_same():
 
 
 def test_results_that_are_deferred():
-    """``out=`` of several results."""
+    """``out=`` of a function with several results."""
     head = Head(requires_grad=False)
     outcomes = []
     for logits in (head.deferred()[..., 0].contiguous(), head.plain()[..., 0].contiguous()):
@@ -861,7 +861,7 @@ def test_inference_mode_after_training():
     head = Head()
     logits = head.deferred()
     with torch.inference_mode():
-        for change in WAITING.values():
+        for change in STAYING_DEFERRED.values():
             changed = change(logits)
             assert changed.is_deferred
             if changed.shape[-1] == VOCABULARY:
@@ -907,7 +907,7 @@ def test_a_view_without_gradient_after_a_change():
     torch.testing.assert_close(torch.tensor(outcomes[0][0]), torch.tensor(outcomes[1][0]))
 
 
-# What they are computed from
+# Tensors that logits are computed from
 
 
 def optimizer_step(head):
@@ -949,7 +949,7 @@ def test_changed_since(change, name, look):
 
 
 def test_a_frozen_weight_that_changed():
-    """As merged adapters and averaged weights do, hidden from PyTorch."""
+    """Merging an adapter or averaging weights does not count a version."""
     head = Head(requires_grad=False)
     logits = head.deferred()
     head.weight.data.add_(1)
@@ -1010,7 +1010,7 @@ def test_a_parameter_of_somebody_elses_class():
 
 
 def test_an_element_of_inference_mode_that_changed():
-    """Nothing counts the versions of such a tensor."""
+    """A tensor of inference mode has no version counter."""
     with torch.inference_mode():
         hidden = torch.randn(100, HIDDEN)
         logits = defer(hidden, Head().weight, None, torch.float32)
@@ -1020,7 +1020,7 @@ def test_an_element_of_inference_mode_that_changed():
 
 
 def test_gradients_are_wanted_when_the_logits_are_made():
-    """As those who train one part after the other switch them on and off."""
+    """``requires_grad`` of a weight may be switched after the logits were made."""
     head = Head()
     head.weight.requires_grad_(False)
     losses = []
@@ -1035,7 +1035,7 @@ def test_gradients_are_wanted_when_the_logits_are_made():
 
 
 def test_a_weight_that_was_replaced():
-    """The old one is still there; a gradient would be that of the new one."""
+    """The old weight still exists, but a gradient would be the new one's."""
     head = Head()
     logits, expected = head.deferred(), head.plain().detach()
     head.weight.data = torch.zeros(VOCABULARY, HIDDEN)
@@ -1062,7 +1062,7 @@ def test_shape_after_the_change():
 
 
 def test_an_operand_may_change():
-    """What a pointwise function read is what it was then."""
+    """A pointwise function uses the values that its operand had when it was called."""
     head = Head()
     scale, rows = torch.full((VOCABULARY,), 2.0), torch.tensor([0, 1])
     logits = head.deferred()
@@ -1080,7 +1080,7 @@ def test_nan_weights_are_not_a_change():
     assert head.deferred().isnan().any()
 
 
-# Other homes
+# Copies elsewhere
 
 
 HOMES = {
@@ -1107,7 +1107,7 @@ def test_other_homes(move, change):
     torch.testing.assert_close(moved.detach(), change(head.plain()).detach())
 
 
-def test_what_reads_memory_without_asking_is_an_error():
+def test_function_that_bypasses_subclasses():
     with pytest.raises(RuntimeError, match="data pointer"):
         torch.utils.dlpack.to_dlpack(Head().deferred().detach())
 
@@ -1182,7 +1182,7 @@ def test_no_warning_for_what_is_cheap():
 
 
 def test_nothing_keeps_them_alive():
-    """Without the garbage collector: there are no cycles."""
+    """There are no reference cycles: the garbage collector is not needed."""
     gc.collect()
     gc.disable()
     try:
@@ -1304,7 +1304,7 @@ def test_threads_reduce():
         torch.testing.assert_close(result, expected)
 
 
-# Other worlds
+# Transforms, autocast and inference mode
 
 
 def test_functorch():
@@ -1325,7 +1325,7 @@ def test_functorch():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    """Eager losses are computed wide under autocast, as they are of a tensor."""
+    """Under autocast, eager losses are computed in float32, as for plain logits."""
     head = Head(dtype=torch.float32)
     losses = []
     for logits in (defer(head.hidden, head.weight, None, dtype), None):
@@ -1345,7 +1345,7 @@ def test_inference_mode():
         logits = head.deferred()
         assert logits.is_inference()
         assert torch.equal(logits.argmax(-1), head.plain().argmax(-1))
-        for change in WAITING.values():
+        for change in STAYING_DEFERRED.values():
             assert change(logits).is_deferred
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY), TARGET[:, 1:].reshape(-1))
         assert loss.item() == pytest.approx(

@@ -1,7 +1,7 @@
-"""Every function of PyTorch that takes a tensor gives on deferred logits what it gives on a tensor.
+"""Every function of PyTorch has the same result on deferred logits as on a plain tensor.
 
-`torch.overrides.get_testing_overrides` lists them with their arguments, whose values are guessed by
-name. What no guess makes work on a plain tensor must raise the same error on deferred logits.
+`torch.overrides.get_testing_overrides` lists the functions with their arguments, whose values are
+guessed from their names. If no guess works on a plain tensor, the errors are compared.
 """
 
 import inspect
@@ -119,7 +119,7 @@ ANYTHING = [other, 1, lambda: other(positive=True), lambda: other(dtype=torch.in
 
 
 def functions():
-    """Each with the parameters of its example; the first takes the tensor."""
+    """Yield each function with its parameters. The first parameter takes the tensor."""
     for function, example in get_testing_overrides().items():
         parameters = list(inspect.signature(example).parameters.values())
         if parameters:
@@ -128,7 +128,7 @@ def functions():
 
 
 def candidates(parameters):
-    """Arguments after the first, most likely first."""
+    """Return guesses for the arguments after the first, the most likely ones first."""
     required = [p for p in parameters[1:] if p.default is inspect.Parameter.empty]
     named = [p for p in required if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     named = [p for p in named if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -141,7 +141,7 @@ def made(value):
 
 
 def tensors(*, train):
-    """Deferred logits, the same as a plain tensor, and the leaves of both."""
+    """Return deferred logits and their leaves, then a plain tensor and its leaves."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(SIZE, 4, generator=generator)
     weight = torch.randn(SIZE, 4, generator=generator)
@@ -192,7 +192,7 @@ def assert_same(got, want):
 
 
 UNLIKE = {
-    # Random memory, addresses, text, and what autograd calls the nodes.
+    # Uninitialized memory, addresses, text, and autograd nodes.
     "torch.empty_like",
     "torch.fbgemm_pack_gemm_matrix_fp16",
     "torch.Tensor.__format__",
@@ -206,7 +206,7 @@ UNLIKE = {
 
 
 DESTRUCTIVE = {"torch.dequantize", "torch.Tensor.dequantize"}
-"""On a plain tensor they return the tensor itself, with a gradient that raises."""
+"""On a plain tensor these return the tensor itself, and its backward raises an error."""
 
 
 def takes_several(parameters):
@@ -214,7 +214,7 @@ def takes_several(parameters):
 
 
 def first_that_works(function, parameters, *, train):
-    """Arguments, the deferred and the plain tensor with their leaves, and what the plain gives."""
+    """Return arguments, the result of `tensors`, and the outcome on the plain tensor."""
     for arguments in candidates(parameters):
         made = tensors(train=train)
         want, error = outcome(function, made[2], arguments, several=takes_several(parameters))
@@ -233,7 +233,7 @@ def test_same_as_plain(function, parameters, train):
     name = resolve_name(function)
     if name not in UNLIKE:
         assert_same(got, want)
-    # Whatever happened, the logits are what the tensor is now, and train what it trains.
+    # In-place functions had the same effect, on values and on gradients.
     assert_same(deferred, plain)
     if plain.requires_grad and plain.dtype.is_floating_point and name not in DESTRUCTIVE:
         weights = torch.arange(plain.numel()).reshape(plain.shape)
@@ -249,6 +249,6 @@ def backward(tensor, weights):
 
 
 def test_the_guesses_are_good():
-    """Most functions do something, and are not only compared in their errors."""
+    """Most functions work with some guess, so that more than errors is compared."""
     worked = [first_that_works(*given.values, train=False)[3] is None for given in functions()]
     assert sum(worked) > 0.65 * len(worked), f"{sum(worked)} of {len(worked)}"

@@ -1,4 +1,4 @@
-"""Deferred logits in the hands of transformers, accelerate and torch.distributed."""
+"""Deferred logits with transformers, accelerate and torch.distributed."""
 
 import functools
 
@@ -61,7 +61,7 @@ def accuracy(prediction):
 
 
 def trained(directory, *, preprocess=None, **arguments):
-    """Every number that a Trainer logs."""
+    """Return all numbers that a Trainer logs."""
     torch._dynamo.reset()
     make = functools.partial(
         Trainer,
@@ -124,7 +124,7 @@ def test_trainer(name, tmp_path):
 
 
 def test_accelerate_conversion_of_results():
-    """What a mixed-precision model returns is made float32, which computes nothing."""
+    """accelerate converts results of a mixed-precision model to float32. They stay deferred."""
     from accelerate.utils import convert_outputs_to_fp32
 
     model = torch.compile(llama(), backend="cce_inductor_eager", options={"min_logits_bytes": 0})
@@ -186,7 +186,7 @@ def group(tmp_path):
 
 
 class Model(torch.nn.Module):
-    """Large enough for DistributedDataParallel to split it into buckets."""
+    """A model that is large enough for DistributedDataParallel to split it into buckets."""
 
     def __init__(self):
         super().__init__()
@@ -232,7 +232,7 @@ def test_distributed_data_parallel(group, monkeypatch, optimize, arguments):
 
 
 def test_fully_sharded_data_parallel(group):
-    """The weight of the head is there from the forward to the backward, and then it is freed."""
+    """The weight of the head exists from the forward to the backward, and is then freed."""
     ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, 1)
     model, expected = Model(), Model()
@@ -254,7 +254,7 @@ def test_fully_sharded_data_parallel(group):
 
 
 class Head(torch.nn.Module):
-    """What a person writes: Dynamo compiles the forward of a unit of FSDP by itself."""
+    """A module of the user's: Dynamo compiles its forward separately if it is a unit of FSDP."""
 
     def __init__(self, bias=False, loss=False):
         super().__init__()
@@ -269,7 +269,7 @@ class Head(torch.nn.Module):
 
 
 class WithHead(torch.nn.Module):
-    """Its head is a module with a class of its own."""
+    """A model whose head is a `Head`."""
 
     def __init__(self, head, tied=False):
         super().__init__()
@@ -294,7 +294,7 @@ def sharded_head(model, mesh, **arguments):
 
 
 def toggled(model, mesh):
-    """What was compiled for a weight that stays is used with one that does not."""
+    """The unit first keeps the weight, and frees it from the second step on."""
     sharded_head(model, mesh, reshard_after_forward=False)
     yield
     model.head.set_reshard_after_forward(True)
@@ -320,7 +320,7 @@ FREED = {
 
 
 def steps(model, code, change=None, count=3):
-    """Losses, greatest logits and gradients of some steps."""
+    """Return losses, maxima of logits, and gradients of some steps."""
     ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     found = []
     for number in range(count):
@@ -338,7 +338,7 @@ def steps(model, code, change=None, count=3):
 
 @pytest.mark.parametrize("name", FREED)
 def test_weight_that_is_freed_after_the_forward(name, group):
-    """Its logits are computed while it is there: nobody who looks later gets an error."""
+    """The logits are computed while the weight exists, so that reading them later is no error."""
     head, shard = FREED[name]
     model, expected = WithHead(head), WithHead(head)
     change = shard(model, init_device_mesh("cpu", (1,)))
@@ -388,7 +388,7 @@ def test_weight_that_stays(name, group):
 
 @pytest.fixture
 def two_processes():
-    """This one, and one that is not there: what is gathered of it are any numbers."""
+    """This process and a fake one, whose data is arbitrary."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
@@ -412,7 +412,7 @@ NOT_AFTER_FORWARD = ShardingStrategy.SHARD_GRAD_OP
 def test_first_version_of_fully_sharded_data_parallel(
     wrap_head, stays, has_gradient, two_processes
 ):
-    """The outermost unit keeps its weights, others only if they are told so."""
+    """The outermost unit keeps its weights until the backward, others only with SHARD_GRAD_OP."""
     model = WithHead(Head)
     model.head = wrap_head(model.head)
     model = FSDP1(model)
@@ -448,7 +448,7 @@ def offloaded(model):
 
 @pytest.mark.parametrize("made", [parametrized, normalized, offloaded])
 def test_weight_that_is_made_for_the_call(made):
-    """Deferred logits keep it, and so it does not matter that the module does not."""
+    """Deferred logits keep the weight alive, although the module does not."""
     model, expected = WithHead(Head), WithHead(Head)
     if made is not offloaded:
         made(expected)
@@ -470,7 +470,7 @@ def test_weight_that_is_made_for_the_call(made):
 
 
 def test_gathered(group):
-    """As metrics code does."""
+    """Metrics gather logits from all processes."""
     model = Model()
     ids = torch.arange(16)[None]
     with torch.no_grad():
@@ -506,7 +506,7 @@ def gather_object(logits):
 
 
 def test_results_that_a_later_replay_overwrote():
-    """CUDA graphs make the memory of old results raise when it is accessed: here as well."""
+    """With CUDA graphs, access to an overwritten result is an error. It stays one."""
     hidden = torch.randn(6, 8)
     for look in (
         torch.Tensor.norm,

@@ -1,4 +1,4 @@
-"""What a rewritten graph returns in the place of logits, and what one that takes them does."""
+"""The code of graphs that return deferred logits, and of graphs that take them."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ BIAS, TARGET = torch.randn(50, requires_grad=True), torch.randint(50, (6,))
 
 
 def graphs(fn, *args, defer_logits="with_loss", **compile_args):
-    """The code of every graph of ``fn(*args)`` after the pass."""
+    """Return the code of each graph of ``fn(*args)`` after the pass."""
     options = Options(min_logits_bytes=0, on_error="raise", defer_logits=defer_logits)
     found = []
 

@@ -1,4 +1,4 @@
-"""Logits whose weight has changed: only who wants their numbers gets an error."""
+"""Logits whose weight has changed: only code that needs their values gets an error."""
 
 import copy
 
@@ -17,7 +17,7 @@ def logits_of(weight, kind="plain"):
     if kind == "strided":
         hidden = hidden.t().contiguous().t()
     logits = defer(hidden.requires_grad_(), weight, None, torch.float32)
-    if kind == "watched":
+    if kind == "observed":
         logits.register_hook(lambda gradient: None)
     return logits[1:4] if kind == "rows" else logits
 
@@ -34,7 +34,7 @@ def fresh(kind="plain"):
     return logits_of(torch.nn.Parameter(torch.ones(50, 8)), kind)
 
 
-WITHOUT_NUMBERS = {
+WITHOUT_VALUES = {
     "their shape": lambda logits, x: x * logits.shape[0],
     "their size": lambda logits, x: x * logits.numel() + logits.size(-1),
     "their dtype": lambda logits, x: x.to(logits.dtype) * 2,
@@ -47,12 +47,12 @@ WITHOUT_NUMBERS = {
     "what is derived from them": lambda logits, x: (x * 2, logits * 2)[0],
     "what is not used": lambda logits, x: (x * 2, logits.float())[0],
 }
-NUMBERS = {
+NEEDING_VALUES = {
     "sum": lambda logits, x: logits.sum() + x,
     "loss": lambda logits, x: F.cross_entropy(logits, torch.zeros(len(logits)).long()) + x,
     "greatest": lambda logits, x: logits.argmax(-1).sum() + x,
 }
-KINDS = ["plain", "watched", "strided", "rows"]
+KINDS = ["plain", "observed", "strided", "rows"]
 
 
 def compiled(function, backend):
@@ -67,26 +67,26 @@ def compiled(function, backend):
 @pytest.mark.parametrize("when", ["compiled for them", "compiled before"])
 def test_a_compiled_function_that_gets_them(kind, when, backend):
     x = torch.randn(3)
-    for name, function in {**WITHOUT_NUMBERS, **NUMBERS}.items():
+    for name, function in {**WITHOUT_VALUES, **NEEDING_VALUES}.items():
         torch._dynamo.reset()
         code = compiled(function, backend)
         if when == "compiled before":
             torch.testing.assert_close(code(fresh(kind), x), function(fresh(kind).plain(), x))
-        if name in NUMBERS:
+        if name in NEEDING_VALUES:
             with pytest.raises(cce_inductor.StaleLogitsError, match="was changed in place"):
                 code(stale(kind), x)
         else:
             torch.testing.assert_close(code(stale(kind), x), function(fresh(kind).plain(), x))
-        # What is not stale is right afterwards.
+        # The compiled function still works for other logits.
         torch.testing.assert_close(code(fresh(kind), x), function(fresh(kind).plain(), x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_reads_no_numbers_in_eager_code(kind):
+def test_what_needs_no_values_in_eager_code(kind):
     logits = stale(kind)
     for look in (repr, str, type, id, "{}".format, len, lambda z: z.grad_fn, lambda z: z is None):
         look(logits)
-    for function in WITHOUT_NUMBERS.values():
+    for function in WITHOUT_VALUES.values():
         function(logits, torch.randn(3))
     logits.__tensor_flatten__()
     assert logits.is_deferred
@@ -101,5 +101,5 @@ def test_their_numbers_stay_if_somebody_has_looked():
     expected = torch.tensor(logits.tolist())
     with torch.no_grad():
         weight.add_(1)
-    code = compiled(NUMBERS["sum"], "cce_inductor_eager")
+    code = compiled(NEEDING_VALUES["sum"], "cce_inductor_eager")
     torch.testing.assert_close(code(logits, torch.zeros(())), expected.sum())

@@ -1,4 +1,4 @@
-"""Several threads at once: what one of them does with logits, the others do not notice."""
+"""Deferred logits in several threads at the same time: the threads do not affect each other."""
 
 import itertools
 import threading
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("nothing_compiled")
 HIDDEN, VOCABULARY = 8, 50
 OPTIONS = {"min_logits_bytes": 0, "on_error": "raise"}
 fresh = itertools.count(1)
-"""No question is asked twice, so that each is answered anew."""
+"""Makes each reduction new, so that it is not in a cache."""
 
 
 def random(*shape, seed=0):
@@ -31,7 +31,7 @@ def compiled(fn, **arguments):
 
 
 class Threads:
-    """Runs functions in threads of their own until each has done something, and keeps errors."""
+    """Runs functions in threads, repeatedly, until each has returned once, and keeps errors."""
 
     def __init__(self, *functions):
         self.errors = []
@@ -65,7 +65,7 @@ class Threads:
 
 
 def at_once(*functions):
-    """What the functions return, which begin at the same time in threads of their own."""
+    """Return the results of functions that start at the same time, each in its own thread."""
     results, barrier = [None] * len(functions), threading.Barrier(len(functions))
 
     def run(number):
@@ -87,7 +87,7 @@ def at_once(*functions):
 
 
 def reduce_something():
-    """A reduction, of a shape and a function that have never been met."""
+    """Compute a reduction that is in no cache."""
     number = next(fresh)
     hidden = random(1 + number % 97, HIDDEN, seed=number)
     logits = defer(hidden, WEIGHT, None, torch.float32)
@@ -123,7 +123,7 @@ def compile_something():
 
 
 def trained(head, steps, optimizer=torch.optim.SGD):
-    """The losses of a training loop, with the norms of its gradients."""
+    """Return the losses of a training loop, and the norms of its gradients."""
     model = torch.nn.Sequential(torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.Tanh())
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
@@ -159,14 +159,14 @@ def test_training_beside_other_threads(name):
     with Threads(*BESIDE[name]):
         found = trained(code, 200)
     torch.testing.assert_close(found, expected)
-    # All is well afterwards, too.
+    # The threads leave nothing behind.
     torch._dynamo.reset()
     torch.testing.assert_close(trained(compiled(head, fullgraph=True), 5), expected[:5])
     reduce_something()
 
 
 def test_a_module_that_is_shared():
-    """Its first backward happens in all threads at the same time."""
+    """The first backward happens in all threads at the same time."""
     expected = [trained(head, 20)] * 4
     for _ in range(3):
         torch._dynamo.reset()
@@ -229,7 +229,7 @@ def test_shared_logits_into_a_compiled_function():
 
 
 def test_random_numbers_of_another_thread():
-    """They are those of its seed, whatever is derived meanwhile."""
+    """Deriving a function's gradient does not draw random numbers."""
     torch.manual_seed(0)
     expected = [torch.rand(1).item() for _ in range(20000)]
     torch.manual_seed(0)
@@ -240,8 +240,7 @@ def test_random_numbers_of_another_thread():
 
 @pytest.mark.parametrize("use", [reduce_something, differentiate_something])
 def test_no_thread_is_told_of_a_mode(use, monkeypatch):
-    """Entering a mode as one usually does is told to all threads, whose frames Dynamo may then not
-    compile."""
+    """``with mode`` sets a flag that all threads share. While it is set, Dynamo compiles nothing."""
     entered = []
     enter = TorchDispatchMode.__enter__
     monkeypatch.setattr(
@@ -262,7 +261,7 @@ def test_no_thread_is_told_of_a_mode(use, monkeypatch):
     ],
 )
 def test_what_the_caller_is_in_the_middle_of(context):
-    """How a function is derived does not depend on it."""
+    """Contexts of the caller do not affect how a function is derived."""
     number = next(fresh)
     hidden = random(5, HIDDEN)
     logits = defer(hidden, WEIGHT, None, torch.float32)
