@@ -1,4 +1,4 @@
-"""Dynamo backends: ``torch.compile(model, backend="cce_inductor")`` installs nothing globally."""
+"""Dynamo backends, for ``torch.compile(model, backend="cce_inductor")`` without `install`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cce_inductor.surprise import on_error
 
 
 def _split(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
-    """Our options, and the rest, which is Inductor's."""
+    """Split options into those of this package and those of Inductor."""
     given = dict(options or {})
     ours = {name: given.pop(name) for name in Options.names() if name in given}
     return Options.create(**ours), given
@@ -32,13 +32,13 @@ def cce_inductor(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Rewrites the losses, then compiles with Inductor.
+    """Rewrite the losses of a graph, then compile it with Inductor.
 
     Args:
-        module: what Dynamo captured; changed in place.
+        module: the graph that Dynamo captured. It is changed in place.
         example_inputs: its inputs.
         mode: as for `torch.compile` with Inductor.
-        options: those of `Options`, and any of Inductor's.
+        options: options of `Options` and of Inductor.
 
     Raises:
         TypeError, ValueError: an option with a wrong value.
@@ -48,7 +48,7 @@ def cce_inductor(
 
     ours, inductor_options = _split(options)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor_options}
-    # Inductor compiles the backward when it first runs: the key must be right then, too.
+    # Inductor compiles the backward when it first runs, and the key must be right then, too.
     keyed = _with_cache_key(compile_fx_inner, ours)
     compile_keyed = _with_cache_key(compile_fx, ours)
 
@@ -66,8 +66,10 @@ def cce_inductor(
 
 
 def _with_cache_key(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """`function`, run with this package's fingerprint in the compiler's cache keys, and with the
-    option `on_error` in force."""
+    """Return `function` with this package's fingerprint in the compiler's cache keys.
+
+    The option `on_error` is in force while it runs.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -84,12 +86,12 @@ def cce_inductor_eager(
     *,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Rewrites the losses, then runs the graph as it is: for tests and debugging.
+    """Rewrite the losses of a graph, then run it without compiling it, for tests and debugging.
 
     Args:
-        module: what Dynamo captured; changed in place.
-        example_inputs: not looked at.
-        options: those of `Options`.
+        module: the graph that Dynamo captured. It is changed in place.
+        example_inputs: not used.
+        options: options of `Options`.
 
     Raises:
         TypeError, ValueError: an option that does not exist or has a wrong value.

@@ -1,16 +1,17 @@
 """install() and uninstall(): the pass in `torch._inductor.config.pre_grad_custom_pass`.
 
-Inductor runs it on the graph that Dynamo captured, before autograd. Three settings change, for
-every thread, and what `torch.compile` calls to compile a graph with Inductor is wrapped, so that
-logits that a graph does not return can be deferred. `uninstall` puts all of it back:
+Inductor runs the pass on the graph that Dynamo captured, before autograd. `install` changes three
+settings for every thread:
 
-- ``pre_grad_custom_pass``: this pass, which first runs the ones that were there;
-- ``pre_grad_pass_timing`` (from torch 2.13): before the cache lookup, so that a compilation that
-  a cache answers is reported like any other; its key is then that of the rewritten graph;
-- ``torch.compiler.config.cache_key_tag``: with the fingerprint of this package appended, because
-  cache keys do not see the sources of operators.
+- ``pre_grad_custom_pass`` becomes this pass, which first runs the passes that were there.
+- ``pre_grad_pass_timing`` (from torch 2.13) becomes "early", before the cache lookup. A compilation
+  that a cache answers is then reported like any other, and its key is that of the rewritten graph.
+- ``torch.compiler.config.cache_key_tag`` gets the fingerprint of this package appended, because
+  cache keys do not depend on the sources of operators.
 
-Deferred logits may outlive it: what `deferred.boundary` told Dynamo of them stays.
+It also wraps the function with which `torch.compile` calls Inductor, so that a graph need not
+return its logits. `uninstall` restores all of this. What `deferred.boundary` registered with Dynamo
+stays, because deferred logits may still be alive.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class RewritePass(CustomGraphPass):
-    """The passes that were there before, then the rewrite; only the former once uninstalled."""
+    """Runs the passes that were there before, then the rewrite while `install` is in force."""
 
     def __init__(self, options: Options, previous: Any):
         self.options: Options | None = options
@@ -63,19 +64,19 @@ class RewritePass(CustomGraphPass):
             publish(module, reports, self.options)
 
     def uuid(self) -> Any | None:
-        """None when a previous pass has none: then only it knows what it depends on."""
+        """Return a cache key, None if a previous pass has none: what it depends on is unknown."""
         uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.previous]
         if None in uuids:
             return None
         return (fingerprint(self.options) if self.options is not None else "", *uuids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewritePass:
-        """Itself: threads copy option values, and `uninstall` must reach every one of them."""
+        """Return the pass itself: threads copy options, and `uninstall` must reach every copy."""
         return self
 
 
 def reason_against_inductor() -> Reason | None:
-    """Why this compilation by Inductor cannot use the operators, None if it can."""
+    """Return why this compilation by Inductor cannot use the operators, None if it can."""
     from torch._inductor.virtualized import V
 
     if torch._inductor.config.cpp_wrapper or V.aot_compilation:
@@ -96,8 +97,8 @@ class _Installation:
         unwrap = wrap_inductor(compile_with_deferral)
         if unwrap is None:
             _log.warning(
-                "cce_inductor found no place in this version of torch to defer logits that a "
-                "compiled function returns: they are stored, and their losses left alone."
+                "cce_inductor cannot defer the logits that a compiled function returns in this "
+                "version of torch: they are stored, and their losses are left alone."
             )
         else:
             self.undo.append(unwrap)
@@ -125,7 +126,7 @@ class _Installation:
         if torch._inductor.config.pre_grad_custom_pass is not self.rewrite_pass:
             _log.warning(
                 "torch._inductor.config.pre_grad_custom_pass was changed after "
-                "cce_inductor.install(); it is put back to what it was before install()."
+                "cce_inductor.install(); it is restored to its value before install()."
             )
         for undo in reversed(self.undo):
             undo()
@@ -136,10 +137,10 @@ _installation: _Installation | None = None
 
 
 def install(**options: Any) -> None:
-    """Makes every later `torch.compile` with Inductor rewrite its losses.
+    """Make every later compilation of `torch.compile` with Inductor rewrite its losses.
 
-    Functions that are compiled already stay as they are. Calling it again replaces the options.
-    If it is still in force when the process ends, and nothing was rewritten, a warning says so.
+    Functions that are already compiled stay as they are. A second call replaces the options. If
+    nothing was rewritten by the end of the process, a warning says so.
 
     Args:
         **options: see `Options`.
@@ -158,7 +159,7 @@ def install(**options: Any) -> None:
 
 
 def uninstall() -> None:
-    """Puts back what `install` changed; does nothing if it was not called."""
+    """Restore what `install` changed. Does nothing if it was not called."""
     global _installation
     with _lock:
         if _installation is not None:
@@ -167,13 +168,13 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Whether `install` is in force."""
+    """Return whether `install` is in force."""
     return is_in_force()
 
 
 @contextlib.contextmanager
 def installed(**options: Any) -> Iterator[None]:
-    """`install` for a with-block; afterwards things are as before, also if it was installed."""
+    """Install for a with-block. Afterwards the installation is as it was before."""
     with _lock:
         before = options_in_force() if is_in_force() else None
     install(**options)

@@ -1,4 +1,4 @@
-"""Every option of the package, validated where it enters."""
+"""Every option of the package. Values are validated when an `Options` is made."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class Options:
     """How the pass behaves.
 
     Attributes:
-        min_logits_bytes: logits of fewer bytes (tokens x vocabulary x bytes of their dtype) are
-            left alone: storing them costs less than computing them again. 0 rewrites everything.
-            Logits of a size that is known only at run time are taken to be large enough.
-        workspace_bytes: bound on the block of logits that exists at a time; on CUDA, on the block
-            of their gradients. A block has at least 1,024 columns on the CPU and 8,192 on CUDA
-            (for 8,192 tokens in bfloat16 that is 128 MiB): for every block the float32 sum of the
-            input's gradient is read and written, which narrow blocks would make the larger cost.
-        defer_logits: which logits that a compiled function returns are computed only when somebody
-            looks at them (`DeferredLogits`): ``"with_loss"``, those of which the function also
-            returns a loss that is rewritten; ``"always"``, all of `min_logits_bytes` or more;
-            ``"never"``, none, so that their losses are left alone.
-        on_error: what an unexpected exception in this package does: ``"warn"`` logs it once with
-            its traceback and goes on without what failed (a graph is compiled as it was, deferred
-            logits are computed), ``"raise"`` lets it out (for debugging).
+        min_logits_bytes: logits with fewer bytes (tokens x vocabulary x bytes of their dtype) are
+            left alone, because storing them costs less than computing them again. 0 rewrites
+            everything. If the size is known only at run time, the logits count as large.
+        workspace_bytes: the bound on the block of logits that exists at a time; on CUDA, on the
+            block of their gradients. A block has at least 1,024 columns on the CPU and 8,192 on
+            CUDA (128 MiB for 8,192 tokens in bfloat16). Each block reads and writes the float32
+            sum of the input's gradient, which would cost the most if blocks were narrow.
+        defer_logits: which logits that a compiled function returns are computed only when they are
+            used (`DeferredLogits`). ``"with_loss"``: those with a loss that is rewritten.
+            ``"always"``: all that have at least `min_logits_bytes`. ``"never"``: none, so their
+            losses are left alone.
+        on_error: what an unexpected exception in this package does. ``"warn"`` logs it once with
+            its traceback and continues without the part that failed: the graph is compiled as it
+            was, or deferred logits are computed. ``"raise"`` raises it, for debugging.
 
     Raises:
-        TypeError: an option of another type.
-        ValueError: an option out of its range.
+        TypeError: an option has another type.
+        ValueError: an option is out of its range.
     """
 
     min_logits_bytes: int = DEFAULT_MIN_LOGITS_BYTES
@@ -55,7 +55,7 @@ class Options:
 
     @classmethod
     def create(cls, **options: Any) -> Options:
-        """Like the constructor, with an error that lists the options for an unknown name."""
+        """Make options by name. The error for an unknown name lists all names."""
         unknown = sorted(set(options) - set(cls.names()))
         if unknown:
             raise TypeError(
@@ -65,17 +65,17 @@ class Options:
 
 
 def options_in_force() -> Options:
-    """Those of `install`, or the defaults if it is not in force."""
+    """Return the options of `install`, or the defaults if it is not in force."""
     return _in_force or Options()
 
 
 def is_in_force() -> bool:
-    """Whether `install` is."""
+    """Return whether `install` is in force."""
     return _in_force is not None
 
 
 def put_in_force(options: Options | None) -> None:
-    """Says what `options_in_force` returns; None for the defaults."""
+    """Set what `options_in_force` returns, None for the defaults."""
     global _in_force
     _in_force = options
 

@@ -108,7 +108,7 @@ def test_a_loss_without_a_rule_is_named(name):
     assert report.loss.split(" > ")[-1] == name
     assert report.logits_shape == (6, 50)
     assert report.reason == (
-        f"the logits are used by {name} at {report.location}: there is no rule for this loss"
+        f"the logits are used by {name} at {report.location}: {reasons.LOSS_WITHOUT_RULE.sentence}"
     )
 
 

@@ -15,6 +15,12 @@ from cce_inductor.patterns.language.examples import example, had_gradient
 from cce_inductor.patterns.language.expression import detach_expression
 from cce_inductor.patterns.language.logits import Logits, Value, each_logits
 from cce_inductor.patterns.language.pointwise import pointwise
+from cce_inductor.patterns.language.protocol import (
+    LossResult,
+    ProjectionResult,
+    ReductionResult,
+    TransformResult,
+)
 from cce_inductor.patterns.language.site import Site
 from cce_inductor.patterns.language.tables import (
     UnsupportedError,
@@ -104,7 +110,7 @@ class _Walker:
         if rule is None:
             return
         try:
-            logits: Logits | None = self.findings.site(node).apply(rule)
+            logits: ProjectionResult = self.findings.site(node).apply(rule)
         except UnsupportedError as error:
             reason = reasons.projection_unsupported(node, error.reason)
             self.escapes.add(node, reason, size_hint(example(node).shape[-1]))
@@ -143,7 +149,7 @@ class _Walker:
         """Apply the node's reduction rule; return whether there is one that applies."""
         node = site.node
         rule = reduction.get(node)
-        result = None if rule is None else site.apply(rule)
+        result: ReductionResult = None if rule is None else site.apply(rule)
         if result is None:
             return False
         if isinstance(result, Logits):
@@ -161,7 +167,7 @@ class _Walker:
         node = site.node
         rule = transform.get(node)
         stacked = next((a for a in arguments if site.stack(a) is not None), None)
-        value: Value
+        value: TransformResult
         if stacked is not None:
             value = through_stack(site, stacked, rule, self._pointwise)
         else:
@@ -215,7 +221,7 @@ class _Walker:
         site = self.findings.site(node)
         try:
             self.regions.check()
-            result = site.apply(rule)
+            result: LossResult = site.apply(rule)
             self._keep_stored(site)
             if isinstance(result, Logits):
                 self._hold(node, detach_like(node, arguments, result))

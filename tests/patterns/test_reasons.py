@@ -372,12 +372,12 @@ def backward_in_the_graph(input, weight, target):
 
 INSIDE = {
     gradient_of_a_transform: (
-        "linear at {linear} cannot be followed: it is inside a torch.func transform",
-        "compile the loss outside of the transform",
+        f"linear at {{linear}} cannot be followed: {reasons.INSIDE_TRANSFORM.sentence}",
+        reasons.INSIDE_TRANSFORM.advice,
     ),
     in_inference_mode: (
-        "linear at {linear} cannot be followed: it is inside inference mode",
-        "use torch.no_grad() in the place of inference mode",
+        f"linear at {{linear}} cannot be followed: {reasons.INSIDE_INFERENCE_MODE.sentence}",
+        reasons.INSIDE_INFERENCE_MODE.advice,
     ),
     derivative_in_the_graph: (
         "linear at {linear} cannot be followed: the graph takes derivatives itself at {grad}",
