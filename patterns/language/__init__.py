@@ -49,8 +49,8 @@ from cce_inductor.patterns.language.expression import (
     Operand,
     depends_on_column,
     leaves,
-    only_where,
     operands_of,
+    under_mask,
     where,
 )
 from cce_inductor.patterns.language.indexing import (
@@ -72,6 +72,7 @@ from cce_inductor.patterns.language.logits import (
     applied,
 )
 from cce_inductor.patterns.language.masks import (
+    column_mask,
     columns_mask,
     diagonal_mask,
     index_mask,
@@ -98,6 +99,7 @@ from cce_inductor.patterns.language.protocol import (
 from cce_inductor.patterns.language.ranges import vocabulary_range
 from cce_inductor.patterns.language.rows import (
     Row,
+    Statistic,
     call,
     ignoring,
     is_reduced,
@@ -138,6 +140,7 @@ __all__ = [
     "Rule",
     "Site",
     "Stack",
+    "Statistic",
     "TensorOperation",
     "TransformResult",
     "UnsupportedError",
@@ -145,6 +148,7 @@ __all__ = [
     "applied",
     "block",
     "call",
+    "column_mask",
     "columns_mask",
     "constant",
     "depends_on_column",
@@ -164,7 +168,6 @@ __all__ = [
     "loss_reduction",
     "non_negative",
     "number_operand",
-    "only_where",
     "operand",
     "operands_of",
     "overwritten",
@@ -184,6 +187,7 @@ __all__ = [
     "target_mask",
     "tensor_example",
     "transform",
+    "under_mask",
     "vocabulary_of",
     "vocabulary_range",
     "weight_of",

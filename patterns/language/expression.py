@@ -108,29 +108,33 @@ def is_constant_over_row(expression: Any) -> bool:
     )
 
 
-def where(inside: Any, new: Any, old: Any) -> Apply:
-    """Return `new` where `inside` is true and `old` elsewhere.
+def where(mask: Any, new: Any, old: Any) -> Apply:
+    """Return `new` where a mask is true and `old` elsewhere.
 
     Args:
-        inside: a boolean expression.
-        new: a function of `old`, or a number. It is not evaluated at logits outside of `inside`:
-            its derivative there may be infinite or NaN.
-        old: the logit before.
+        mask: a boolean expression.
+        new: a function of `old`, or a number.
+        old: an expression.
     """
     if isinstance(new, (int, float)):
-        return Apply("where.ScalarSelf", (inside, new, old))
-    return Apply("where.self", (inside, only_where(inside, new, old), old))
+        return Apply("where.ScalarSelf", (mask, new, old))
+    return Apply("where.self", (mask, under_mask(mask, new, old), old))
 
 
-def only_where(inside: Any, function: Any, argument: Any) -> Any:
-    """Return a function of `argument` with another argument (0.5) wherever `inside` is false.
+def under_mask(mask: Any, function: Any, argument: Any) -> Any:
+    """Return a function whose value is read only where a mask is true.
 
-    For use where the result is read only where `inside` is true. Without this, an infinite
-    derivative elsewhere would make the gradient NaN.
+    Elsewhere it is evaluated at 0.5 instead of `argument`, where its derivative might be infinite
+    and would make the gradient NaN.
+
+    Args:
+        mask: a boolean expression.
+        function: an expression that reads `argument`.
+        argument: an expression.
     """
     if _is_polynomial(function, argument):
         return function
-    return _substituted(function, argument, Apply("where.ScalarOther", (inside, argument, 0.5)))
+    return _substituted(function, argument, Apply("where.ScalarOther", (mask, argument, 0.5)))
 
 
 _RING = ("add.Tensor", "sub.Tensor", "mul.Tensor", "neg")

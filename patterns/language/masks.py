@@ -21,8 +21,17 @@ from cce_inductor.patterns.language.rows import call, vocabulary_of
 from cce_inductor.patterns.language.site import Site
 
 
+def column_mask(place: int) -> Apply:
+    """Return the mask of one column."""
+    return Apply("eq.Scalar", (COLUMN, place))
+
+
 def range_mask(start: int | Operand | None, stop: int | Operand | None) -> Apply:
-    """The columns from `start` to `stop`, without the latter; None stands for no limit."""
+    """Return the mask of the columns from `start` up to but not including `stop`.
+
+    Args:
+        start, stop: numbers or operands; None for no limit. At least one is given.
+    """
     bounds = [
         Apply(f"{compare}.{'Tensor' if isinstance(at, Operand) else 'Scalar'}", (COLUMN, at))
         for compare, at in (("ge", start), ("lt", stop))
@@ -32,14 +41,20 @@ def range_mask(start: int | Operand | None, stop: int | Operand | None) -> Apply
 
 
 def index_mask(site: Site, logits: Logits, index: Node) -> Apply:
-    """The entry of each row that an index tensor names, counted from the end if negative."""
+    """Return the mask of the entry of each row that an index tensor names.
+
+    A negative index counts from the end.
+    """
     columns = call(torch.reshape, column_numbers(index, logits), (1, -1))
     taken = call(operator.getitem, columns, (call(torch.zeros_like, index), index))
     return _mask_at(site, logits, call(torch.unsqueeze, taken, 1))
 
 
 def scatter_mask(site: Site, logits: Logits, index: Node) -> Apply:
-    """The entry of each row that the index of a `scatter` names, whose rank is the logits'."""
+    """Return the mask of the entry of each row that the index of a `scatter` names.
+
+    Such an index has the rank of the logits.
+    """
     dim = logits.vocabulary_dim
     width = vocabulary_of(logits)
     columns = columns_along(index, logits)
@@ -48,20 +63,20 @@ def scatter_mask(site: Site, logits: Logits, index: Node) -> Apply:
 
 
 def diagonal_mask(site: Site, logits: Logits) -> Apply:
-    """The diagonal of a matrix."""
+    """Return the mask of the diagonal of a matrix of logits."""
     rows = call(torch.unsqueeze, row_numbers(site, logits), logits.vocabulary_dim)
     return _mask_at(site, logits, rows)
 
 
 def columns_mask(site: Site, logits: Logits, indices: Node) -> Apply:
-    """The columns that an index tensor names, the same in every row."""
+    """Return the mask of the columns that an index tensor names, the same in every row."""
     columns = column_numbers(indices, logits)
     is_named = call(torch.isin, columns, call(operator.getitem, columns, indices))
     return Apply("ne.Scalar", (operand(site, OperandKind.COLUMN, is_named, logits), 0))
 
 
 def target_mask(site: Site, logits: Logits, target: Node) -> Apply:
-    """The class of each row, given without the vocabulary's dimension."""
+    """Return the mask of the class of each row, given without the vocabulary's dimension."""
     return Apply("eq.Tensor", (COLUMN, row_operand(site, target, logits)))
 
 

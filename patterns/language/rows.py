@@ -57,7 +57,7 @@ class Statistic:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AtRows:
-    """An operand without the vocabulary's dimension, as a value of rows of `logits`."""
+    """An operand that is constant over the row, as a value of rows of `logits`."""
 
     operand: Operand
     logits: Logits

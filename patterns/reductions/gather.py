@@ -104,7 +104,7 @@ def _diagonal(site: Site, input: Any, offset: Any) -> Row:
 
 @reduction(operator.getitem)
 def getitem(site: Site, input: Any, index: Any) -> ReductionResult:
-    """Follows index tensors for every dimension; None for any other index."""
+    """Follow index tensors for every dimension; return None for any other index."""
     if not site.is_logits(input):
         return None
     logits = site.logits(input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.patterns.language import (
-    COLUMN,
     Apply,
     Logits,
     Operand,
     Site,
     call,
+    column_mask,
     columns_mask,
     constant,
     example,
@@ -64,19 +65,30 @@ def setitem(site: Site, input: Any, index: Any, value: Any) -> Logits:
             site.unsupported(reasons.ASSIGNS_VOCABULARY_NOT_LAST)
         if tensor_example(entry).dtype == torch.bool:
             return _where(site, input, entry, value)
-        return _assigned(site, input, columns_mask(site, logits, entry), value)
+    mask = _mask(site, logits, entry)
+    return logits if mask is None else _assigned(site, input, mask, value)
+
+
+def _mask(site: Site, logits: Logits, entry: Any) -> Apply | None:
+    """Return the mask of the columns that an entry of an index names, None if it names none."""
+    if isinstance(entry, Node) and is_tensor(entry):
+        return columns_mask(site, logits, entry)
     if isinstance(entry, (list, tuple)):
-        mask = None
-        for at in entry:
-            here = Apply("eq.Scalar", (COLUMN, _place(site, logits, at)))
-            mask = here if mask is None else Apply("logical_or", (mask, here))
-        return logits if mask is None else _assigned(site, input, mask, value)
-    changes = not isinstance(logits.vocabulary, int)
-    if isinstance(entry, slice) and (changes or any(map(is_symbol, (entry.start, entry.stop)))):
-        return _assigned(site, input, _in_changing_range(site, logits, entry), value)
+        masks = [column_mask(_place(site, logits, at)) for at in entry]
+        return functools.reduce(_either, masks) if masks else None
+    is_static = isinstance(logits.vocabulary, int)
+    is_dynamic_slice = isinstance(entry, slice) and (
+        not is_static or is_symbol(entry.start) or is_symbol(entry.stop)
+    )
+    if is_dynamic_slice:
+        return _dynamic_range_mask(site, logits, entry)
     start, stop = _range(site, logits, entry)
-    to_the_end = not changes and stop >= logits.vocabulary
-    return _assigned(site, input, range_mask(start, None if to_the_end else stop), value)
+    to_the_end = is_static and stop >= logits.vocabulary
+    return range_mask(start, None if to_the_end else stop)
+
+
+def _either(first: Apply, second: Apply) -> Apply:
+    return Apply("logical_or", (first, second))
 
 
 def _one_of_each_row(site: Site, input: Node, index: Node, value: Any) -> Logits:
@@ -118,7 +130,7 @@ def _place(site: Site, logits: Logits, at: Any) -> int:
     return place if place >= 0 else place % site.fixed_vocabulary(logits)
 
 
-def _in_changing_range(site: Site, logits: Logits, entries: slice) -> Apply:
+def _dynamic_range_mask(site: Site, logits: Logits, entries: slice) -> Apply:
     """Return the mask of a range whose ends, or the vocabulary, may differ in the next call."""
     if entries.step not in (None, 1):
         site.unsupported(reasons.ASSIGNS_EVERY_OTHER_ENTRY)

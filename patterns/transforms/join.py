@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from cce_inductor.patterns.language import (
-    COLUMN,
     LOGIT,
     Apply,
     Call,
@@ -25,18 +24,19 @@ from cce_inductor.patterns.language import (
     Site,
     applied,
     call,
+    column_mask,
     depends_on_column,
     dimension,
     is_reduced,
     is_tensor,
     joined_product,
-    only_where,
     operands_of,
     read,
     same_shape,
     same_size,
     tensor_example,
     transform,
+    under_mask,
     weight_of,
 )
 from cce_inductor.reporting import reasons
@@ -135,12 +135,12 @@ def _vocabularies(site: Site, tensors: Any, parts: list[Logits]) -> Logits:
     if site.example.dtype == torch.float64:
         logits = logits.replace(compute_dtype=torch.float64)
     values = [read(site, column, logits, tuple(site.example.shape)) for _, column in columns]
-    places = [Apply("eq.Scalar", (COLUMN, place)) for place, _ in columns]
+    masks = [column_mask(place) for place, _ in columns]
     joined = first.expression
-    for here in places:
-        joined = only_where(Apply("logical_not", (here,)), joined, LOGIT)
-    for here, value in zip(places, values, strict=True):
-        joined = Apply("where.self", (here, value, joined))
+    for mask in masks:
+        joined = under_mask(Apply("logical_not", (mask,)), joined, LOGIT)
+    for mask, value in zip(masks, values, strict=True):
+        joined = Apply("where.self", (mask, value, joined))
     return logits.replace(expression=joined)
 
 

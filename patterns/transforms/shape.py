@@ -164,7 +164,7 @@ def attribute(site: Site, input: Any, name: Any) -> Logits:
 
 @transform("expand", torch.broadcast_to, "broadcast_to")
 def expand(site: Site, input: Any, *sizes: Any) -> Logits:
-    """Repeats rows, without a copy."""
+    """Repeat rows, without a copy."""
     logits = site.logits(input)
     given = list(_sizes(sizes))
     dim = logits.vocabulary_dim + len(given) - tensor_example(input).dim()
