@@ -96,6 +96,20 @@ PROGRAMS = {
 }
 
 
+STATISTICS = {
+    "logsumexp": "logsumexp(z)",
+    "sum": "sum(z)",
+    "mean": "logsumexp(z); mean(z, c4)",
+    "dot": "sum(c4); dot(c4, z); logsumexp(z)",
+    "max": "max(z)",
+    "topk": "topk(z, {k})",
+    "gather": "gather(z, r1); logsumexp(z)",
+    "index": "index(z, r2); logsumexp(z)",
+    "target": "target(z, r0, -100); logsumexp(z)",
+}
+"""A program for each statistic."""
+
+
 def head_of(weight, bias, operands, text, **fields):
     vocabulary = weight.shape[0]
     defaults = {

@@ -58,7 +58,7 @@ class Consumer:
     @property
     def has_softmax(self) -> bool:
         """Whether it needs the normalizer of a softmax, as every loss over classes does."""
-        return any(statistic.kind.is_normalizer_based for statistic in self.statistics)
+        return any(statistic.kind.has_softmax for statistic in self.statistics)
 
 
 class KeptProjections:

@@ -1,10 +1,10 @@
 """Matrix products whose result is wider than their operands.
 
-bfloat16 operands are multiplied at their own speed, but the library rounds the result to their
-dtype. A second product that starts from minus the rounded result returns what the rounding lost
-(the library accumulates in float32), and the sum of both is exact to about 2^-17. float16 has not
-the range for that: gradients of a mean over tokens are near its smallest numbers, their parts may
-be beyond its largest. It is multiplied in float32.
+bfloat16 operands are multiplied in bfloat16, which is fast, but the library rounds the result to
+bfloat16. A second product that starts from minus the rounded result returns what the rounding lost
+(the library accumulates in float32), and the sum of both is exact to about 2^-17. The range of
+float16 is too small for that: gradients of a mean over tokens are near its smallest numbers, and
+their parts may exceed its largest. float16 operands are multiplied in float32.
 """
 
 from __future__ import annotations

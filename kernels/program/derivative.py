@@ -16,7 +16,7 @@ from cce_inductor.kernels.program.tracing import NotPointwiseError, kind_of, rec
 
 
 def derivative(program: Program, operands: Sequence[Tensor]) -> Derivative:
-    """The derivative of a program's pointwise function; computed once for operands of such dtypes.
+    """Return the derivative of a program's steps; it is cached for operands of such dtypes.
 
     Raises:
         NotPointwiseError: the derivative has an operator that is not pointwise.
@@ -32,15 +32,16 @@ def _derivative_of_text(text: str, dtypes: tuple[torch.dtype, ...]) -> Derivativ
 
 @dataclasses.dataclass(frozen=True)
 class Derivative:
-    """The program's pointwise function again, and its vector-Jacobian product.
+    """The steps of a program again, and their vector-Jacobian product.
 
     Attributes:
-        forward: makes the `roots`.
-        roots: what the values that are reduced are called here, in the order of `Program.roots`;
-            a number for one that is constant.
-        backward: from the cotangents ``g0``, ``g1``, ... of the roots to `gradients`.
-        gradients: by ``z`` or operand, what its gradient is called; none where it is 0.
-        connected: ``z`` and the operands that have a gradient, be it 0.
+        forward: computes the roots.
+        roots: the names of the roots in these steps, in the order of `Program.roots`; a number for
+            a root that is constant.
+        backward: computes `gradients` from the cotangents ``g0``, ``g1``, ... of the roots.
+        gradients: the name of the gradient of the logit ``z`` and of each operand; a gradient that
+            is 0 has no entry.
+        connected: ``z`` and the operands that have a gradient, even if it is 0.
     """
 
     forward: Schedule
@@ -51,7 +52,7 @@ class Derivative:
 
     @property
     def peak(self) -> int:
-        """Blocks that exist at the same time at most."""
+        """The largest number of blocks that exist at the same time."""
         shared = {use for step in self.backward.steps for use in step.uses}
         kept = len(shared & {step.name for step in self.forward.steps})
         return self.forward.peak() + self.backward.peak() + kept + len(self.roots)
@@ -67,7 +68,7 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Deriv
     arguments |= {name: dtypes.get(name, torch.int64) for name in others}
 
     def joint(*given: Tensor) -> list[Tensor | None]:
-        # 0-d tensors: a pointwise function of scalars replays on blocks of any shape.
+        # The steps are recorded on tensors without dimensions, and run on blocks of any shape.
         values = dict(zip(arguments, given, strict=True))
         leaves = [values[name].clone().requires_grad_() for name in floating]
         values.update(zip(floating, leaves, strict=True))
@@ -83,7 +84,7 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Deriv
             if differentiable:
                 outputs, given = zip(*differentiable, strict=True)
                 gradients = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
-        except RuntimeError as error:  # what an operator says
+        except RuntimeError as error:  # An operator has no derivative.
             raise NotPointwiseError(f"its derivative fails: {error}") from error
         return [*(value.detach() for value in made), *gradients]
 
@@ -92,7 +93,7 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Deriv
     gradients = {
         name: result
         for name, result in zip(floating, results[len(roots) :], strict=True)
-        if isinstance(result, Name)  # else there is none, or it is 0
+        if isinstance(result, Name)  # None means no gradient, and a number can only be 0.
     }
     after: set[Name] = {Name(f"g{i}") for i in range(len(roots))}
     for step in steps:

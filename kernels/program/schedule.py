@@ -1,4 +1,4 @@
-"""In which order steps run, and when each result is needed for the last time."""
+"""Runs the steps of a program on a block, in little memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IN_PLACE = frozenset(
 
 
 def schedule(program: Program) -> Schedule:
-    """The steps of a program, which make the values that are reduced; computed once."""
+    """Return the schedule of a program's steps, which compute its roots; the result is cached."""
     return _schedule_of_text(str(program))  # text, in which 0.0 and -0.0, 1 and True differ
 
 
@@ -28,11 +28,11 @@ def _schedule_of_text(text: str) -> Schedule:
 
 
 class Schedule:
-    """Steps, and when the result of each is needed for the last time.
+    """Steps in order, and which values each of them is the last to use.
 
     Args:
-        steps: in order.
-        results: the values that are wanted.
+        steps: each after those that it uses.
+        results: the values that are wanted, which are kept.
     """
 
     def __init__(self, steps: tuple[Step, ...], results: tuple[Name, ...]):
@@ -48,7 +48,7 @@ class Schedule:
         ]
 
     def peak(self) -> int:
-        """Blocks that exist at the same time at most; that of the logits always does."""
+        """Return the largest number of blocks that exist at the same time, with the logits."""
         logits, live, most = LOGIT, set[Name](), 1
         for step, last_used in zip(self.steps, self._last_used, strict=True):
             first = step.args[0] if step.args else None

@@ -214,28 +214,30 @@ def _value(node: ast.expr) -> Any:
 
 
 def overload(target: str) -> Any:
-    """The ATen operator that a step names."""
+    """Return the ATen operator that a step names."""
     name, _, overload_name = target.partition(".")
     return getattr(getattr(torch.ops.aten, name), overload_name or "default")
 
 
 @functools.cache
 def tensor_arguments(target: str) -> tuple[bool, ...]:
-    """For each positional argument of a step's operator whether it must be a tensor."""
+    """Return for each positional argument of a step's operator whether it must be a tensor."""
     schema = overload(target)._schema
     return tuple("Tensor" in str(argument.type) for argument in schema.arguments)
 
 
 def step_target(operator: Any) -> str:
-    """How a step names an ATen operator."""
+    """Return the name of an ATen operator in a step."""
     return str(operator).removeprefix("aten.").removesuffix(".default")
 
 
 def names_in(values: Iterable[Any]) -> tuple[Name, ...]:
+    """Return the names among values and numbers."""
     return tuple(value for value in values if isinstance(value, Name))
 
 
 def needed(steps: list[Step], results: tuple[Name, ...]) -> list[Step]:
+    """Return the steps that the results depend on."""
     wanted = set(results)
     kept = []
     for step in reversed(steps):

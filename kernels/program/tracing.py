@@ -1,4 +1,4 @@
-"""The steps that a Python function of tensors consists of."""
+"""Records the pointwise operators that a Python function of tensors consists of, as steps."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def kind_of(dtype: torch.dtype) -> torch.dtype:
 
 
 class NotPointwiseError(Exception):
-    """A function that is recorded holds an operator that is not pointwise, or fails."""
+    """A recorded function calls an operator that is not pointwise, or has no derivative."""
 
 
 class RandomError(NotPointwiseError):
-    """A traced function draws random numbers."""
+    """A recorded function draws random numbers."""
 
 
 _MAKE_SCALARS = frozenset(["full", "scalar_tensor", "zeros", "ones", "_efficientzerotensor"])
@@ -47,17 +47,17 @@ def record(
     decompositions: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({}),
     keeps_detach: bool = False,
 ) -> tuple[list[Step], list[Any]]:
-    """The steps that a function of tensors without dimensions consists of.
+    """Return the steps of a function of tensors without dimensions.
 
-    The function runs in a thread of its own, which has the dispatcher's default state, whatever
-    the caller is in the middle of: a kernel below autograd, a trace with fake tensors. Other
-    threads notice nothing, whereas the tracers of FX change PyTorch for all of them.
+    The function runs in a thread of its own, because the caller may be below autograd or inside a
+    trace with fake tensors; a new thread has the dispatcher's default state. Other threads are not
+    affected, whereas the tracers of FX change PyTorch for all threads.
 
     Args:
-        function: is called with a tensor for each of `inputs`.
+        function: a function that takes a tensor for each of `inputs`.
         inputs: the dtype of each argument, by its name in the steps.
-        decompositions: for operators that are not to be steps, functions that do the same.
-        keeps_detach: whether ``detach`` is a step, which cuts the gradient of a program.
+        decompositions: functions that replace operators which must not become steps.
+        keeps_detach: whether ``detach`` becomes a step, which cuts the gradient of a program.
 
     Returns:
         The steps that the results need, and for each result its name, a number, or None.
@@ -78,7 +78,7 @@ def record(
         except Exception:
             if recorder.error is None:
                 raise
-        # The function may have caught the recorder's error and gone on.
+        # The function may have caught the recorder's error.
         if recorder.error is not None:
             raise recorder.error
         results = tree_leaves(made, is_leaf=lambda leaf: leaf is None)
@@ -89,16 +89,16 @@ def record(
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the operators that this thread runs on tensors without dimensions.
+    """Records the operators that this thread runs on tensors without dimensions.
 
-    It knows by its storage what a tensor holds. All views of a tensor without dimensions are the
-    same element, so a change in place is seen in each of them.
+    The value of a tensor is found by its storage: all views of a tensor without dimensions are the
+    same element, so that a change in place changes each of them.
 
     Args:
         decompositions, keeps_detach: as for `record`.
 
     Attributes:
-        error: what went wrong in the recorder, as opposed to the function that it records.
+        error: an error of the recorder itself, not of the function that it records.
     """
 
     def __init__(self, decompositions: Mapping[Any, Callable[..., Any]], keeps_detach: bool):
@@ -108,16 +108,16 @@ class _Recorder(TorchDispatchMode):
         self._keeps_detach = keeps_detach
         self._steps: list[Step] = []
         self._values: dict[int, Any] = {}
-        self._storages: list[Any] = []  # kept, so that no other storage gets the same address
+        self._storages: list[Any] = []  # kept alive, so that no other storage gets their address
         self._detached: set[int] = set()
 
     def set(self, tensor: Tensor, value: Any) -> None:
-        """Says that a tensor holds a value: a name or a number."""
+        """Record that a tensor holds a value: a name or a number."""
         self._storages.append(tensor.untyped_storage())
         self._values[_address(tensor)] = value
 
     def value(self, tensor: Any) -> Any:
-        """The name of what a tensor holds, or its number if that does not depend on the inputs.
+        """Return the name of what a tensor holds, or its number if no input affects it.
 
         Raises:
             NotPointwiseError: it has dimensions, or is no tensor.
@@ -128,7 +128,7 @@ class _Recorder(TorchDispatchMode):
         return self._values[address] if address in self._values else tensor.item()
 
     def steps_to(self, results: list[Any]) -> tuple[list[Step], list[Any]]:
-        """The steps that the results need, numbered from 0, and the results by these names."""
+        """Return the steps that the results need, numbered from 0, and the results in their names."""
         steps = needed(self._steps, names_in(results))
         names = {step.name: Name(f"t{number}") for number, step in enumerate(steps)}
 
@@ -157,7 +157,9 @@ class _Recorder(TorchDispatchMode):
             if _base(func) == "_local_scalar_dense" and not isinstance(self.value(args[0]), Name):
                 return args[0].item()
             function = _functional(func)
-            changed = args[0] if function is not func else None  # a list of them, for some
+            changed = (
+                args[0] if function is not func else None
+            )  # For some operators this is a list.
             if isinstance(changed, Tensor) and _address(changed) in self._detached:
                 raise NotPointwiseError(f"{func} changes a detached tensor")
             value, dtype = self._recorded(function, args, kwargs)
@@ -186,7 +188,7 @@ class _Recorder(TorchDispatchMode):
     def _recorded(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, torch.dtype | None]:
-        """What an operator makes, and the dtype that this has, None for that of its result."""
+        """Return what an operator computes, and its dtype; None for the dtype of its result."""
         base = _base(function)
         if base in _COPIES:
             return self.value(args[0]), args[0].dtype
@@ -210,10 +212,10 @@ class _Recorder(TorchDispatchMode):
         return name
 
     def _converted(self, value: Any, dtype: torch.dtype, holder: Tensor) -> Any:
-        """A value of a dtype as a tensor holds it that may have another.
+        """Return a value of one dtype as a tensor of another dtype holds it.
 
         Raises:
-            NotPointwiseError: no step rounds it so.
+            NotPointwiseError: no step converts it in that way.
         """
         to = holder.dtype
         if not isinstance(value, Name):
@@ -240,8 +242,8 @@ class _Recorder(TorchDispatchMode):
         raise NotPointwiseError(f"it is given {argument}")
 
     def _detach(self, tensor: Tensor) -> Tensor:
-        """A tensor of its own: what holds two values, with a gradient and without, could not be
-        told apart by its storage. Neither may change then."""
+        """Return a copy instead of an alias: the value with a gradient and the value without one
+        must have storages of their own. Neither of the two may then change in place."""
         result = tensor.clone()
         value = self.value(tensor)
         self.set(result, self._add("detach", (tensor,), {}) if isinstance(value, Name) else value)
@@ -259,7 +261,8 @@ _STAY_IN_RANGE = frozenset(
 
 
 def _check_range(operator: Any, value: Any, dtype: torch.dtype) -> None:
-    """A program computes with wide integers, which do not wrap around where narrow ones do.
+    """Check that the result of an operator has not wrapped around: a program computes with wide
+    integers, which do not wrap around where narrow ones do.
 
     Raises:
         NotPointwiseError: the result may have wrapped around.
@@ -274,13 +277,13 @@ def _address(tensor: Tensor) -> int:
 
 
 def _base(operator: Any) -> str:
-    """The name of an ATen operator without its overload's."""
+    """Return the name of an ATen operator, without that of its overload."""
     return step_target(operator).split(".")[0]
 
 
 def _functional(operator: Any) -> Any:
-    """The operator that makes what another writes into its first argument, itself if it writes
-    nothing.
+    """Return the operator that computes what an in-place operator writes; the operator itself if it
+    writes nothing.
 
     Raises:
         NotPointwiseError: there is none.
@@ -308,7 +311,7 @@ def _signature(operator: Any) -> list[tuple[str, str]]:
 
 
 def _is_pointwise(target: Any) -> bool:
-    """Whether ATen says so of an operator, or of the one whose derivative it is.
+    """Whether ATen tags an operator as pointwise, or the operator whose derivative it is.
 
     Raises:
         RandomError: it draws random numbers.
@@ -324,7 +327,7 @@ def _is_pointwise(target: Any) -> bool:
 
 
 def _constant_of(base: str, args: tuple[Any, ...]) -> Any:
-    if "zero" in base or base == "empty_like":  # which is filled next
+    if "zero" in base or base == "empty_like":  # An empty tensor is filled next.
         return 0.0
     if "ones" in base:
         return 1.0

@@ -63,7 +63,7 @@ class Statistic(Output):
     Class attributes:
         value_count: how many of its arguments are values of the program.
         result_dtypes: one for each result.
-        is_normalizer_based: whether it involves a softmax over the vocabulary, as losses do.
+        has_softmax: whether it involves a softmax over the vocabulary, as losses over classes do.
         is_sum: whether it adds up numbers over the vocabulary, rather than choosing some.
         overwrites: whether `of_tile` writes over the values that it is given.
         tile_numbers: what a Triton kernel stores of each tile; empty if there is no kernel for it.
@@ -71,7 +71,7 @@ class Statistic(Output):
 
     value_count: ClassVar[int] = 1
     result_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64,)
-    is_normalizer_based: ClassVar[bool] = False
+    has_softmax: ClassVar[bool] = False
     is_sum: ClassVar[bool] = False
     overwrites: ClassVar[bool] = False
     tile_numbers: ClassVar[tuple[TileNumber, ...]] = ()

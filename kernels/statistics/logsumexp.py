@@ -19,7 +19,7 @@ class LogSumExp(Statistic, name="logsumexp"):
     """A tile keeps its greatest value, and the sum of the masses ``exp(x - greatest)``, where a
     greatest value of -inf counts as 0. The part is the logsumexp itself."""
 
-    is_normalizer_based = True
+    has_softmax = True
     is_sum = True
     overwrites = True
     tile_numbers = (TileNumber("TOP"), TileNumber("TOTAL"))

@@ -21,7 +21,7 @@ class Mean(Statistic, name="mean"):
     of `x` times the distances of `y` from that number. The part is the mean itself."""
 
     value_count = 2
-    is_normalizer_based = True
+    has_softmax = True
     is_sum = True
     tile_numbers = (TileNumber("CENTER"), TileNumber("WEIGHTED"))
 

@@ -1,8 +1,9 @@
-"""Block sizes of the templates, by device and dtype; the first of a list is the default."""
+"""Block sizes of the templates, by what the kernel is and which device it runs on."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ class Config:
     """Block sizes and launch options of one kernel.
 
     Attributes:
-        block_m, block_v, block_h: rows and columns of a tile, and how much of hidden is read at a
-            time.
-        group: row tiles that share what they read of the weight.
-        programs: how many run at a time and take turns; 0 for one a tile.
+        block_m, block_v, block_h: rows and columns of a tile, and how much of the hidden size is
+            read at a time.
         num_warps, num_stages: Triton's.
+        group: tiles of rows that share what they read of the weight.
+        programs: the number of programs that take turns at the tiles; 0 for one program a tile.
     """
 
     block_m: int
@@ -31,10 +32,162 @@ class Config:
     programs: int
 
 
+class Situation(enum.Enum):
+    """What decides the block sizes."""
+
+    FLOAT32_STATISTICS = enum.auto()
+    FLOAT32_GRADIENT = enum.auto()
+    POINTERS = enum.auto()
+    """16-bit operands, read by pointers: before Hopper, or where a descriptor cannot read them."""
+    POINTERS_FULL = enum.auto()
+    """The same, for a kernel that needs all registers."""
+    DESCRIPTORS = enum.auto()
+    """16-bit operands, read by TMA descriptors."""
+    DESCRIPTORS_FULL = enum.auto()
+    """The same, for a kernel that needs all registers."""
+    HOPPER = enum.auto()
+    """Descriptors on Hopper, for a kernel that leaves registers: larger tiles read less."""
+
+
+SIZES: dict[Situation, tuple[tuple[int, int, int, int, int], ...]] = {
+    # Rows, columns, hidden, warps, stages. The first of a list is the default; no default spills
+    # registers (docs/kernels.md).
+    Situation.FLOAT32_STATISTICS: (
+        (64, 128, 32, 8, 2),
+        (64, 128, 32, 8, 3),
+        (128, 128, 32, 8, 2),
+        (32, 128, 32, 4, 4),
+    ),
+    Situation.FLOAT32_GRADIENT: (
+        (64, 128, 32, 4, 3),
+        (64, 128, 32, 8, 3),
+        (128, 128, 32, 8, 2),
+        (32, 128, 32, 4, 4),
+    ),
+    Situation.POINTERS: (
+        (128, 128, 32, 8, 3),
+        (64, 128, 32, 4, 3),
+        (64, 128, 32, 8, 3),
+        (128, 128, 64, 8, 2),
+        (64, 128, 64, 4, 2),
+    ),
+    Situation.POINTERS_FULL: (
+        (64, 128, 32, 8, 3),
+        (128, 128, 32, 8, 3),
+        (64, 128, 32, 4, 3),
+        (128, 128, 64, 8, 2),
+        (64, 128, 64, 4, 2),
+    ),
+    Situation.DESCRIPTORS: (
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4),
+    ),
+    Situation.DESCRIPTORS_FULL: (
+        (64, 128, 64, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4),
+    ),
+    Situation.HOPPER: (
+        (128, 256, 64, 8, 3),
+        (256, 128, 64, 8, 3),
+        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (64, 128, 64, 4, 4),
+    ),
+}
+
+GROUPS = (8, 16)
+"""What is tried for `Config.group`."""
+
+FEW_STEPS = {"statistics": 0, "gradient": 8}
+"""The most steps of a program that leave registers: those of a cross-entropy of the logits as they
+are. With more steps, a single value for each column may take all of them."""
+
+SHARED_MEMORY_OF_SYSTEM = 1024
+"""Bytes of shared memory that CUDA takes for each block of threads."""
+
+REGISTERS_BESIDE_SUMS = 56
+"""Registers of a thread, beside the sums of the product, that the leanest kernels need
+(docs/kernels.md)."""
+
+
+def situation(
+    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
+) -> Situation:
+    """Return what decides the block sizes; the arguments are those of `configs`."""
+    if dtype == torch.float32:
+        is_statistics = kind == "statistics"
+        return Situation.FLOAT32_STATISTICS if is_statistics else Situation.FLOAT32_GRADIENT
+    has_few_steps = steps <= FEW_STEPS[kind]
+    writes_more = kind == "gradient" and results > 1
+    if not by_descriptor:
+        return Situation.POINTERS_FULL if writes_more else Situation.POINTERS
+    capability = torch.cuda.get_device_capability(device)[0]
+    if writes_more or (kind == "gradient" and capability > 9 and not has_few_steps):
+        return Situation.DESCRIPTORS_FULL
+    if capability == 9 and has_few_steps:
+        return Situation.HOPPER
+    return Situation.DESCRIPTORS
+
+
+def configs(
+    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
+) -> list[Config]:
+    """Return the configurations that are tried, the default first.
+
+    Args:
+        kind: "statistics" or "gradient".
+        dtype: of the products' operands.
+        device: that the kernel runs on.
+        by_descriptor: whether TMA descriptors read the operands.
+        steps: the number of steps that are applied to each logit; they need registers, too.
+        results: the number of values of each logit that are reduced or written.
+    """
+    found = situation(
+        kind, dtype, device, by_descriptor=by_descriptor, steps=steps, results=results
+    )
+    return [
+        Config(*sizes, group, _programs(*sizes, device) if by_descriptor else 0)
+        for sizes in SIZES[found]
+        for group in GROUPS
+    ]
+
+
+def _programs(
+    block_m: int,
+    block_v: int,
+    block_h: int,
+    num_warps: int,
+    num_stages: int,
+    device: Any,
+) -> int:
+    """Return the number of programs that a device may hold of a kernel that reads 16-bit operands
+    by descriptors.
+
+    Shared memory and registers limit it; of the registers, those that hold the sums of the product
+    are known. With more programs than the device holds some would only wait, with fewer it would
+    be idle.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    shared = num_stages * (block_m + block_v) * block_h * 2
+    threads = num_warps * 32
+    registers = block_m * block_v // threads + REGISTERS_BESIDE_SUMS
+    held = min(
+        properties.shared_memory_per_multiprocessor // (shared + SHARED_MEMORY_OF_SYSTEM),
+        properties.regs_per_multiprocessor // (registers * threads),
+    )
+    return int(properties.multi_processor_count) * max(1, held)
+
+
 def reads_by_descriptor(matrices: list[Any], device: Any) -> bool:
-    """Whether TMA descriptors read both matrices, input and weight: on sm_90 and later, where they
-    may. Not float32, whose products without tensor cores have no registers to spare. Not a single
-    row: descriptors read zeros beyond it, and Inductor leaves out the mask of a store to one entry.
+    """Whether TMA descriptors read both matrices, input and weight, on sm_90 and later.
+
+    They do not read float32, whose products without tensor cores have no registers to spare. They
+    do not read a single row: a descriptor reads zeros beyond it, and Inductor leaves out the mask
+    of a store to one entry.
     """
     if (
         V.graph.sizevars.statically_known_equals(matrices[0].get_size()[0], 1)
@@ -49,100 +202,9 @@ def reads_by_descriptor(matrices: list[Any], device: Any) -> bool:
 
 
 def _begins_aligned(matrix: Any) -> bool:
-    """Whether a view begins at an address that a descriptor can have, which `can_use_tma` does not
-    ask (it knows whether the tensor that is viewed does)."""
+    """Whether a view begins at an address that a descriptor can have.
+
+    `can_use_tma` asks that only of the tensor that is viewed.
+    """
     offset = matrix.get_layout().offset * matrix.get_dtype().itemsize
     return bool(V.graph.sizevars.statically_known_multiple_of(offset, TMA_ALIGNMENT))
-
-
-SHARED_MEMORY_OF_SYSTEM = 1024
-"""Bytes that CUDA takes for each block."""
-
-REGISTERS_BESIDE_SUMS = 56
-"""Of a thread, at least: what the leanest kernels need (docs/kernels.md)."""
-
-_FIRST_WIDE = {"statistics": (64, 128, 32, 8, 2), "gradient": (64, 128, 32, 4, 3)}
-_WIDE = [  # float32
-    (64, 128, 32, 8, 3),
-    (128, 128, 32, 8, 2),
-    (32, 128, 32, 4, 4),
-]
-_BY_POINTER = [
-    (128, 128, 32, 8, 3),
-    (64, 128, 32, 4, 3),
-    (64, 128, 32, 8, 3),
-    (128, 128, 64, 8, 2),
-    (64, 128, 64, 4, 2),
-]
-_BY_DESCRIPTOR = [
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (64, 128, 64, 4, 4),
-]
-_LEANEST = {False: (64, 128, 32, 8, 3), True: (64, 128, 64, 8, 4)}
-"""By pointer and by descriptor, for a gradient that needs the most registers: one that writes more
-than that of the logit or, beyond Hopper, has many steps."""
-
-_FEW_STEPS = {"statistics": 0, "gradient": 8}
-"""Steps of a program that leave registers: a cross-entropy's, of the logits as they are. Of more, a
-value a column alone may take all of them."""
-
-_ON_HOPPER = [
-    (128, 256, 64, 8, 3),
-    (256, 128, 64, 8, 3),
-    (128, 128, 64, 4, 3),
-]
-"""For few steps: tiles that read the least, and leave the fewest registers."""
-
-
-def configs(
-    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
-) -> list[Config]:
-    """What is tried, the default first.
-
-    Args:
-        kind: "statistics" or "gradient".
-        dtype: of the products' operands.
-        device: that it runs on.
-        by_descriptor: whether TMA reads the operands.
-        steps: how many are applied to each logit; they need registers, too.
-        results: how many values of each logit are reduced or written.
-    """
-    if dtype == torch.float32:
-        sizes = [_FIRST_WIDE[kind], *_WIDE]
-    else:
-        sizes = _BY_DESCRIPTOR if by_descriptor else _BY_POINTER
-        capability = torch.cuda.get_device_capability(device)[0] if by_descriptor else 0
-        few_steps = steps <= _FEW_STEPS[kind]
-        if kind == "gradient" and (results > 1 or (capability > 9 and not few_steps)):
-            first = _LEANEST[by_descriptor]
-            sizes = [first, *(size for size in sizes if size != first)]
-        elif by_descriptor and capability == 9 and few_steps:
-            sizes = [*_ON_HOPPER, *sizes]
-    return [
-        Config(*size, group, _programs(*size, device) if by_descriptor else 0)
-        for size in sizes
-        for group in (8, 16)
-    ]
-
-
-def _programs(
-    block_m: int,
-    block_v: int,
-    block_h: int,
-    num_warps: int,
-    num_stages: int,
-    device: Any,
-) -> int:
-    """How many programs of a kernel that reads 16-bit numbers by descriptors the device may hold:
-    by its shared memory, and by its registers, of which the sums of the product are a part that is
-    known. More than it does hold would only wait, fewer would leave it idle."""
-    properties = torch.cuda.get_device_properties(device)
-    shared = num_stages * (block_m + block_v) * block_h * 2
-    threads = num_warps * 32
-    registers = block_m * block_v // threads + REGISTERS_BESIDE_SUMS
-    held = min(
-        properties.shared_memory_per_multiprocessor // (shared + SHARED_MEMORY_OF_SYSTEM),
-        properties.regs_per_multiprocessor // (registers * threads),
-    )
-    return int(properties.multi_processor_count) * max(1, held)

@@ -87,7 +87,7 @@ def logits_by_descriptor(
 
 @triton.jit
 def only(x, inside, fill: tl.constexpr, EVEN: tl.constexpr):
-    """`x` in float32, `fill` in columns beyond the vocabulary; if `EVEN` there are none."""
+    """`x` in float32, with `fill` in columns beyond the vocabulary; with `EVEN` there are none."""
     x = x.to(tl.float32)
     if not EVEN:
         x = tl.where(inside[None, :], x, fill)
@@ -96,32 +96,32 @@ def only(x, inside, fill: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def finite(top):
-    """What is subtracted before exp2: the greatest of a row, 0 as long as that is -inf."""
+    """What is subtracted before exp2: the greatest value of a row, but 0 in place of -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def above(x, top):
-    """How far a block is above the greatest of each row: 0 or less."""
+    """A block minus the greatest value of each row: 0 or less."""
     return x - finite(top)[:, None]
 
 
 @triton.jit
 def mass_of(distance):
-    """exp, see `base2`."""
+    """The exponential of a distance, computed in base 2 (see `base2`)."""
     return tl.exp2(distance * LOG2_E)
 
 
 @triton.jit
 def rescaled(total, old_top, top):
-    """A sum of masses above `old_top`, as one of masses above `top`."""
+    """A sum of masses ``exp(x - old_top)`` as a sum of masses ``exp(x - top)``."""
     return total * mass_of(old_top - finite(top))
 
 
 @triton.jit
 def nearer(center, size, weights, y):
-    """A finite number near the weighted mean of `y` in each row, from that of the columns before,
-    whose weights had the sum `size`. The weights are the absolute values."""
+    """A finite number near the weighted mean of `y` in each row; the absolute values of the weights
+    count. `center` is that of the columns before, whose weights had the sum `size`."""
     weights = tl.abs(weights)
     distance = tl.sum(weights * (y - center[:, None]), 1) / (size + tl.sum(weights, 1))
     return center + tl.where(tl.abs(distance) < float("inf"), distance, 0.0)
@@ -130,14 +130,15 @@ def nearer(center, size, weights, y):
 @triton.jit
 def moved(center, new_center, total, weights, y):
     """What to add to the weighted sum of the distances from `center` in the columns before, whose
-    weights had the sum `total`, to have that of these columns, too, from `new_center`."""
+    weights had the sum `total`. The result is the weighted sum of the distances from `new_center`,
+    and includes these columns."""
     here = tl.sum(weights * (y - new_center[:, None]), 1)
     return (center - new_center) * total + here
 
 
 @triton.jit
 def greater(top, where_top, x, first_column):
-    """The greatest of each row and its column, once the rows have seen `x`; nan wins."""
+    """The greatest value of each row and its column, after the block `x`; nan is the greatest."""
     is_nan = x != x
     here, where = tl.max(
         tl.where(is_nan, float("inf"), x),

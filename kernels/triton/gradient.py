@@ -1,8 +1,8 @@
-"""The gradient of a logit, written down as a program.
+"""The gradient of a logit, written as a program.
 
-`statistics.cotangent` says what the gradients of a row's reductions make of a value; here the same
-is a few pointwise steps on vectors of rows, so that one kernel can compute a block of logits and
-their gradient without storing anything else.
+`statistics.cotangent` computes the cotangent of a value with tensor operations. Here the same terms
+are written as pointwise steps, so that one kernel can compute a block of logits and their gradient
+without storing anything else.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ from cce_inductor.kernels.triton.base2 import LOG2_E
 
 
 class UntiledError(Exception):
-    """A gradient that has no program."""
+    """A gradient cannot be written as a program."""
 
 
 class _Writer:
-    """A program as it grows, its operands, and the rows that have a gradient (None for all)."""
+    """A program that is being written, its operands, and the rows that have a gradient.
+
+    Args:
+        operands: the first operands.
+        first: the number of the first step.
+        kept: bool [rows]; None if all rows have a gradient.
+    """
 
     def __init__(self, operands: Sequence[Tensor], first: int, kept: Tensor | None):
         self.operands = list(operands)
@@ -39,10 +45,11 @@ class _Writer:
         self.steps: list[Step] = []
         self._next = first
         self._rows: dict[int, Name] = {}
-        self._given: list[Tensor] = []  # keeps what `_rows` knows by its id
+        self._given: list[Tensor] = []  # keeps the tensors alive whose ids are in `_rows`
 
     def row(self, values: Tensor) -> Name:
-        """An operand of one value a row, float32 unless it is an index or a mask."""
+        """Return the name of an operand of one value a row, float32 unless it is an index or a
+        mask."""
         if id(values) not in self._rows:
             self._rows[id(values)] = Name(f"r{len(self.operands)}")
             narrow = values.to(torch.float32) if values.is_floating_point() else values
@@ -51,7 +58,7 @@ class _Writer:
         return self._rows[id(values)]
 
     def gradient(self, values: Tensor) -> Name:
-        """An operand that rows without a gradient have no part in."""
+        """Return the name of an operand that is 0 in rows without a gradient."""
         return self.row(values if self.kept is None else torch.where(self.kept, values, 0.0))
 
     def call(self, target: str, *args: Any, **kwargs: Any) -> Name:
@@ -72,7 +79,7 @@ def gradient_program(
     wanted: Sequence[Name],
     kept: Tensor | None,
 ) -> tuple[Program, list[Tensor]]:
-    """What makes a block's gradient of its logits.
+    """Return the program that computes the gradient of a block of logits.
 
     Args:
         program: the forward's.
@@ -82,9 +89,10 @@ def gradient_program(
         kept: bool [rows], the rows that have a gradient; None for all.
 
     Returns:
-        A program that ends in ``block`` of the logit's gradient, then of each that is wanted, in
-        every entry; and its operands. Where a row has a gradient at indices, the logit's gradient
-        is given twice: without, which costs less, and with it.
+        A program, and its operands. The program ends in ``block`` of the logit's gradient, and of
+        the gradient of each operand that is wanted, in every entry. If a row has a gradient at
+        indices, the first block has two values: one without that gradient, which costs less, and
+        one with it.
 
     Raises:
         UntiledError: a value that is reduced is a constant.
@@ -105,7 +113,7 @@ def gradient_program(
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """A cotangent: without what it has at `indices`, and with it."""
+    """A cotangent without the gradients at `indices`, and with them."""
 
     elsewhere: Name
     everywhere: Name
@@ -119,7 +127,7 @@ class _Pair:
 def _forward(
     program: Program, operands: Sequence[Tensor], kept: Tensor | None
 ) -> tuple[_Writer, dict[Name, Name]]:
-    """The steps that make the values which are reduced, and what these are called."""
+    """Write the steps that make the roots; return the writer and the name of each root."""
     if program.is_plain:
         return _Writer(operands, 0, kept), {LOGIT: LOGIT}
     backward = derivative(program, operands)
@@ -135,8 +143,8 @@ def _forward(
 
 
 def _backward(writer: _Writer, program: Program, cotangents: Sequence[Name]) -> Mapping[Name, Name]:
-    """The gradients of the logit and of the operands, by name, from the cotangents of the values
-    that are reduced; 0 for one that has none."""
+    """Write the steps of the gradients of the logit and of the operands, from the cotangents of the
+    roots; return the name of each gradient, which is 0 if there is none."""
     found: dict[Name, Name] = collections.defaultdict(lambda: writer.zero)
     if program.is_plain:
         (found[LOGIT],) = cotangents
@@ -155,7 +163,7 @@ def _backward(writer: _Writer, program: Program, cotangents: Sequence[Name]) -> 
 
 
 def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pair:
-    """What `Cotangent.of_block` computes, in steps; `made` says what the values are called."""
+    """Write what `Cotangent.of_block` computes as steps; `made` has the names of the values."""
     call, row, gradient = writer.call, writer.row, writer.gradient
     value = made[of.name]
     terms: list[Name] = []
@@ -167,7 +175,8 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
     for grad_mean, mean, y in of.means:
         assert of.lse is not None, "a mean is under a softmax"
         near, rest = split(mean, torch.float32)
-        distance = call("add.Tensor", row(-near), made[y])  # which may be a mask
+        # The value comes second, because it may be a mask.
+        distance = call("add.Tensor", row(-near), made[y])
         distance = call("sub.Tensor", distance, row(finite_or_zero(rest)))
         weighted = call("mul.Tensor", distance, probability)
         terms.append(call("mul.Tensor", weighted, gradient(grad_mean)))
@@ -177,7 +186,8 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
         terms.append(call("mul.Tensor", made[other], gradient(grad_dot)))
 
     def with_softmax(addends: list[Name]) -> Name:
-        """The sum; that of -g and g p, with p near 1, is rounded once."""
+        """Write the sum of the terms and the softmax term; -g + g p, with p near 1, is rounded
+        once."""
         if of.lse is not None and not addends:
             return call("mul.Tensor", probability, grad_lse)
         addend = functools.reduce(lambda a, b: call("add.Tensor", a, b), addends or [writer.zero])
@@ -195,7 +205,7 @@ def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pa
 
 
 def _probability(writer: _Writer, value: Name, lse: Tensor) -> Name:
-    """``exp(value - lse)`` of each entry: 0 in rows that are not kept."""
+    """Write ``exp(value - lse)`` of each entry, which is 0 in rows that are not kept."""
     shift, rest = split(lse, torch.float32)
     rest = rest * -LOG2_E
     if writer.kept is not None:

@@ -1,4 +1,4 @@
-"""How Inductor makes kernels of the operators in `tile_ops`: templates, autotuned by Inductor."""
+"""How Inductor compiles the operators of `specification`: to Triton templates."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ _OPS = torch.ops.cce_inductor
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How a product of `dtype` is computed, as PyTorch's own is set to. The older setting,
-    ``allow_tf32``, raises an error once the newer one has been used."""
+    """Return the precision of a product of `dtype`, as it is set for PyTorch's own products.
+
+    The older setting, ``allow_tf32``, is not read: that raises an error once the newer one has been
+    used.
+    """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "'tf32'" if tf32 else "'ieee'"
 
@@ -93,7 +96,7 @@ class _Kernel:
         self.subgraphs = [self._subgraph(root) for root in roots_of(program)]
 
     def _subgraph(self, root: Name) -> Any:
-        """The IR of a value, as a function of a logit, its row and its column."""
+        """Return the IR of a value, as a function of a logit, its row and its column."""
         names = tuple(self.program.operands)
         dtypes = tuple(operand.get_dtype() for operand in self.captured)
         placeholders = [
@@ -105,7 +108,7 @@ class _Kernel:
             )
         ]
         function = _scalar_function(str(self.program), root, names, dtypes)
-        # An operator that is given one value and numbers must see that it is a tensor.
+        # As a TensorBox, an operator sees that an operand is a tensor and not a number.
         operands = [ir.TensorBox.create(operand) for operand in self.captured]
         found = build_subgraph_module_buffer([*placeholders, *operands], function)
         buffer = found[0] if isinstance(found, (list, tuple)) else found
@@ -120,7 +123,7 @@ class _Kernel:
         constants: Callable[[Config], dict[str, Any]],
         **options: Any,
     ) -> list[Any]:
-        """The template's results, the first of which it stores through Inductor.
+        """Return the template's results. Inductor stores the first one.
 
         Args:
             template: what is called.
@@ -167,7 +170,7 @@ class _Kernel:
             choices,
             [*inputs, *self.captured],
             layout,
-            # A random first column of a block would be out of bounds.
+            # The autotuner's random numbers would be out of bounds as the first column of a block.
             input_gen_fns={first + at: _zeros for at in range(len(more_inputs))},
         )
         result = selected(chosen)
@@ -205,8 +208,11 @@ def _zeros(node: Any) -> torch.Tensor:
 def _scalar_function(
     program: str, root: Name, names: tuple[Name, ...], dtypes: tuple[torch.dtype, ...]
 ) -> GraphModule:
-    """A value of the program as a graph of 0-d tensors: the logit, its row and column; after them
-    the operands, whole, of which it takes what belongs there."""
+    """Return the graph that computes a value of the program from tensors without dimensions.
+
+    Its arguments are the logit, its row and its column, and then the operands, which are whole: the
+    graph takes their value at that row and column.
+    """
 
     def function(z: Any, row: Any, column: Any, *operands: Any) -> Any:
         values: dict[Any, Any] = {LOGIT: z, COLUMN: column}
@@ -229,7 +235,7 @@ def _scalar_function(
         torch.zeros([1] * (name.kind.rank if name.kind else 0), dtype=dtype)
         for name, dtype in zip(names, dtypes, strict=True)
     ]
-    # A new thread has the dispatcher's default state.
+    # A new thread has the dispatcher's default state: no modes, no autocast.
     with ThreadPoolExecutor(max_workers=1) as thread:
         table = select_decomp_table()
         traced = make_fx(function, decomposition_table=table, tracing_mode="fake")
@@ -304,9 +310,9 @@ def _weight_block(weight: Any, start: int, width: int, dtype: torch.dtype, after
 
 @contextlib.contextmanager
 def _after(tensors: Sequence[Any]) -> Iterator[None]:
-    """What is lowered within runs when the tensors have been computed.
+    """Make everything that is lowered inside the with-block run after the tensors are computed.
 
-    Otherwise the scheduler may compute the blocks of all of the vocabulary first.
+    Otherwise the scheduler could compute all blocks of the vocabulary first, and store them.
     """
     names = set()
     for tensor in tensors:
@@ -329,7 +335,7 @@ def _after(tensors: Sequence[Any]) -> Iterator[None]:
 
 
 def _add_product(total: Any, a: Any, b: Any) -> Any:
-    """In the memory of `total`, a sum that nobody else reads."""
+    """Add in the memory of `total`, if nothing else reads that sum."""
     node = V.graph.current_node
     source = node.args[0]
     if (
@@ -343,8 +349,8 @@ def _add_product(total: Any, a: Any, b: Any) -> Any:
 
 
 def _or_fallback(operator: Any, lowering: Callable[..., Any]) -> Callable[..., Any]:
-    """The lowering on a device that has templates, the operator as it is elsewhere, and where the
-    lowering fails: slower, but right."""
+    """Fall back to the operator itself, which is slower, on devices without templates and where the
+    lowering raises."""
     fallback = fallback_handler(operator, add_to_fallback_set=False)
 
     def lowered(*args: Any) -> Any:
@@ -362,7 +368,7 @@ def _or_fallback(operator: Any, lowering: Callable[..., Any]) -> Callable[..., A
 
 @functools.cache
 def register() -> None:
-    """Makes Inductor use the templates."""
+    """Make Inductor use the templates."""
     for operator, lowering in (
         (_OPS.tile_statistics.default, _tile_statistics),
         (_OPS.logit_gradient.default, _logit_gradient),
@@ -372,7 +378,7 @@ def register() -> None:
         register_lowering(operator, type_promotion_kind=None)(_or_fallback(operator, lowering))
     fused = make_pointwise(lambda addend, a, b: ops.fma(a, b, addend))
     register_lowering(_OPS.multiply_add.default, type_promotion_kind=None)(fused)
-    # What has a decomposition has no fallback by itself, also when it is not decomposed.
+    # Inductor makes no fallback for an operator with a decomposition, even if that declines.
     for whole in (_OPS.reduce_rows.default, _OPS.reduce_rows_backward.default):
         fallback = fallback_handler(whole, add_to_fallback_set=False)
         register_lowering(whole, type_promotion_kind=None)(fallback)

@@ -1,7 +1,7 @@
 """The operators that the templates implement: statistics of tiles, and gradients of blocks.
 
-Here they are ordinary tensor code that stores what it computes: the specification of `templates`,
-which take their place when Inductor compiles for a GPU.
+Here they are ordinary tensor code that stores the logits. It specifies the templates, which take
+its place when Inductor compiles for a GPU.
 
 - `tile_statistics`: what each tile of the vocabulary contributes to the reductions of each row
 - `block_starts`: where the blocks of the vocabulary begin
@@ -10,8 +10,8 @@ which take their place when Inductor compiles for a GPU.
 - `add_product`: a matrix product that is summed in float32
 - `multiply_add`: a step of a program that is rounded once
 
-They are as few launches, and as few different kernels, as they can be for any number of blocks:
-what differs from block to block is a tensor, an address, or a number that only an operator sees.
+For any number of blocks there are as few launches and as few different kernels as possible: only a
+tensor, an address, or an argument that no kernel sees differs from one block to the next.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _new_statistics(*arguments: Any) -> list[Tensor]:
 
 
 def _block_starts(like: Tensor, width: int, count: int) -> list[Tensor]:
-    """The first column of each of `count` blocks: int32, one number each, where `like` is."""
+    """Return the first column of each of `count` blocks, int32 [] each, on the device of `like`."""
     spacing = ALIGNMENT // torch.int32.itemsize
     starts = torch.arange(0, count * width, width, dtype=torch.int32, device=like.device)
     return list(starts.repeat_interleave(spacing)[::spacing].unbind())
@@ -166,14 +166,14 @@ def _fake_block_starts(like: Tensor, width: int, count: int) -> list[Tensor]:
     return [like.new_empty((), dtype=torch.int32) for _ in range(count)]
 
 
-# Its results share one tensor, which `torch.library.custom_op` does not allow.
+# The results share one tensor, which `torch.library.custom_op` does not allow.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("block_starts(Tensor like, int width, int count) -> Tensor[]")
 _library.impl("block_starts", _block_starts, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::block_starts", _fake_block_starts, lib=_library)
 block_starts = torch.ops.cce_inductor.block_starts
 
-# `torch.addcmul` that a compiler may not take apart.
+# This is `torch.addcmul`, except that a compiler may not decompose it.
 _library.define("multiply_add(Tensor addend, Tensor a, Tensor b) -> Tensor")
 _library.impl("multiply_add", torch.addcmul, "CompositeExplicitAutograd")
 
@@ -182,10 +182,10 @@ _library.impl("multiply_add", torch.addcmul, "CompositeExplicitAutograd")
 def weight_block(
     linear_weight: Tensor, start: int, width: int, dtype: torch.dtype, after: Sequence[Tensor]
 ) -> Tensor:
-    """A copy of ``linear_weight[start : start + width]`` in another dtype.
+    """Return a copy of ``linear_weight[start : start + width]`` in another dtype.
 
-    It waits for the tensors `after`, which are not read: once they are computed, the block before
-    needs its memory no longer.
+    The tensors `after` are not read. They are computed first, so that the memory of the block
+    before is free.
     """
     return linear_weight.narrow(0, start, width).to(dtype, copy=True).contiguous()
 
@@ -261,19 +261,20 @@ def _new_blocks(*arguments: Any) -> list[Tensor]:
 
 
 def row_stride(width: int, dtype: torch.dtype) -> int:
-    """Of a block's rows, so that each begins where the library's fast products want it."""
+    """Return the stride of a block's rows, each of which begins at a multiple of `ALIGNMENT`: the
+    library's fast products require that."""
     spacing = ALIGNMENT // dtype.itemsize
     return -(-width // spacing) * spacing
 
 
 def block_dtypes(program: Program, dtype: torch.dtype) -> list[torch.dtype]:
-    """Of what `logit_gradient` returns for an input of `dtype`."""
+    """Return the dtypes of what `logit_gradient` returns for an input of `dtype`."""
     return [dtype, *(torch.float32 for _ in program.blocks[1:])]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::add_product", mutates_args=())
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``total + a @ b``, float32, summed in float32.
+    """Return ``total + a @ b``, float32, summed in float32.
 
     Args:
         total: float32 [m, n], None for zeros.
@@ -311,7 +312,7 @@ def _block(
     program: Program,
     columns: slice,
 ) -> dict[Name, Tensor]:
-    """The program's values in some columns, whose weight is given; those reduced are float32."""
+    """Return the program's values in some columns, whose weight is given. The roots are float32."""
     z = input.float() @ weight.float().t()
     if linear_bias is not None:
         z += linear_bias[columns]

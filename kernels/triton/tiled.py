@@ -1,11 +1,12 @@
-"""Reductions of logits by the operators of `tile_ops`, with small tensor code around them.
+"""Statistics and gradients by the operators of `specification`, with small tensor code around them.
 
-`tile_statistics` leaves for each row and each tile of the vocabulary what the program's reductions
-need of it; a second step, on [tiles, rows], makes the results, in a fixed order and in float64.
-The backward takes the vocabulary in blocks: `logit_gradient` computes a block's logits again and
-writes their gradient, which two library products turn into gradients of weight and input.
+In the forward, `tile_statistics` stores a few numbers for each row and each tile of the vocabulary;
+a second step, on [tiles, rows], combines them in a fixed order and in float64. In the backward, the
+vocabulary is divided into blocks: `logit_gradient` computes a block's logits again and writes their
+gradient, and two library products make the gradients of weight and input from it.
 
-All of it can be traced: compiled, the operators become kernels, and the rest is fused around them.
+Everything here can be traced: Inductor compiles the operators to kernels, and fuses the rest around
+them.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ DEVICES = {"cuda"}
 """The types of device that have templates."""
 
 INDEX_LIMIT = 16
-"""The largest number of indices a row: each is compared with every column."""
+"""The largest number of indices of a row. Each is compared with every column."""
 
 UNSEEN_ROWS = 8192
-"""What a number of rows that is a symbol is taken for, if no larger one was seen."""
+"""The number of rows that blocks are made for, at least, where that number is symbolic."""
 
 MIN_BLOCK = 8192
-"""Columns of a block of gradients at least. The float32 sum of the input's gradient is read and
-written for each block, which costs more than the products where blocks are narrow."""
+"""The least number of columns of a block of gradients. The float32 sum of the input's gradient is
+read and written for each block; with narrow blocks, that costs more than the products."""
 
 STATISTICS_WIDTHS = (TILE, TILE // 2, TILE // 4)
-"""Columns of a tile of statistics: the wider, the fewer statistics are stored."""
+"""The numbers of columns that a tile of statistics may have. Wide tiles store fewer numbers."""
 
 TILES_ENOUGH = 1024
-"""For a device to be busy, of 128 rows each."""
+"""The number of tiles, of 128 rows each, that keeps a device busy."""
 
 
 def reason_against(head: Head) -> str | None:
-    """Why a program cannot be computed here, None if it can."""
+    """Return why a program cannot be computed by the templates; None if it can."""
     if not isinstance(head.linear_weight.shape[0], int):
         return "there is no template for a vocabulary whose size changes"
     if head.compute_dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -74,16 +75,15 @@ def reason_against(head: Head) -> str | None:
 
 
 def reduce(input: Tensor, head: Head, sources: str = "", tile: int | None = None) -> list[Tensor]:
-    """`blockwise.reduce` by `tile_statistics`, for programs that `reason_against` has nothing
-    against.
+    """`blockwise.engine.reduce` by `tile_statistics`, if `reason_against` returns None.
 
-    Rows whose indices are all ignored have zeros for results if ``head.skip_ignored``. An index
-    out of bounds is an assertion on the device.
+    With ``head.skip_ignored``, rows whose indices are all ignored have zeros for results. An index
+    out of bounds fails an assertion on the device.
 
     Args:
         input, head: as for `blockwise.reduce`.
         sources: as for `tile_statistics`.
-        tile: columns of a tile of statistics; None for as many as suit the sizes.
+        tile: columns of a tile of statistics; None to choose by the sizes.
     """
     program, vocabulary = head.program, head.vocabulary
     tile = tile or _statistics_width(input.shape[0], vocabulary)
@@ -139,7 +139,7 @@ def reduce_backward(
     wanted: Wanted,
     sources: str = "",
 ) -> Gradients:
-    """`blockwise.reduce_backward` by `logit_gradient` and matrix products.
+    """`blockwise.engine.reduce_backward` by `logit_gradient` and matrix products.
 
     Raises:
         UntiledError: the gradient cannot be written as a program.
@@ -162,7 +162,7 @@ def reduce_backward(
     sums: dict[Name, list[Tensor]] = {name: [] for name in wanted_operands}
     width = _block_width(rows, vocabulary, head, len(gradient.blocks))
     blocks = range(0, vocabulary, width)
-    before: list[Tensor] = []  # what has been made of the block before
+    before: list[Tensor] = []  # the gradients from the block before
     for start, first in zip(blocks, block_starts(weight, width, len(blocks)), strict=True):
         columns = min(width, vocabulary - start)
         if weight.dtype == head.compute_dtype:
@@ -215,26 +215,29 @@ _SUMMED = {OperandKind.ROW: [1], OperandKind.COLUMN: [0], OperandKind.SCALAR: [0
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b``, rounded once."""
+    """Return ``a @ b``, rounded once to `dtype`."""
     if dtype == a.dtype:
         return a @ b
     if a.dtype == torch.float32:
         return (a @ b).to(dtype)
-    if a.device.type == "cuda":  # Inductor lets the library write into the whole gradient
+    if a.device.type == "cuda":  # Inductor lets the library write into the whole gradient.
         return torch.mm(a, b, out_dtype=torch.float32).to(dtype)
     return add_product(None, a, b).to(dtype)
 
 
 def _expected(rows: Any) -> int:
-    """How many rows a block of gradients has to be narrow enough for."""
+    """Return the number of rows for which a block of gradients has to fit the workspace."""
     if isinstance(rows, int):
         return rows
     return max(UNSEEN_ROWS, int(rows.node.hint) if rows.node.has_hint() else 0)
 
 
 def _statistics_width(rows: Any, vocabulary: int) -> int:
-    """Columns of a tile of statistics: as many as leave enough tiles for a device. For a number of
-    rows that is a symbol the least, so that the kernel does not depend on which was seen first."""
+    """Return the columns of a tile of statistics: as many as leave enough tiles for a device.
+
+    For a symbolic number of rows these are the fewest, so that the kernel does not depend on the
+    number that was compiled first.
+    """
     row_tiles = -(-rows // 128) if isinstance(rows, int) else 0
     for width in STATISTICS_WIDTHS:
         if row_tiles * -(-vocabulary // width) >= TILES_ENOUGH:
@@ -243,15 +246,17 @@ def _statistics_width(rows: Any, vocabulary: int) -> int:
 
 
 def _block_width(rows: Any, vocabulary: int, head: Head, blocks: int) -> int:
-    """Columns of a block of gradients that the workspace holds, `MIN_BLOCK` or more."""
+    """Return the columns of a block of gradients that fit the workspace, at least `MIN_BLOCK`."""
     row_bytes = head.compute_dtype.itemsize + torch.float32.itemsize * (blocks - 1)
     width = head.workspace_bytes // max(1, row_bytes * (_expected(rows) or 1))
     return min(vocabulary, max(MIN_BLOCK, width // TILE * TILE))
 
 
 def _assert_in_bounds(indices: Sequence[Tensor], vocabulary: int) -> None:
-    """On the device, in a kernel of its own: an assertion among matrix products serializes
-    them."""
+    """Assert on the device that no index is out of bounds.
+
+    This has a kernel of its own: an assertion in a kernel serializes its matrix products.
+    """
     if indices:
         outside = sum((index >= vocabulary).sum() for index in indices)
         message = "index out of bounds: an index is not in the vocabulary"
