@@ -128,7 +128,7 @@ class _Recorder(TorchDispatchMode):
         return self._values[address] if address in self._values else tensor.item()
 
     def steps_to(self, results: list[Any]) -> tuple[list[Step], list[Any]]:
-        """Return the steps that the results need, numbered from 0, and the results in their names."""
+        """Return the steps that the results need, numbered from 0, and the results by name."""
         steps = needed(self._steps, names_in(results))
         names = {step.name: Name(f"t{number}") for number, step in enumerate(steps)}
 
