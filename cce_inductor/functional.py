@@ -1,4 +1,4 @@
-"""linear_cross_entropy(): the fused loss called by hand."""
+"""`linear_cross_entropy`: the fused loss as a function."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def linear_cross_entropy(
         linear_bias: [vocabulary], the dtype of `input`.
         weight: [vocabulary], a rescaling weight for each class, the dtype of `input`.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        ignore_index: rows with this target add nothing, and are neither read nor computed.
+        ignore_index: rows with this target add nothing to the loss, and are not computed.
         label_smoothing: in [0, 1].
         softcap: if given, logits become ``softcap * tanh(logits / softcap)`` (Gemma 2,
             arXiv 2408.00118); greater than 0.
@@ -90,7 +90,7 @@ def linear_cross_entropy(
         statements = [f"t0 = div.Tensor(z, {cap})", "t1 = tanh(t0)", f"t2 = mul.Tensor(t1, {cap})"]
         logit = "t2"
     summed = logit
-    smoothed = label_smoothing > 0  # as `cross_entropy`, which ignores a negative one
+    smoothed = label_smoothing > 0  # PyTorch ignores a negative label smoothing.
     if smoothed and weight is not None:
         operands.append(weight)
         statements.append(f"t3 = mul.Tensor({logit}, c1)")
@@ -121,7 +121,7 @@ def linear_cross_entropy(
 
 
 def _accepts(unfused: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor) -> bool:
-    """Whether PyTorch takes the arguments, asked with no rows at all, which costs nothing."""
+    """Whether PyTorch accepts the arguments, tried without any rows, which costs nothing."""
     if target.shape != input.shape[:-1]:
         return False
     try:

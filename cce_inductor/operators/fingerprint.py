@@ -1,4 +1,4 @@
-"""What compiled code depends on besides the graph: this package's sources and its options."""
+"""A digest of this package's sources and options, on which compiled code depends as well."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sources() -> str:
 
 
 def _files() -> Iterator[Path]:
-    """The source files, also those in folders that a clone links to."""
+    """The source files, including those in linked folders, as a clone has them."""
     for folder, _, names in os.walk(_PACKAGE, followlinks=True):
         yield from (Path(folder, name) for name in names if name.endswith(_SUFFIXES))
 

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(input: Tensor) -> None:
-    """Makes Inductor use templates, if it may be compiling for a device that has them."""
+    """Make Inductor use the templates, if it may be compiling for a device that has them."""
     if input.device.type in tiled.DEVICES and TracingContext.try_get() is not None:
         register()
 
@@ -98,7 +98,7 @@ def _is_tiled(input: Tensor, head: Head) -> bool:
 
 
 def _reason_against(device: torch.device) -> str | None:
-    """Why a device has no templates, None if it has."""
+    """Return why a device has no templates; None if it has some."""
     if not has_triton():
         return "Triton is not there"
     if torch.version.hip:

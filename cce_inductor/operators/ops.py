@@ -1,14 +1,14 @@
-"""The operators, `torch.ops.cce_inductor.*`, with their meta and autograd formulas.
+"""The operators `torch.ops.cce_inductor.*`, with their fake implementations and autograd formulas.
 
-- `reduce_rows`: (input, weight, program) -> what the program says about each row of logits
-- `reduce_rows_backward`: its gradients, from logits computed again
+- `reduce_rows`: the statistics of each row of logits that a program names
+- `reduce_rows_backward`: their gradients, from logits that are computed again
 
-Rewritten graphs hold composites of them, so that the compiler and autograd see only these two and
-small operations on values of rows:
+Rewritten graphs call composite operators, which consist of these two and of small operations on one
+number a row; the compiler and autograd see only those:
 
 - `reduce`: `reduce_rows` for any number of dimensions
 - `cross_entropy`: the loss from each row's `logsumexp` and target logit
-- `expand_rows`: an operand as large as the rows
+- `expand_rows`: an operand, expanded to the size of the rows
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _cross_entropy(
     label_smoothing: float,
     result_dtype: torch.dtype,
 ) -> Tensor:
-    """Without `lse`, `target_logit` is a log-probability."""
+    """Return the loss; without `lse`, `target_logit` is a log-probability."""
     rows = target.reshape(-1)
     kept = rows != ignore_index
     loss = -target_logit.reshape(-1)
