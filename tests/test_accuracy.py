@@ -37,7 +37,7 @@ def random_problem(seed, scale=1.0, vocabulary=VOCABULARY):
 
 
 def peaked_problem(seed):
-    """Logits of tens: rows with losses from 1 to 1e-7, and a few that are wrong with confidence."""
+    """Large logits: rows with losses from 1 to 1e-7, and a few confident mistakes."""
     problem = random_problem(seed)
     generator = torch.Generator().manual_seed(seed)
     factor = torch.empty(TOKENS, 1).uniform_(10, 25, generator=generator)
@@ -49,13 +49,13 @@ def peaked_problem(seed):
 
 
 def far_problem(seed):
-    """All logits are large, and their differences are not."""
+    """All logits are large, but their differences are small."""
     problem = random_problem(seed)
     return dataclasses.replace(problem, bias=problem.bias + 200)
 
 
 def confident_problem(seed, confidence=(22, 40)):
-    """Every row is right; the loss is 1e-4 or less, and so is what the probability lacks to 1."""
+    """Every row is right: the loss, and 1 minus the probability, are at most 1e-4."""
     problem = random_problem(seed)
     generator = torch.Generator().manual_seed(seed)
     factor = torch.empty(TOKENS, 1).uniform_(*confidence, generator=generator)
@@ -65,7 +65,7 @@ def confident_problem(seed, confidence=(22, 40)):
 
 
 def certain_problem(seed):
-    """The loss is of the size of float32's rounding of a probability near 1."""
+    """The loss is as small as the rounding of a float32 probability near 1."""
     return confident_problem(seed, confidence=(40, 60))
 
 
@@ -78,7 +78,7 @@ def trained_problem():
     successors = words(4 * VOCABULARY).view(VOCABULARY, 4)
 
     def sample(n):
-        """Words, and after each one of its four successors or sometimes any word."""
+        """Sample words, each followed by one of its four successors or sometimes by any word."""
         word = words(n)
         choice = torch.multinomial(torch.tensor([8.0, 4, 2, 1, 3]), n, True, generator=generator)
         return word, torch.cat((successors[word], words(n)[:, None]), 1)[torch.arange(n), choice]
@@ -130,7 +130,7 @@ def upcast(logits):
 
 
 def averaged(rows, target, reduction):
-    """The mean over rows that are not ignored, or those of all rows."""
+    """Return the mean over the rows that are not ignored, or the value of each row."""
     kept = target != -100
     rows = rows.where(kept, 0.0)
     return rows.sum() / kept.sum() if reduction == "mean" else rows
@@ -172,7 +172,7 @@ def kl_from_frequency(logits, target, reduction):
 
 
 def collision_entropy(logits, target, reduction):
-    """Takes the logsumexp first, then a second pass over the logits."""
+    """It needs the logsumexp first, and then a second pass over the logits."""
     rows = -torch.softmax(logits, -1).square().sum(-1).log()
     return averaged(rows, target, reduction)
 
@@ -235,7 +235,7 @@ def soft_labels(logits, teacher, target, reduction):
 
 @functools.cache
 def compiled(spelling, dtype, reduction):
-    """What the pass makes of a spelling; the compiler changes nothing else."""
+    """Compile with the pass alone; nothing else is changed."""
     options = {"min_logits_bytes": 0, "on_error": "raise", **spelling.options}
     fn = torch.compile(
         lambda *args: spelling.unfused(*args),
@@ -277,7 +277,7 @@ AUTOCAST = Spelling(context=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 def loss_and_gradients(loss, problem, dtype, reduction, exact=False):
-    """The loss and the gradients for the inputs rounded to `dtype`, in `RESULTS` order."""
+    """Return loss and gradients, in `RESULTS` order, for inputs rounded to `dtype`."""
     leaves = [t.to(dtype) for t in (problem.input, problem.weight, problem.bias)]
     leaves = [t.detach().to(torch.float64 if exact else dtype, copy=True) for t in leaves]
     leaves = [t.requires_grad_() for t in leaves]
@@ -324,7 +324,7 @@ def test_no_less_accurate_than_unfused(dtype, spelling, reduction, problem):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_loss_of_two_passes(dtype, problem):
-    """Their gradients are rounded twice: see the limits in the README."""
+    """Gradients are rounded twice; see the limits in the README."""
     assert_contract(TWO_PASSES, problem, dtype, "none", torch.float32, of=["loss"])
 
 
@@ -343,20 +343,20 @@ def test_no_less_accurate_than_autocast(reduction, problem):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["random", "peaked", "tiny", "trained"])
 def test_float64_agrees_to_1e_12(name, reduction, request):
-    """Not of confident rows: there the unfused float64 graph is not exact to 1e-12 either."""
+    """Without confident rows, for which the unfused float64 graph is not exact to 1e-12 either."""
     problem = PROBLEMS.get(name) or request.getfixturevalue("trained_problem")
     plain = SPELLINGS["plain"]
     assert errors(plain.fused, plain.exact, problem, torch.float64, reduction).max() < 1e-12
 
 
 def test_float16_gradients_of_many_tiles_below_its_normal_range():
-    """Each tile adds to the gradient of the input what is too small for float16 to hold well."""
+    """Each tile adds to the gradient of the input values below the normal range of float16."""
     problem = functools.partial(random_problem, scale=1e-3, vocabulary=8 * TILE)
     assert_contract(SPELLINGS["float"], problem, torch.float16, "mean", torch.float32)
 
 
 def test_float16_gradient_of_two_tiles_that_cancel():
-    """Neither tile's part of the gradient of the input fits float16; their sum does."""
+    """The parts of the gradient of the input overflow float16; their sum does not."""
     weight = torch.zeros(2 * TILE, 8, dtype=torch.float16)
     weight[0], weight[TILE] = 400, 404
     input = torch.ones(1, 8, dtype=torch.float16, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Inductor's caches stay on, answer a second process, and never answer with stale code."""
+"""Inductor's caches stay enabled, serve a second process, and never return stale code."""
 
 import json
 import os
@@ -46,7 +46,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs the script in a new process, all with one cache directory."""
+    """Run the script in a new process with the shared cache directory."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(how, sources=None, **options):
@@ -65,7 +65,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def other_sources(tmp_path):
-    """A copy of the package with one comment more in a kernel."""
+    """Return a copy of the package with an added comment in a kernel."""
     root = Path(cce_inductor.__file__).parent.parent
     shutil.copytree(root / "cce_inductor", tmp_path / "cce_inductor")
     for folder in ("kernels", "patterns"):

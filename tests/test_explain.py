@@ -249,7 +249,7 @@ def test_advice_says_when_an_option_helps(defer_logits):
 
 @pytest.mark.parametrize("defer_logits", ["with_loss", "always"])
 def test_advice_for_chunks_that_are_too_small(defer_logits):
-    """Each chunk of a chunked loss is a graph's input, and none is as large as is asked for."""
+    """Each chunk of a chunked loss is the input of a graph, and is smaller than min_logits_bytes."""
     given = advice_for_logits_from_outside(rows=2, defer_logits=defer_logits)
     assert given == (
         "compute the logits and the loss in one compiled function, without a graph break between "
@@ -258,7 +258,7 @@ def test_advice_for_chunks_that_are_too_small(defer_logits):
 
 
 def test_advice_after_a_graph_break_that_always_does_not_cross():
-    """The head is a module that is left out of compilation, as FSDP's hooks make it."""
+    """The head is a module that is excluded from compilation, as FSDP's hooks do."""
 
     @torch._dynamo.disable
     def head(input):
@@ -274,7 +274,7 @@ def test_advice_after_a_graph_break_that_always_does_not_cross():
 
 
 def test_sizes_that_are_known_only_at_run_time():
-    """A size that nobody knows is not invented, and is large enough."""
+    """An unknown size is not made up, and counts as large enough."""
 
     def fn(input, target):
         kept = target > 10

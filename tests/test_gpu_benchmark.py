@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` on a machine without a GPU: what it records, and what it makes of trouble."""
+"""`benchmarks/gpu.py` on a machine without a GPU: its records, and how it handles failures."""
 
 import json
 import os
@@ -25,7 +25,7 @@ sys.meta_path[:] = [
 
 
 def run(folder, *arguments):
-    """Of a clone that is not installed; the results, what was printed, and the seconds."""
+    """Run gpu.py of a clone that is not installed; return results, output and seconds."""
     (folder / "sitecustomize.py").write_text(NOT_INSTALLED)
     began = time.monotonic()
     ran = subprocess.run(
@@ -51,7 +51,7 @@ def by_name(results, part):
 
 
 def test_every_part_on_the_cpu(tmp_path):
-    # It takes a minute; four are enough where others use the machine.
+    # It takes one minute; four are enough on a busy machine.
     results, printed, _ = run(tmp_path, "--minutes", "4", "--output", "results")
     assert [part["part"] for part in results["parts"]] == [part.name for part in gpu.PARTS]
     for part in results["parts"]:
@@ -82,14 +82,14 @@ def test_every_part_on_the_cpu(tmp_path):
 
 def test_what_has_no_time_is_dropped(tmp_path):
     results, printed, seconds = run(tmp_path, "--minutes", "0.12", "--output", "results")
-    assert seconds < 45  # not the minutes that all parts would take
+    assert seconds < 45  # all parts together would take minutes
     statuses = [part["status"] for part in results["parts"]]
     assert statuses[-1] == "was dropped: no time was left"
     assert statuses[-1] in printed
 
 
 def test_an_installed_package_is_measured_if_asked_for(tmp_path):
-    """With its folders as a wheel has them."""
+    """The folders are arranged as in a wheel."""
     package = tmp_path / "cce_inductor"
     for folder in ("kernels", "patterns"):
         shutil.copytree(BENCHMARKS.parent / folder, package / folder)
@@ -100,7 +100,7 @@ def test_an_installed_package_is_measured_if_asked_for(tmp_path):
 
 
 def says(line, then="pass"):
-    """A part's command: it plans something, says a line, and does something else."""
+    """Return the command of a part: it plans a result, writes a line, and continues."""
     lines = [{"plan": ["first", "second"]}, line]
     code = "".join(f"print({json.dumps(each)!r}, flush=True)\n" for each in lines)
     return ("-c", f"import os, subprocess, sys, time\n{code}{then}")
@@ -119,7 +119,7 @@ def test_trouble_costs_only_its_own_part(tmp_path, monkeypatch):
     ]
     began = time.monotonic()
     gpu.Driver(tmp_path, "cpu", 40.0, dict(os.environ)).run(parts, {})
-    assert time.monotonic() - began < 50  # nobody waited for those who sleep
+    assert time.monotonic() - began < 50  # the sleeping processes were not waited for
 
     results = json.loads((tmp_path / "gpu.json").read_text())
     found = {part["part"]: part for part in results["parts"]}

@@ -1,4 +1,4 @@
-"""What a call changes in place is observed, whatever the call is named."""
+"""Which tensors a call changes in place is observed, not derived from its name."""
 
 import operator
 
@@ -85,7 +85,7 @@ WRITES_NOTHING = {
 
 
 def written_arguments(fn):
-    """The arguments "x", "a" and "b" of `fn` that its graph changes."""
+    """Return which of the arguments "x", "a" and "b" of `fn` its graph changes."""
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         (module,) = capture(fn, torch.randn(4, 4), torch.randn(4), torch.rand(4))
     written = {storage for node in module.graph.nodes for storage in mutated_storages(node)}

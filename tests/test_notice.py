@@ -1,5 +1,5 @@
-"""What is said without being asked: a large loss that is left alone, once a place, and at the end of
-a process that nothing was rewritten."""
+"""Warnings: once for each place with a large loss that is left alone, and at the end of a process
+in which nothing was rewritten."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ def _nothing_compiled():
 
 @pytest.fixture
 def said(caplog):
-    """What was logged at warning level so far."""
+    """Return a function that returns the warnings so far."""
     caplog.set_level(logging.WARNING, "cce_inductor")
     return lambda: [record.getMessage() for record in caplog.records]
 
@@ -118,7 +118,9 @@ def test_explain_says_it_itself(said):
 def test_what_is_large():
     assert is_large(16 * 2**20, Options())
     assert not is_large(16 * 2**20 - 1, Options())
-    assert not is_large(2**29, Options(min_logits_bytes=2**30))  # who says so knows
+    assert not is_large(
+        2**29, Options(min_logits_bytes=2**30)
+    )  # the option takes precedence over the default
     assert not is_large(2**10, Options(min_logits_bytes=0))
     assert is_large(None, Options())
 
@@ -209,6 +211,6 @@ def test_the_oldest_reports_are_forgotten():
 def test_a_place_is_remembered_for_a_while(monkeypatch):
     monkeypatch.setattr(notice, "_MOST_PLACES", 2)
     tally = notice._Tally()
-    asked = ["a", "b", "a", "c", "b", "a"]  # the third place takes the place of the first
+    asked = ["a", "b", "a", "c", "b", "a"]  # the third replaces the first
     assert [tally.is_new(place) for place in asked] == [True, True, False, True, False, True]
     assert len(tally._warned) == 2

@@ -1,4 +1,4 @@
-"""Options are checked where they enter, whichever door that is."""
+"""Options are validated by every function that accepts them."""
 
 import dataclasses
 

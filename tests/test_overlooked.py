@@ -1,4 +1,4 @@
-"""Losses that have no rule, or do not look like one, do not vanish from what is said."""
+"""Losses without a rule, or that do not look like losses, are still reported."""
 
 import inspect
 import logging
@@ -26,7 +26,7 @@ def _nothing_compiled():
 
 
 def place(fn, text):
-    """``file.py:line`` of the one line of `fn` that contains `text`."""
+    """Return ``file.py:line`` of the only line of `fn` that contains `text`."""
     lines, first = inspect.getsourcelines(fn)
     (line,) = [first + number for number, line in enumerate(lines) if text in line]
     return f"{__file__}:{line}"
@@ -67,7 +67,7 @@ def test_a_loss_of_what_is_made_from_a_reduction_is_reported(fn):
 
 
 def test_a_loss_of_one_value_a_row_is_none_of_classes():
-    """The KL divergence of rewards, say, which are one a row."""
+    """For example, the KL divergence of rewards, one per row."""
 
     def fn(x, w, y):
         z = F.linear(x, w)
@@ -162,7 +162,7 @@ def test_a_loss_in_an_autograd_function():
 
 
 def test_a_loss_with_a_name_in_an_autograd_function():
-    """It does not come over a graph break, and no option looks into it."""
+    """It cannot cross a graph break, and no option changes that."""
 
     def fn(x, w, y):
         return Named.apply(F.linear(x, w), y)
@@ -189,7 +189,7 @@ def test_a_large_softmax_over_few_classes_is_reported(tokens, caplog):
     arguments = torch.randn(tokens, 4096), torch.randn(4096, 4096), torch.zeros(tokens).long()
     torch.compile(by_hand, backend="cce_inductor_eager", dynamic=False)(*arguments)
     reports = cce_inductor.reports()
-    if tokens == 1023:  # small logits, as those of a router are
+    if tokens == 1023:  # small logits, as in a router
         assert reports == []
         assert not caplog.text
         return

@@ -1,20 +1,19 @@
-"""Whatever program is compiled, its numbers are those of eager.
+"""Random programs give the same numbers with the pass as in eager PyTorch.
 
-`programs` makes random programs, hazards included. Each is compiled with every option that makes
-the pass bolder, and must give the results and gradients of eager PyTorch: to 1e-9 in float64,
-otherwise as near to float64 as eager is, within a factor. Where nothing is rewritten the graph
-must be untouched, with a reason for each loss. A program that eager cannot run, or that Dynamo
-alone breaks, says nothing.
+`programs` generates them, hazards included. Each is compiled with the options that rewrite most, and
+must give the results and gradients of eager PyTorch: to 1e-9 in float64, otherwise as near to float64
+as eager is, within a factor. If nothing is rewritten, the graph must be unchanged, and each loss must
+have a reason. A program that eager cannot run, or that Dynamo alone breaks, is skipped.
 
-A program with numbers, or a batch size, that are others in each of its calls is called as often,
-and no more graphs may be compiled than by a backend that does nothing.
+A program whose numbers or batch size vary is called several times, and may compile no more graphs
+than with a backend that does nothing.
 
-300 programs in a fixed order belong to the tests. For more, at random:
+The tests run 300 programs in a fixed order. To run more random programs:
 
     CCE_INDUCTOR_EXAMPLES=10000 pytest tests/test_property.py --hypothesis-show-statistics
 
-which also shows how many losses were rewritten, and why the others were not. The 300 make two of
-the calls of a program, for each takes the time of a compilation.
+This also shows how many losses were rewritten, and why the others were not. The 300 programs are
+called at most twice, because each call may compile.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ Results = list[Tensor | None]
 
 
 def run(fn, arguments: list[Any]) -> Results:
-    """Results, gradients, and the inputs afterwards, which the program may have changed."""
+    """Return results, gradients, and the inputs, which the program may have changed."""
     inputs = [x for x in arguments if isinstance(x, Tensor)]
     leaves = [input for input in inputs if input.requires_grad]
     torch.manual_seed(0)
@@ -70,7 +69,7 @@ def run(fn, arguments: list[Any]) -> Results:
 
 
 def difference(program: Program, got: Results, expected: Results, exact: Results) -> str | None:
-    """What is wrong with the results of the compiled function."""
+    """Describe how the results of the compiled function are wrong."""
     values = [x[x.isfinite()] for x in expected if x is not None and x.is_floating_point()]
     largest = max((x.abs().max().item() for x in values if x.numel()), default=0.0)
     for number, (ours, eager) in enumerate(zip(got, expected, strict=True)):
@@ -91,7 +90,7 @@ def difference(program: Program, got: Results, expected: Results, exact: Results
             assert reference is not None
             error, allowed = relative_error(ours, reference), relative_error(eager, reference)
             epsilon = torch.finfo(torch.bfloat16 if "bfloat16" in str(program) else ours.dtype).eps
-            if reference.norm() < 1e-9 * largest:  # 0, but for the rounding of what cancels
+            if reference.norm() < 1e-9 * largest:  # 0, except for the rounding of terms that cancel
                 error, allowed = (x.double().norm().item() / largest for x in (ours, eager))
             if error > 4 * allowed + 8 * epsilon:
                 return f"result {number}: error {error:.3g}, eager's {allowed:.3g}: {ours} instead of {eager}"
@@ -105,7 +104,7 @@ def test_compiled_program(program: Program):
 
 
 def check(program: Program) -> list[LossReport]:
-    """Raises AssertionError if the pass changes what a program computes."""
+    """Raise AssertionError if the pass changes what a program computes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _check(program)
@@ -147,7 +146,7 @@ def _check(program: Program) -> list[LossReport]:
 
 
 def _in_eager(program: Program) -> list[Results]:
-    """The results of the calls that eager can run, the first among them."""
+    """Return the results of the calls that eager can run, which include the first."""
     fn = program.function()
     found = []
     for call in range(program.calls if EXAMPLES else min(2, program.calls)):
@@ -185,7 +184,7 @@ def _compiled(
     exact: list[Results],
     backend: Callable[..., Any],
 ) -> tuple[int, BaseException | str | None]:
-    """How many graphs are compiled for the calls, and what is wrong with the results."""
+    """Return how many graphs the calls compile, and how the results are wrong."""
     graphs = 0
 
     def counting(module, example_inputs):
@@ -223,7 +222,7 @@ def _marked(program: Program, call: int) -> list[Any]:
 
 
 class _FindsInfinity(TorchFunctionMode):
-    """Whether any function gives +inf, or nan."""
+    """Records whether any function returns +inf or nan."""
 
     infinity = nan = False
 
@@ -236,7 +235,7 @@ class _FindsInfinity(TorchFunctionMode):
 
 
 def _assume_within_limits(program: Program, calls: int) -> None:
-    """Those in the README."""
+    """Skip a program that is affected by a limit in the README."""
     with _FindsInfinity() as mode:
         for call in range(calls):
             program.function()(*program.inputs(call))
@@ -252,7 +251,7 @@ _checked = 0
 
 
 def _forget(fn) -> None:
-    """Frees what is kept of a function; emptying all of Dynamo's caches each time is slower."""
+    """Free the compiled code of a function; emptying all of Dynamo's caches is slower."""
     global _checked
     linecache.cache.pop(fn.__code__.co_filename, None)
     _checked += 1

@@ -1,4 +1,4 @@
-"""The assertions for other people's models fail when they should, and only then."""
+"""The assertions of `cce_inductor.testing` fail when they should, and only then."""
 
 import functools
 
@@ -71,7 +71,7 @@ def inputs():
 
 @pytest.fixture
 def wrong(monkeypatch):
-    """Makes the graph that runs return something else: `wrong(change)`."""
+    """Return a function `wrong(change)` that changes the results of the compiled graph."""
 
     def install(change):
         def backend(module, example_inputs, *, options=None):

@@ -1,4 +1,4 @@
-"""What needs a CUDA device; without one nothing here is collected."""
+"""Tests that need a CUDA device; without one, none is collected."""
 
 import torch
 

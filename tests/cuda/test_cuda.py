@@ -1,4 +1,4 @@
-"""The compiled templates on a device: numbers, determinism, and nothing that waits for the host."""
+"""The compiled templates on a GPU: numbers, determinism, and no synchronization with the host."""
 
 import threading
 
@@ -45,7 +45,7 @@ def problem(rows, vocabulary, hidden, dtype=torch.bfloat16, ignored=True):
 
 
 def assert_no_less_accurate(fn, input, weight, target):
-    """Than eager code, with slack for chance; and by the templates."""
+    """Compare with eager code, with slack for chance; assert that the templates ran."""
     result, (code, *_) = run_and_get_code(torch.compile(fn), input, weight, target)
     gradients = torch.autograd.grad(result, (input, weight))
     assert "triton_tem_" in code
@@ -78,7 +78,7 @@ def test_float32_weights_under_autocast():
 
 @pytest.mark.parametrize("offset", [4, 8])
 def test_views_that_begin_anywhere(offset):
-    """At 8 and at 16 bytes."""
+    """Offsets of 8 and of 16 bytes."""
 
     def of_views(input, weight, target):
         return loss(input[:, offset:-offset], weight[:, offset:-offset], target)
@@ -92,7 +92,7 @@ def test_a_last_block_that_is_narrow(width):
 
 
 def test_a_step_in_another_thread():
-    """Whose first launches were in this one."""
+    """The first launches were in this thread."""
     inputs = problem(512, 5003, 256)
     compiled = torch.compile(loss)
     compiled(*inputs).backward()

@@ -1,4 +1,4 @@
-"""Logits that are returned, on a device: deferred like on the CPU, and nothing waits for the host."""
+"""Returned logits on a GPU: deferred as on the CPU, without synchronization with the host."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_accuracy():
     logits = torch.compile(model)(ids)
     ours, theirs = logits.argmax(-1), model(ids).argmax(-1)
     assert logits.is_deferred
-    assert (ours == theirs).float().mean() > 0.98  # the others are ties of bfloat16
+    assert (ours == theirs).float().mean() > 0.98  # the others are ties in bfloat16
 
 
 def test_a_step_does_not_wait_for_the_host():

@@ -1,4 +1,4 @@
-"""Every idiom gets its verdict, and the same numbers as in eager, whatever its verdict."""
+"""Each idiom has the expected outcome, and the numbers of eager PyTorch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def run(idiom: Idiom, code: Any, arguments: list[Any], parameters: list[Tensor]) -> Outcome:
-    """Calls the idiom; results are reduced with distinct weights, so that none can be swapped."""
+    """Call the idiom; results are reduced with distinct weights, so that swaps are noticed."""
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad] + parameters
     torch.manual_seed(1)
     with idiom.around():
@@ -80,7 +80,7 @@ def eager(idiom: Idiom) -> Outcome:
 
 
 def without_rounding(idiom: Idiom) -> Outcome:
-    """The idiom without rounding, from the same numbers."""
+    """Return the results of the idiom in float64, from the same values."""
     code, arguments = idiom.make()
     arguments = [
         a.detach().double().requires_grad_(a.requires_grad)
@@ -101,7 +101,7 @@ def parameters_of(code: Any) -> list[Tensor]:
 
 @functools.cache
 def compiled(name: str) -> tuple[Outcome, list[LossReport], list[GraphModule]]:
-    """What the rewritten idiom computes, what is reported, and its graphs after the pass."""
+    """Return the outcome of the rewritten idiom, its reports, and its graphs after the pass."""
     idiom = IDIOMS[name]
     options = Options(min_logits_bytes=idiom.smallest, on_error="raise")
     reports: list[LossReport] = []
@@ -126,14 +126,16 @@ PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv
 
 
 def stored_logits(module: GraphModule) -> list[str]:
-    """Nodes that still make a tensor of rows and vocabulary, by a product or with a gradient."""
+    """Return the nodes that still compute a [rows, vocabulary] product, or one with a gradient."""
     found = []
     for graph in [module, *(m for m in module.modules() if isinstance(m, GraphModule))]:
         for node in graph.graph.nodes:
             value = node.meta.get("example_value")
             if node.op not in ("call_function", "call_method") or not isinstance(value, Tensor):
                 continue
-            if [a.op for a in node.all_input_nodes] == ["placeholder"]:  # a transposed weight, say
+            if [a.op for a in node.all_input_nodes] == [
+                "placeholder"
+            ]:  # for example a transposed weight
                 continue
             shape = tuple(value.shape)
             rows_and_vocabulary = VOCABULARY in shape and HIDDEN not in shape
@@ -178,7 +180,7 @@ def test_numbers(idiom):
         got.gradients, theirs.gradients, exact.gradients, strict=True
     ):
         if their is None or ours is None:
-            # A zero gradient may be spelled either way.
+            # A zero gradient may be a tensor of zeros or None.
             assert their is None or not their.any()
             assert ours is None or not ours.any()
         else:
@@ -186,7 +188,7 @@ def test_numbers(idiom):
 
 
 def assert_as_accurate(idiom: Idiom, ours: Tensor, their: Tensor, reference: Tensor) -> None:
-    """No further from float64 than twice eager's distance and a little for lucky rounding."""
+    """Allow twice eager's distance from float64, and a little in case eager was lucky."""
     assert ours.shape == their.shape
     assert ours.dtype == their.dtype
     assert torch.equal(ours.isnan(), their.isnan())
@@ -194,14 +196,14 @@ def assert_as_accurate(idiom: Idiom, ours: Tensor, their: Tensor, reference: Ten
     if torch.equal(ours, their):
         return
     allowed = 2 * relative_error(their, reference) + lucky(idiom)
-    if (ours - reference).norm() <= 1e-3 * lucky(idiom):  # what should be zero, and nearly is
+    if (ours - reference).norm() <= 1e-3 * lucky(idiom):  # zero, except for rounding
         return
     error = relative_error(ours, reference)
     assert error <= allowed, f"error {error:.2e}, eager's {relative_error(their, reference):.2e}"
 
 
 def lucky(idiom: Idiom) -> float:
-    """What eager's error may fall short of the precision of its dtypes by."""
+    """Return by how much eager's error may be below the precision of its dtypes by luck."""
     code, arguments = idiom.make()
     tensors = [a for a in [*arguments, *parameters_of(code)] if isinstance(a, Tensor)]
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
