@@ -15,7 +15,7 @@ from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name, OperandKind
 from cce_inductor.kernels.program.text import Program
 
 
-def reduce(
+def compute_statistics(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,

@@ -73,7 +73,7 @@ def cotangents(
         dtype: of the values.
     """
     rows, device = results[0].shape[0], results[0].device
-    found = Cotangents(rows, device, dtype)
+    by_value = Cotangents(rows, device, dtype)
     by_statistic: ByStatistic = {s: tuple(results[place]) for place, s in program.places}
     for place, statistic in program.places:
         grad = grads[place.start]
@@ -84,7 +84,7 @@ def cotangents(
                 _required(statistic, by_statistic),
                 indices.get(statistic),
             )
-            statistic.add_cotangents(found, upstream)
-    for cotangent in found.values():
+            statistic.add_cotangents(by_value, upstream)
+    for cotangent in by_value.values():
         cotangent.prepare()
-    return dict(found)
+    return dict(by_value)

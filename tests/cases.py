@@ -156,7 +156,7 @@ def expected(input, head, upstream=None):
     leaves = [*tensors, *(o for o, want in zip(operands, wanted, strict=True) if want)]
     for leaf in leaves:
         leaf.requires_grad_()
-    results = reference.reduce(
+    results = reference.compute_statistics(
         leaves[0], leaves[1], None if bias is None else leaves[2], operands, head.program
     )
     if head.skip_ignored:

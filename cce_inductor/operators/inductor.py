@@ -63,7 +63,11 @@ def _or_undecomposed(decomposition: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce_rows(input: Tensor, *arguments: Any) -> Any:
     head = Head.of(*arguments)
-    return tiled.reduce(input, head, sources()) if _is_tiled(input, head) else NotImplemented
+    return (
+        tiled.compute_statistics(input, head, sources())
+        if _is_tiled(input, head)
+        else NotImplemented
+    )
 
 
 def _reduce_rows_backward(
@@ -77,11 +81,11 @@ def _reduce_rows_backward(
         return NotImplemented
     wanted = Wanted.of(output_mask)
     try:
-        found = tiled.reduce_backward(grads, results, input, head, wanted, sources())
+        gradients = tiled.compute_gradients(grads, results, input, head, wanted, sources())
     except UntiledError as why:
         _warn(f"the gradient has no template: {why}")
         return NotImplemented
-    return found.computed()
+    return gradients.computed()
 
 
 def _is_tiled(input: Tensor, head: Head) -> bool:

@@ -43,9 +43,9 @@ def _without_autocast(input: Tensor) -> torch.autocast:
     schema=f"(Tensor input, {Head.SCHEMA}) -> Tensor[]",
 )
 def reduce_rows(input: Tensor, *head: Any) -> list[Tensor]:
-    """See `kernels.blockwise.engine.reduce`; `head` are the arguments of `Head.of`."""
+    """See `kernels.blockwise.engine.compute_statistics`; `head` are the arguments of `Head.of`."""
     with _without_autocast(input):
-        return engine.reduce(input, Head.of(*head))
+        return engine.compute_statistics(input, Head.of(*head))
 
 
 @reduce_rows.register_fake
@@ -72,7 +72,7 @@ def _(input: Tensor, *arguments: Any) -> list[Tensor]:
 def reduce_rows_backward(
     grads: Sequence[Tensor | None], results: Sequence[Tensor], input: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    """See `kernels.blockwise.engine.reduce_backward`.
+    """See `kernels.blockwise.engine.compute_gradients`.
 
     The last argument, `output_mask`, is for input, weight, bias and each operand; only the
     gradients that it asks for are returned.
@@ -80,7 +80,7 @@ def reduce_rows_backward(
     *head, output_mask = arguments
     wanted = Wanted.of(output_mask)
     with _without_autocast(input):
-        return engine.reduce_backward(grads, results, input, Head.of(*head), wanted).computed()
+        return engine.compute_gradients(grads, results, input, Head.of(*head), wanted).computed()
 
 
 @reduce_rows_backward.register_fake
@@ -120,7 +120,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     output_mask += [need and at in positions for at, need in enumerate(need_operands)]
     if not any(output_mask):
         return None, None, None, [None] * len(operands), *(None for _ in ctx.constants)
-    found = iter(
+    computed = iter(
         torch.ops.cce_inductor.reduce_rows_backward(
             list(grads),
             results,
@@ -132,7 +132,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
             output_mask,
         )
     )
-    gradients = [next(found) if wanted else None for wanted in output_mask]
+    gradients = [next(computed) if wanted else None for wanted in output_mask]
     return *gradients[:3], gradients[3:], *(None for _ in ctx.constants)
 
 

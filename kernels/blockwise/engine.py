@@ -50,7 +50,7 @@ def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
         raise statistic.error(int(index[valid.logical_not()].flatten()[0]), vocabulary)
 
 
-def reduce(input: Tensor, head: Head) -> list[Tensor]:
+def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
     """Return the statistics of each row.
 
     Args:
@@ -133,20 +133,20 @@ class _Accumulation:
                 whole[block] = new
 
     def _values_of(self, statistic: Statistic, values: dict[Name, Tensor]) -> list[Tensor]:
-        found = []
+        read = []
         for name in statistic.values:
             value = values[name].expand(values[LOGIT].shape)
             is_own = name.is_block and 0 not in value.stride()
             if statistic.overwrites and (not is_own or schedule(self.program).has_aliases):
                 value = value.clone()
-            found.append(value.to(self.head.logit_dtype))
-        return found
+            read.append(value.to(self.head.logit_dtype))
+        return read
 
     def results(self) -> list[Tensor]:
-        """Return what `reduce` does, of the rows that are kept."""
+        """Return what `compute_statistics` does, of the rows that are kept."""
         by_statistic = together.results(self._whole, self.indices)
-        found = [result for each in self.program.statistics for result in by_statistic[each]]
-        return found if self._normalizer is None else [*found, self._of_tiles]
+        results = [result for each in self.program.statistics for result in by_statistic[each]]
+        return results if self._normalizer is None else [*results, self._of_tiles]
 
 
 def _first_normalizer(program: Program) -> Statistic | None:
@@ -165,7 +165,7 @@ def _kept_indices(head: Head, kept: KeptRows) -> list[Tensor]:
     return operands
 
 
-def reduce_backward(
+def compute_gradients(
     grads: Sequence[Tensor | None],
     results: Sequence[Tensor],
     input: Tensor,
@@ -176,7 +176,7 @@ def reduce_backward(
 
     Args:
         grads: of the results that have one, float64; None for the others.
-        results: those of `reduce`.
+        results: those of `compute_statistics`.
         input, head: as in the forward.
         wanted: which gradients are asked for.
     """

@@ -159,14 +159,14 @@ class Program:
     def reached(self, results: Sequence[bool]) -> set[Name]:
         """Return the values that have a gradient if these of the statistics' results do: a path
         leads to them that is not detached."""
-        found: set[Name] = set()
+        reached: set[Name] = set()
         for place, statistic in self.places:
             if any(results[place]):
-                found.update(statistic.values)
+                reached.update(statistic.values)
         for step in reversed(self.steps):
-            if step.name in found and step.target != "detach":
-                found.update(step.uses)
-        return found
+            if step.name in reached and step.target != "detach":
+                reached.update(step.uses)
+        return reached
 
 
 @functools.lru_cache(maxsize=1024)

@@ -61,8 +61,8 @@ class Indexed(Statistic):
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         x = values[self.value]
         index = self.prepared(self.index_of(operands).to(torch.int64), x.shape[1])
-        found = x.gather(1, index.clamp(min=0)).where(index != NOWHERE, 0.0)
-        return (found.squeeze(1) if self.is_flat else found,)
+        at_index = x.gather(1, index.clamp(min=0)).where(index != NOWHERE, 0.0)
+        return (at_index.squeeze(1) if self.is_flat else at_index,)
 
     def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
         assert index is not None
@@ -78,8 +78,8 @@ class Indexed(Statistic):
 
     def results(self, whole: Numbers, required: Sequence[Numbers], index: Tensor | None) -> Numbers:
         assert index is not None
-        found = whole[0].masked_fill(index == NOWHERE, 0.0)
-        return (found.squeeze(1) if self.is_flat else found,)
+        at_index = whole[0].masked_fill(index == NOWHERE, 0.0)
+        return (at_index.squeeze(1) if self.is_flat else at_index,)
 
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
         assert upstream.index is not None

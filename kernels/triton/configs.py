@@ -146,12 +146,12 @@ def configs(
         steps: the number of steps that are applied to each logit; they need registers, too.
         results: the number of values of each logit that are reduced or written.
     """
-    found = situation(
+    chosen = situation(
         kind, dtype, device, by_descriptor=by_descriptor, steps=steps, results=results
     )
     return [
         Config(*sizes, group, _programs(*sizes, device) if by_descriptor else 0)
-        for sizes in SIZES[found]
+        for sizes in SIZES[chosen]
         for group in GROUPS
     ]
 

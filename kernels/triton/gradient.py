@@ -145,10 +145,10 @@ def _forward(
 def _backward(writer: _Writer, program: Program, cotangents: Sequence[Name]) -> Mapping[Name, Name]:
     """Write the steps of the gradients of the logit and of the operands, from the cotangents of the
     roots; return the name of each gradient, which is 0 if there is none."""
-    found: dict[Name, Name] = collections.defaultdict(lambda: writer.zero)
+    gradients: dict[Name, Name] = collections.defaultdict(lambda: writer.zero)
     if program.is_plain:
-        (found[LOGIT],) = cotangents
-        return found
+        (gradients[LOGIT],) = cotangents
+        return gradients
     backward = derivative(program, writer.operands)
     names = {Name(f"g{number}"): name for number, name in enumerate(cotangents)}
 
@@ -158,8 +158,8 @@ def _backward(writer: _Writer, program: Program, cotangents: Sequence[Name]) -> 
     for step in backward.backward.steps:
         kwargs = {key: renamed(value) for key, value in step.kwargs}
         names[step.name] = writer.call(step.target, *map(renamed, step.args), **kwargs)
-    found.update({name: renamed(value) for name, value in backward.gradients.items()})
-    return found
+    gradients.update({name: renamed(value) for name, value in backward.gradients.items()})
+    return gradients
 
 
 def _cotangent(writer: _Writer, of: Cotangent, made: Mapping[Name, Name]) -> _Pair:

@@ -110,8 +110,8 @@ class _Kernel:
         function = _scalar_function(str(self.program), root, names, dtypes)
         # As a TensorBox, an operator sees that an operand is a tensor and not a number.
         operands = [ir.TensorBox.create(operand) for operand in self.captured]
-        found = build_subgraph_module_buffer([*placeholders, *operands], function)
-        buffer = found[0] if isinstance(found, (list, tuple)) else found
+        built = build_subgraph_module_buffer([*placeholders, *operands], function)
+        buffer = built[0] if isinstance(built, (list, tuple)) else built
         freeze_irnodes(buffer)
         return buffer
 

@@ -84,12 +84,12 @@ def stored_by_statistics(
 ) -> list[Stored]:
     """Return what `tile_statistics` returns; `widths` are the numbers of indices of a row."""
     of_index, tiles = iter(widths), -(-vocabulary // tile)
-    found: list[Stored] = []
+    stored: list[Stored] = []
     for statistic in program.statistics:
         if isinstance(statistic, Indexed):
-            found.append(Stored((rows, next(of_index)), torch.float32, False))
-        found += [Stored((tiles, rows), each.dtype, True) for each in statistic.tile_numbers]
-    return found
+            stored.append(Stored((rows, next(of_index)), torch.float32, False))
+        stored += [Stored((tiles, rows), each.dtype, True) for each in statistic.tile_numbers]
+    return stored
 
 
 def stored_numbers(program: Program, stored: Sequence[Any]) -> dict[Statistic, tuple[Any, ...]]:
@@ -117,8 +117,8 @@ def tile_statistics(*arguments: Any) -> list[Tensor]:
     """
     call = StatisticsCall(*arguments)
     program, vocabulary = Program.parse(call.program), call.linear_weight.shape[0]
-    found = _new_statistics(*call)
-    by_statistic = stored_numbers(program, found)
+    results = _new_statistics(*call)
+    by_statistic = stored_numbers(program, results)
     for number, start in enumerate(range(0, vocabulary, call.tile)):
         columns = slice(start, min(start + call.tile, vocabulary))
         values = _block(
@@ -140,7 +140,7 @@ def tile_statistics(*arguments: Any) -> list[Tensor]:
                     stored += each
                 else:
                     stored[number] = each
-    return found
+    return results
 
 
 @tile_statistics.register_fake

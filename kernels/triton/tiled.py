@@ -74,14 +74,16 @@ def reason_against(head: Head) -> str | None:
     return None
 
 
-def reduce(input: Tensor, head: Head, sources: str = "", tile: int | None = None) -> list[Tensor]:
-    """`blockwise.engine.reduce` by `tile_statistics`, if `reason_against` returns None.
+def compute_statistics(
+    input: Tensor, head: Head, sources: str = "", tile: int | None = None
+) -> list[Tensor]:
+    """`blockwise.engine.compute_statistics` by `tile_statistics`, if `reason_against` returns None.
 
     With ``head.skip_ignored``, rows whose indices are all ignored have zeros for results. An index
     out of bounds fails an assertion on the device.
 
     Args:
-        input, head: as for `blockwise.reduce`.
+        input, head: as for `blockwise.engine.compute_statistics`.
         sources: as for `tile_statistics`.
         tile: columns of a tile of statistics; None to choose by the sizes.
     """
@@ -131,7 +133,7 @@ def _of_wider_tiles(normalizer: LogSumExp, of_tiles: Numbers, tile: int) -> Tens
     return combined.t()
 
 
-def reduce_backward(
+def compute_gradients(
     grads: Sequence[Tensor | None],
     results: Sequence[Tensor],
     input: Tensor,
@@ -139,7 +141,7 @@ def reduce_backward(
     wanted: Wanted,
     sources: str = "",
 ) -> Gradients:
-    """`blockwise.engine.reduce_backward` by `logit_gradient` and matrix products.
+    """`blockwise.engine.compute_gradients` by `logit_gradient` and matrix products.
 
     Raises:
         UntiledError: the gradient cannot be written as a program.
@@ -195,18 +197,18 @@ def reduce_backward(
             sums[name].append(values.sum(_SUMMED[name.kind], dtype=torch.float64))
             before.append(sums[name][-1])
 
-    found: list[Tensor | None] = [None] * len(head.operands)
+    d_operands: list[Tensor | None] = [None] * len(head.operands)
     for name, of_blocks in sums.items():
         operand = head.operands[name.position]
         is_column = name.kind is OperandKind.COLUMN
         total = torch.cat(of_blocks) if is_column else torch.stack(of_blocks).sum(0)
-        found[name.position] = total.to(operand.dtype)
+        d_operands[name.position] = total.to(operand.dtype)
     bias = head.linear_bias
     return Gradients(
         d_input.to(input_dtype) if d_input is not None else None,
         torch.cat(d_weights) if d_weights else None,
         torch.cat(d_biases).to(bias.dtype) if bias is not None and d_biases else None,
-        found,
+        d_operands,
     )
 
 
@@ -271,13 +273,13 @@ def _on_device_of(input: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
 def _indices(head: Head) -> dict[Statistic, Tensor]:
     """Return the indices of each statistic that has some: int32 [rows, k], `NOWHERE` for an ignored
     one, the size of the vocabulary for one out of bounds."""
-    found: dict[Statistic, Tensor] = {}
+    indices: dict[Statistic, Tensor] = {}
     for statistic in head.program.indexed:
         given = statistic.index_of(head.operands).to(torch.int64)
         index = statistic.prepared(given, head.vocabulary)
         valid = statistic.is_valid(given, head.vocabulary).view(index.shape)
-        found[statistic] = torch.where(valid, index, head.vocabulary).to(torch.int32)
-    return found
+        indices[statistic] = torch.where(valid, index, head.vocabulary).to(torch.int32)
+    return indices
 
 
 def _kept(head: Head) -> Tensor | None:

@@ -34,7 +34,9 @@ VOCABULARIES = [1, 5, TILE - 1, TILE, TILE + 1, 2 * TILE + TILE // 2]
 
 
 def computed(input, head, upstream=None, wanted=None):
-    return gradients_of(engine.reduce, engine.reduce_backward, input, head, upstream, wanted)
+    return gradients_of(
+        engine.compute_statistics, engine.compute_gradients, input, head, upstream, wanted
+    )
 
 
 def assert_agrees(input, head, **tolerance):
@@ -90,7 +92,7 @@ def test_compute_dtype(dtype, compute_dtype, tolerance):
     input, head = case(text, dtype=dtype, compute_dtype=compute_dtype)
     assert_agrees(input, head, rtol=tolerance, atol=tolerance)
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    assert engine.reduce(input, head)[-1].dtype == wide
+    assert engine.compute_statistics(input, head)[-1].dtype == wide
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -109,7 +111,9 @@ def test_bfloat16_logits_are_rounded_once_after_the_bias():
     head = head_of(weight, bias, [spread(TILE + 300)], CROSS_ENTROPY)
     logits = F.linear(input, weight, bias).double()
     want = [logits.logsumexp(1), logits.gather(1, head.operands[0][:, None]).squeeze(1)]
-    torch.testing.assert_close(engine.reduce(input, head)[:2], want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        engine.compute_statistics(input, head)[:2], want, rtol=1e-6, atol=1e-6
+    )
 
 
 LAYOUTS = {
@@ -197,7 +201,7 @@ def test_any_ignore_index(ignore_index, skip_ignored):
 @pytest.mark.parametrize("name", ["target", "softcap", "class weights", "bias of a block"])
 def test_skipped_rows_are_never_read(name, dtype):
     input, head = case(PROGRAMS[name], dtype=dtype, skip_ignored=True)
-    upstream = upstream_of(engine.reduce(input, head)[: len(head.program.statistics)])
+    upstream = upstream_of(engine.compute_statistics(input, head)[: len(head.program.statistics)])
     want = computed(input, head, upstream)
     ignored = head.operands[0] == IGNORED
     poisoned = input.masked_fill(ignored[:, None], math.nan)
@@ -221,7 +225,7 @@ def error_of(fn, *args):
 def test_target_out_of_bounds_is_the_error_of_cross_entropy(index):
     head = head_of(random(5, HIDDEN), None, [torch.tensor([0, index])], CROSS_ENTROPY)
     want = error_of(F.cross_entropy, random(2, 5), head.operands[0])
-    assert error_of(engine.reduce, random(2, HIDDEN), head) == want
+    assert error_of(engine.compute_statistics, random(2, HIDDEN), head) == want
 
 
 @pytest.mark.parametrize("index", OUT_OF_BOUNDS)
@@ -229,7 +233,7 @@ def test_gather_out_of_bounds_is_the_error_of_gather(index):
     indices = torch.tensor([[0, 1], [index, 4]])
     head = head_of(random(5, HIDDEN), None, [indices], "gather(z, r0)")
     want = error_of(torch.gather, random(2, 5), 1, indices)
-    assert error_of(engine.reduce, random(2, HIDDEN), head) == want
+    assert error_of(engine.compute_statistics, random(2, HIDDEN), head) == want
 
 
 @pytest.mark.parametrize("index", [i for i in OUT_OF_BOUNDS if not -5 <= i < 5])
@@ -237,7 +241,7 @@ def test_index_out_of_bounds_is_the_error_of_indexing(index):
     indices = torch.tensor([0, index])
     head = head_of(random(5, HIDDEN), None, [indices], "index(z, r0)")
     want = error_of(lambda: random(2, 5)[torch.arange(2), indices])
-    assert error_of(engine.reduce, random(2, HIDDEN), head) == want
+    assert error_of(engine.compute_statistics, random(2, HIDDEN), head) == want
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
@@ -278,9 +282,9 @@ class Products(TorchDispatchMode):
 
 def products(input, head, wanted):
     """How many the backward makes for each tile, beside those for the logits."""
-    results = engine.reduce(input, head)
+    results = engine.compute_statistics(input, head)
     with Products() as products:
-        engine.reduce_backward([*upstream_of(results[:2]), None], results, input, head, wanted)
+        engine.compute_gradients([*upstream_of(results[:2]), None], results, input, head, wanted)
     return products.count / engine.tile_count(len(head.linear_weight)) - 1
 
 
@@ -326,7 +330,7 @@ def test_masked_vocabulary(name, dtype):
     tolerance = {} if dtype == torch.float64 else {"rtol": 4e-2, "atol": 4e-2}
     assert_agrees(input, head, **tolerance)
     if name == "target":
-        assert (engine.reduce(input, head)[-1][:, 1] == -math.inf).all()
+        assert (engine.compute_statistics(input, head)[-1][:, 1] == -math.inf).all()
         _, (_, d_weight, d_bias) = computed(input, head)
         assert not d_weight[bias == -math.inf].any()
         assert not d_bias[bias == -math.inf].any()
@@ -340,7 +344,7 @@ def test_rows_of_minus_infinity(text):
     input, head = case(text, TILE + 300, rows=3, bias=False)
     input, head.linear_weight[:, 0] = input.abs(), -1.0
     input[1, 0] = math.inf
-    results = engine.reduce(input, head)
+    results = engine.compute_statistics(input, head)
     want, (d_input, _, *_) = expected(input, head)
     floating = [(r, w) for r, w in zip(results, want, strict=False) if w.is_floating_point()]
     for ours, theirs in floating:
@@ -386,7 +390,7 @@ def test_infinite_logits():
 def test_masked_target_has_an_infinite_loss():
     bias = torch.tensor([0.0, -math.inf, 0.0], dtype=torch.float64)
     head = head_of(random(3, HIDDEN), bias, [torch.tensor([1])], CROSS_ENTROPY)
-    lse, target_logit, _ = engine.reduce(random(1, HIDDEN), head)
+    lse, target_logit, _ = engine.compute_statistics(random(1, HIDDEN), head)
     assert lse.isfinite().all()
     assert target_logit.item() == -math.inf
     assert_agrees(random(1, HIDDEN), head)
@@ -420,7 +424,7 @@ def test_first_nan_is_the_maximum():
     bias[TILE + 7] = bias[TILE + 9] = bias[2 * TILE] = math.nan
     bias[5] = math.inf
     head = head_of(torch.zeros(len(bias), HIDDEN).double(), bias, [], "max(z)")
-    value, index = engine.reduce(random(2, HIDDEN), head)
+    value, index = engine.compute_statistics(random(2, HIDDEN), head)
     assert value.isnan().all()
     assert (index == TILE + 7).all()
 
@@ -429,7 +433,7 @@ def test_topk_of_ties_are_different_entries():
     vocabulary = 2 * TILE + 300
     bias = torch.zeros(vocabulary).double()
     head = head_of(torch.zeros(vocabulary, HIDDEN).double(), bias, [], "topk(z, 6)")
-    value, index = engine.reduce(random(5, HIDDEN), head)
+    value, index = engine.compute_statistics(random(5, HIDDEN), head)
     assert not value.any()
     assert all(len(set(row)) == 6 for row in index.tolist())
 
@@ -456,7 +460,7 @@ def test_entropy_of_confident_rows(gap):
     bias = torch.full((2 * TILE,), 1000.0 - gap)
     bias[TILE + 3] = 1000.0
     head = head_of(torch.zeros(2 * TILE, HIDDEN), bias, [], "logsumexp(z); mean(z, z)")
-    lse, mean, _ = engine.reduce(torch.zeros(1, HIDDEN), head)
+    lse, mean, _ = engine.compute_statistics(torch.zeros(1, HIDDEN), head)
     log_probability = bias.double().log_softmax(0)
     entropy = -(log_probability.exp() * log_probability).sum()
     torch.testing.assert_close((lse - mean).squeeze(), entropy, rtol=1e-5, atol=0)
@@ -652,15 +656,15 @@ def test_memory_stays_within_the_workspace(name, dtype, backward):
         workspace_bytes=workspace_bytes,
     )
     input = random(rows, HIDDEN).to(dtype)
-    results = engine.reduce(input, head)
+    results = engine.compute_statistics(input, head)
     count = sum(len(each.result_dtypes) for each in head.program.statistics)
     upstream = upstream_of(results[:count]) + [None] * (len(results) - count)
     wanted = Wanted(True, True, True, wants_gradient(head))
     if backward:
-        engine.reduce_backward(upstream, results, input, head, wanted)  # makes the derivative
-        peak = peak_bytes(lambda: engine.reduce_backward(upstream, results, input, head, wanted))
+        engine.compute_gradients(upstream, results, input, head, wanted)  # makes the derivative
+        peak = peak_bytes(lambda: engine.compute_gradients(upstream, results, input, head, wanted))
     else:
-        peak = peak_bytes(lambda: engine.reduce(input, head))
+        peak = peak_bytes(lambda: engine.compute_statistics(input, head))
     columns = sum(result.numel() for result in results) // rows
     row_values = 8 * rows * (12 * columns + 4 * HIDDEN)
     assert peak <= workspace_bytes + row_values + 8 * 2 * TILE * (HIDDEN + 8)

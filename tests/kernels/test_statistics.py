@@ -18,9 +18,9 @@ from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.triton import tiled
 
 VOCABULARY = 2 * TILE + 300
-BLOCKWISE = functools.partial(gradients_of, engine.reduce, engine.reduce_backward)
+BLOCKWISE = functools.partial(gradients_of, engine.compute_statistics, engine.compute_gradients)
 TILED = functools.partial(
-    gradients_of, functools.partial(tiled.reduce, tile=128), tiled.reduce_backward
+    gradients_of, functools.partial(tiled.compute_statistics, tile=128), tiled.compute_gradients
 )
 
 

@@ -26,8 +26,8 @@ WITHOUT_TEMPLATE = {
 
 
 def computed(input, head, upstream=None, wanted=None):
-    reduce = functools.partial(tiled.reduce, tile=TILE)
-    return gradients_of(reduce, tiled.reduce_backward, input, head, upstream, wanted)
+    reduce = functools.partial(tiled.compute_statistics, tile=TILE)
+    return gradients_of(reduce, tiled.compute_gradients, input, head, upstream, wanted)
 
 
 @pytest.mark.parametrize("vocabulary", [5, TILE, 2 * engine.TILE + 300])
@@ -70,7 +70,7 @@ def test_rows_without_a_target_are_zero_and_have_no_gradient():
     input, head = case(CROSS_ENTROPY, dtype=torch.float32, skip_ignored=True)
     ignored = head.operands[0] == -100
     input[ignored] *= 1e3
-    results = tiled.reduce(input, head, tile=TILE)
+    results = tiled.compute_statistics(input, head, tile=TILE)
     assert all((result[ignored] == 0).all() for result in results)
     _, (d_input, *_) = computed(input, head)
     assert (d_input[ignored] == 0).all()
@@ -81,15 +81,15 @@ def test_index_out_of_bounds(index):
     input, head = case(CROSS_ENTROPY, vocabulary=300, dtype=torch.float32)
     head.operands[0][3] = index
     with pytest.raises(RuntimeError, match="an index is not in the vocabulary"):
-        tiled.reduce(input, head)
+        tiled.compute_statistics(input, head)
 
 
 def test_all_logits_minus_infinity():
     input, head = case("t0 = add.Tensor(z, c4); logsumexp(t0); mean(t0, c4)", dtype=torch.float32)
     head.operands[4] = torch.full_like(head.operands[4], -torch.inf)
-    lse, _, _ = tiled.reduce(input, head, tile=TILE)
+    lse, _, _ = tiled.compute_statistics(input, head, tile=TILE)
     assert (lse == -torch.inf).all()
-    assert engine.reduce(input, head)[0].equal(lse)
+    assert engine.compute_statistics(input, head)[0].equal(lse)
 
 
 def test_gradient_of_a_float32_weight_under_bfloat16_is_not_rounded_to_it():
@@ -138,7 +138,7 @@ def test_a_weight_is_cast_block_by_block(monkeypatch):
 
 def test_gradient_is_one_program():
     input, head = case(CROSS_ENTROPY, vocabulary=300, dtype=torch.float32)
-    results = tiled.reduce(input, head, tile=TILE)
+    results = tiled.compute_statistics(input, head, tile=TILE)
     seen = []
     original = tiled.logit_gradient
 
@@ -150,7 +150,7 @@ def test_gradient_is_one_program():
         patch.setattr(tiled, "logit_gradient", spy)
         wanted = engine.Wanted(True, False, False, [False] * len(head.operands))
         grads = [torch.ones(12), torch.ones(12), None]
-        tiled.reduce_backward(grads, results, input, head, wanted)
+        tiled.compute_gradients(grads, results, input, head, wanted)
     (text,) = seen
     assert text == (
         "t0 = sub.Tensor(z, r12); t1 = addcmul(r13, t0, 1.4426950216293335); t2 = exp2(t1); "
