@@ -101,7 +101,7 @@ STATISTICS = {
     "sum": "sum(z)",
     "mean": "logsumexp(z); mean(z, c4)",
     "dot": "sum(c4); dot(c4, z); logsumexp(z)",
-    "max": "max(z)",
+    "max": "max(z); logsumexp(z)",
     "topk": "topk(z, {k})",
     "gather": "gather(z, r1); logsumexp(z)",
     "index": "index(z, r2); logsumexp(z)",

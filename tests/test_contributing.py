@@ -26,9 +26,14 @@ def line(name: str, depth: int, file: Path) -> str:
     return f"{'  ' * depth + name:<{COLUMN - 1}} {summary(file)}\n"
 
 
+# Every file in these folders is imported, and says what it is in its first line.
+COLLECTIONS = ("projections", "transforms", "reductions", "losses", "statistics")
+
+
 def tree(folder: Path, depth: int = 0) -> str:
-    """Return a line for a package, for each of its modules, and for each package inside."""
-    modules = sorted(folder.glob("*.py"))
+    """Return a line for a package, for each of its modules, and for each package inside; a single
+    line for a collection."""
+    modules = [] if folder.name in COLLECTIONS else sorted(folder.glob("*.py"))
     packages = sorted(file.parent for file in folder.glob("*/__init__.py"))
     lines = [line(f"{folder.name}/", depth, folder / "__init__.py")]
     lines += [line(f.name, depth + 1, f) for f in modules if f.name != "__init__.py"]

@@ -1,6 +1,6 @@
 """What defines a statistic: a reduction of each row of logits over the vocabulary.
 
-One class in one file of this folder is all there is to a statistic. Files are found by being here.
+One class in one file of this folder is all there is to a statistic. Every file here is imported.
 """
 
 from __future__ import annotations

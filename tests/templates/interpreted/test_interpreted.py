@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import IGNORED, PROGRAMS, expected, head_of, operands_of, random, upstream_of
+from cases import IGNORED, PROGRAMS, STATISTICS, expected, head_of, operands_of, random, upstream_of
 from cases import wants_gradient as wants
 from torch._inductor.select_algorithm import TritonTemplate
 from torch._inductor.utils import run_and_get_code
@@ -103,6 +103,11 @@ def assert_agrees(input, head, tolerance):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_program(name):
     assert_agrees(*case(TEMPLATES[name]), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("name", [name for name in STATISTICS if name != "topk"])
+def test_statistic(name):
+    assert_agrees(*case(STATISTICS[name]), TOLERANCE[torch.float32])
 
 
 SOFTCAP, ENTROPY = PROGRAMS["softcap"], PROGRAMS["entropy"]
