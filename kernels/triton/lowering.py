@@ -60,7 +60,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "'tf32'" if tf32 else "'ieee'"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _triton_template(template: Template) -> Any:
     return triton_template(template.name, SymbolicGridFn(grid), template.source)
 
@@ -204,7 +204,7 @@ def _zeros(node: Any) -> torch.Tensor:
     return torch.zeros(size, dtype=node.get_dtype(), device=node.get_device())
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _scalar_function(
     program: str, root: Name, names: tuple[Name, ...], dtypes: tuple[torch.dtype, ...]
 ) -> GraphModule:

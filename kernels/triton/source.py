@@ -49,7 +49,7 @@ def roots_of(program: Program) -> tuple[Name, ...]:
     return tuple(root for root in program.roots if root != LOGIT)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def statistics_template(
     program: Program,
     widths: tuple[int, ...],
@@ -82,7 +82,7 @@ def statistics_template(
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def gradient_template(
     program: Program,
     has_bias: bool,
