@@ -108,7 +108,7 @@ INSIDE_TRANSFORM = Reason(
     "it is inside a torch.func transform", "compile the loss outside of the transform"
 )
 INSIDE_INFERENCE_MODE = Reason(
-    "it is inside inference mode", "use torch.no_grad() in the place of inference mode"
+    "it is inside inference mode", "use torch.no_grad() instead of inference mode"
 )
 
 
@@ -164,7 +164,7 @@ FROM_CALLING_GRAPH = Reason(
     "its logits come into a function that the graph calls (an autograd.Function, for example), "
     "and are not followed into it"
 )
-FROM_NO_TENSOR = Reason("its input is made from no tensor")
+FROM_NO_TENSOR = Reason("its input is not computed from any tensor")
 
 
 def made_by(node: Node) -> Reason:
@@ -176,9 +176,9 @@ def made_by(node: Node) -> Reason:
 def taken_for_router(classes: int | None, hidden: int) -> Reason:
     """A softmax without a named loss, over few classes: it may route tokens to experts."""
     return Reason(
-        f"a softmax written by hand over {classes} classes, no more than there are hidden units "
-        f"({hidden}), is taken for that of a router, not for a loss",
-        "take the loss by its name, with F.cross_entropy or F.nll_loss(F.log_softmax(...))",
+        f"a hand-written softmax over {classes} classes, which are no more than the {hidden} "
+        "hidden units, is taken for that of a router, not for a loss",
+        "call the loss by its name: F.cross_entropy(...) or F.nll_loss(F.log_softmax(...))",
     )
 
 
@@ -193,7 +193,7 @@ def too_small(logits_bytes: int, minimum: int) -> Reason:
     return Reason(
         f"the logits are small ({format_bytes(logits_bytes)}, and min_logits_bytes is "
         f"{format_bytes(minimum)})",
-        "pass min_logits_bytes=0 to rewrite them all the same",
+        "pass min_logits_bytes=0 to rewrite small losses as well",
     )
 
 
@@ -206,7 +206,7 @@ def pass_failed(error: Exception) -> Reason:
 
 
 NO_PYTHON_IN_CPP_WRAPPER = Reason(
-    "the operator is called from Python, which Inductor's C++ wrapper does not do",
+    "the operator is written in Python, and Inductor's C++ wrapper cannot call it",
     "compile with Inductor's option cpp_wrapper=False",
 )
 
@@ -219,7 +219,7 @@ _RETURN_LOSS_ONLY = (
 RETURNED = Reason(_STORED, _RETURN_LOSS_ONLY)
 RETURNED_WITHOUT_DEFERRAL = Reason(
     f'{_STORED}, as defer_logits is "never"',
-    'pass defer_logits="with_loss", so that nobody has to compute them',
+    'pass defer_logits="with_loss": the logits are then computed only if they are used',
 )
 
 
@@ -260,7 +260,7 @@ def not_pointwise(detail: str) -> Reason:
 
 
 def unknown_call(error: TypeError) -> Reason:
-    return Reason(f"it is called in an unknown way ({error})")
+    return Reason(f"its arguments do not match a known signature ({error})")
 
 
 # Its arguments
@@ -278,7 +278,7 @@ BROADCAST_TO_LARGER_SHAPE = Reason("it broadcasts the logits to a larger shape")
 OPERAND_SIZE_UNKNOWN = Reason("it has an operand whose size is not known")
 OPERAND_LARGE_WITH_GRADIENT = Reason(
     "it combines the logits with a tensor that is as large as they are and requires a gradient",
-    "detach it, if the loss need not train what made it",
+    "detach that tensor, if the loss need not train what computes it",
 )
 OTHER_ROWS_OF_SAME_LOGITS = Reason("it combines logits with other rows of the same logits")
 TUPLE_OF_LOGITS = Reason("it combines logits with a tuple of logits")
@@ -307,7 +307,7 @@ def wrapped_operand(value: torch.Tensor) -> Reason:
 
 # Shape, dtype and device
 
-MOVES_ELEMENTS = Reason("it moves their elements")
+MOVES_ELEMENTS = Reason("it moves the elements of the logits")
 MOVES_TO_ANOTHER_DEVICE = Reason("it moves the logits to another device")
 REINTERPRETS_BITS = Reason("it reinterprets the bits of the logits as another dtype")
 RESULT_MAY_SHARE_MEMORY = Reason("its result may share memory with its argument")
@@ -322,7 +322,7 @@ SPLITS_VOCABULARY = Reason("it splits the vocabulary")
 SQUEEZES_VOCABULARY = Reason("it squeezes the vocabulary")
 SQUEEZES_UNKNOWN_SIZE = Reason("it squeezes a dimension whose size is not known")
 MOVES_SEVERAL_DIMENSIONS = Reason("it moves several dimensions")
-REPEATS_ROWS = Reason("it repeats them")
+REPEATS_ROWS = Reason("it repeats the logits")
 
 
 def casts_to(dtype: torch.dtype) -> Reason:
@@ -334,7 +334,7 @@ def moves_between(before: torch.device, after: torch.device) -> Reason:
 
 
 def reads_attribute(name: object) -> Reason:
-    return Reason(f"it reads their attribute {name}")
+    return Reason(f"it reads the attribute {name} of the logits")
 
 
 # Entries of the vocabulary and rows
@@ -345,13 +345,13 @@ SELECTS_ENTRIES_OF_SOFTMAX = Reason("it selects some entries of a softmax over t
 SELECTS_ENTRIES_AFTER_MASK = Reason(
     "it selects some entries of the vocabulary after a mask or bias"
 )
-SELECTS_ROWS_BY_LIST = Reason("it selects rows by a list")
-SELECTS_SEVERAL_PARTS = Reason("it takes several of the parts")
+SELECTS_ROWS_BY_LIST = Reason("it selects rows with a Python list")
+SELECTS_SEVERAL_PARTS = Reason("it takes several parts of a split")
 SPLITS_DYNAMIC_ROWS = Reason("it splits a number of rows that may differ in the next call")
 INDEX_IS_BROADCAST = Reason("its index is broadcast")
-INDEX_WITHOUT_ROWS = Reason("its index does not have the rows of the logits")
+INDEX_WITHOUT_ROWS = Reason("its index does not have one row for each row of the logits")
 INDEX_MAY_DIFFER_IN_VOCABULARY = Reason(
-    "it gathers from rows by an index that may differ in the vocabulary"
+    "it gathers rows by an index that may vary along the vocabulary"
 )
 TAKES_FROM_ALL = Reason("it takes entries from the flattened logits")
 NOT_THE_DIAGONAL_OF_A_MATRIX = Reason("it is not the main diagonal of a matrix")
@@ -361,7 +361,7 @@ DIAGONAL_WITHOUT_SOME_ROWS = Reason("it may have no entry in some of the rows")
 
 REDUCES_ROWS = Reason("it reduces over the rows, not over the vocabulary")
 REDUCES_ROWS_AND_VOCABULARY = Reason("it reduces over rows and vocabulary")
-TAKES_THE_SMALLEST = Reason("it takes the smallest")
+TAKES_THE_SMALLEST = Reason("it takes the smallest entries")
 NOT_A_PRODUCT_OF_ALIKE = Reason("it is not a product of the logits with a tensor of their shape")
 NOT_A_SUM_OVER_VOCABULARY = Reason("it does not sum over the vocabulary alone")
 CLASS_DIMENSION_NOT_VOCABULARY = Reason("its class dimension is not the vocabulary")
@@ -374,17 +374,19 @@ TARGETS_ON_ANOTHER_DEVICE = Reason(
 
 
 def topk_out_of_range(limit: int) -> Reason:
-    return Reason(f"it takes none, or more than {limit}")
+    return Reason(f"it takes no entry, or more than {limit}")
 
 
 # Several projections
 
-JOINS_SEVERAL_FORMS = Reason("it joins logits of several forms")
+JOINS_SEVERAL_FORMS = Reason("it joins logits whose vocabulary dimensions or dtypes differ")
 JOINS_WITH_SOMETHING_ELSE = Reason("it joins logits with a tensor that holds no logits")
-JOINS_SEVERAL_WEIGHTS = Reason("it joins logits of several weights")
-JOINS_SEVERAL_INPUTS = Reason("it joins logits of several inputs or functions, or with a bias")
+JOINS_SEVERAL_WEIGHTS = Reason("it joins rows of logits with different weights or functions")
+JOINS_SEVERAL_INPUTS = Reason(
+    "it joins vocabularies of logits with different inputs or functions, or with a bias"
+)
 JOINS_AFTER_FUNCTION_OF_PLACE = Reason(
-    "it joins logits after a function of their place in the vocabulary"
+    "it joins logits after a function of their position in the vocabulary"
 )
 JOINS_AFTER_DYNAMIC_VOCABULARY = Reason(
     "it joins a column after a vocabulary that may have another size in the next call"
@@ -392,31 +394,31 @@ JOINS_AFTER_DYNAMIC_VOCABULARY = Reason(
 JOINS_WITH_NO_COLUMN = Reason("it joins logits with a tensor that is not a column")
 JOINS_WITH_INTEGERS = Reason("it joins logits with a column that is not floating point")
 STACKS_WITH_SOMETHING_ELSE = Reason("it stacks logits with a tensor that holds no logits")
-STACKS_SEVERAL_SHAPES = Reason("it stacks logits of several shapes")
+STACKS_SEVERAL_SHAPES = Reason("it stacks logits of different shapes")
 STACK_WITH_TENSOR = Reason("it combines the logits of several projections with a tensor")
 MIXES_PROJECTIONS = Reason("it mixes the logits of several projections")
 ADDS_DIMENSIONS_TO_STACK = Reason("it adds dimensions to the logits of several projections")
-TAKES_SEVERAL_PROJECTIONS = Reason("it takes several of the projections")
+TAKES_SEVERAL_PROJECTIONS = Reason("it takes several projections of a stack")
 
 # Changes in place
 
-CHANGES_SEVERAL_LOGITS = Reason("it changes several logits")
+CHANGES_SEVERAL_LOGITS = Reason("it changes several tensors of logits in place")
 CHANGES_ANOTHER_TENSOR = Reason("it changes another tensor in place")
-REDUCES_AND_CHANGES = Reason("it also changes them in place")
-HIDDEN_FROM_GRADIENT = Reason("it changes them in place, hidden from their gradient")
-ALSO_READ_AS_VIEW = Reason("it changes logits in place that are also read as a view")
+REDUCES_AND_CHANGES = Reason("it both reduces the logits and changes them in place")
+HIDDEN_FROM_GRADIENT = Reason("it changes the logits in place while gradients are disabled")
+ALSO_READ_AS_VIEW = Reason("it changes logits in place that are also read through a view")
 CHANGES_PART = Reason("it changes a part of the logits in place")
 CHANGES_UNKNOWN_ENTRIES = Reason("it changes a view of the logits whose entries are not known")
 ASSIGNS_SOME_ROWS = Reason("it assigns to some of the rows")
-ASSIGNS_EVERY_OTHER_ENTRY = Reason("it assigns to every other entry")
-ASSIGNS_BY_UNKNOWN_INDEX = Reason("it assigns by an index that is not known")
-ASSIGNS_BY_ROW_AND_CLASS = Reason("it assigns to entries that an index names by row and by class")
+ASSIGNS_EVERY_OTHER_ENTRY = Reason("it assigns to a range with a step")
+ASSIGNS_BY_UNKNOWN_INDEX = Reason("it assigns with an index of an unknown form")
+ASSIGNS_BY_ROW_AND_CLASS = Reason("it assigns to entries that are indexed by row and by class")
 ASSIGNS_VOCABULARY_NOT_LAST = Reason(
     "it assigns to logits whose last dimension is not the vocabulary"
 )
-ASSIGNS_TENSOR = Reason("it assigns a tensor")
+ASSIGNS_TENSOR = Reason("it assigns a tensor that is not a scalar")
 FILLS_DIAGONAL_OF_NO_MATRIX = Reason("it fills the diagonal of a tensor that is not a matrix")
-SCATTER_REDUCES = Reason("it reduces what it scatters")
-SCATTERS_OVER_ROWS = Reason("it scatters over the rows")
+SCATTER_REDUCES = Reason("it scatters with a reduction")
+SCATTERS_OVER_ROWS = Reason("it scatters along the rows, not along the vocabulary")
 SCATTERS_SEVERAL_ENTRIES = Reason("it scatters to several entries of a row")
 SCATTERS_NO_VALUE_PER_ROW = Reason("it scatters a tensor that does not have one value for each row")

@@ -25,5 +25,4 @@ late and escape):
 - *Example*: the fake tensor that Dynamo keeps for a node.
 - *Group*: statistics that one operator computes. Its *anchor* is the node before which it stands.
 - *Deferred*: not returned by the graph. The caller gets a tensor that computes itself when needed.
-- *Cotangent*: the gradient of the loss by a statistic, which the operator's backward receives.
 """

@@ -69,7 +69,12 @@ class DeferredNodes:
 
 
 class Builder:
-    """Inserts nodes with example values into a graph, and can take them out again."""
+    """Inserts nodes with example values into a graph, and can erase them again.
+
+    Attributes:
+        group_of: the group of each statistic, by the statistic's identity.
+        built: the nodes that were inserted.
+    """
 
     def __init__(self, graph: Graph, groups: list[Group], findings: Findings, options: Options):
         self.graph = graph
@@ -87,6 +92,7 @@ class Builder:
             self.graph.erase_node(node)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Insert a call of a function."""
         name = getattr(target, "_opname", None)  # "cross_entropy", without the overload's name
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self.built.append(node)
@@ -96,6 +102,7 @@ class Builder:
         return node
 
     def method(self, name: str, input: Node, *args: Any) -> Node:
+        """Insert a call of a method of `input`."""
         node = self.graph.call_method(name, (input, *args))
         self.built.append(node)
         node.meta["example_value"] = getattr(example(input), name)(*args)

@@ -192,6 +192,7 @@ class _Planner:
         self.of_statistic: dict[int, Group] = {}
 
     def place(self, statistic: Statistic, consumer: Consumer) -> None:
+        """Add a statistic that a consumer needs to a group, or to a new one."""
         if id(statistic) in self.of_statistic:
             return
         logits, level = _base(statistic.logits), self._level(statistic)
@@ -208,6 +209,7 @@ class _Planner:
         self.of_statistic[id(statistic)] = group
 
     def _level(self, statistic: Statistic) -> int:
+        """Return the level of a statistic's group: above those of the statistics that it reads."""
         inner = [part for part in parts(statistic)[:-1] if isinstance(part, Statistic)]
         return max((self.of_statistic[id(part)].level + 1 for part in inner), default=0)
 
@@ -224,6 +226,7 @@ class _Planner:
         return node if self._hoisted(statistic, node, consumer) == [] else consumer.place
 
     def _is_off(self, node: Node) -> bool:
+        """Return whether the graph has disabled gradients at a node."""
         return self.findings.gradient_mode[node] is False
 
     def _hoisted(self, statistic: Statistic, anchor: Node, consumer: Consumer) -> list[Node] | None:

@@ -1,4 +1,4 @@
-"""Replace the consumers of logits in a graph, and erase what nobody needs any more.
+"""Replace the consumers of logits in a graph, and erase nodes that are not needed any more.
 
 The graph changes only after every new node has been built, so an error leaves it as it was.
 """

@@ -424,8 +424,8 @@ def some_rows(z, y):
 @pytest.mark.parametrize(
     ("assign", "which"),
     [
-        (first_entry, "entries that an index names by row and by class"),
-        (some_rows, "some of the rows"),
+        (first_entry, reasons.ASSIGNS_BY_ROW_AND_CLASS),
+        (some_rows, reasons.ASSIGNS_SOME_ROWS),
     ],
 )
 def test_which_entries_an_assignment_chooses(assign, which):
@@ -435,7 +435,7 @@ def test_which_entries_an_assignment_chooses(assign, which):
         return F.cross_entropy(logits, target)
 
     reason = reason_against(fn, INPUT, WEIGHT, TARGET)
-    assert reason.endswith(f": it assigns to {which}")
+    assert reason.endswith(f": {which.sentence}")
 
 
 def test_one_entry_of_every_row_is_not_some_of_the_rows():
@@ -565,15 +565,15 @@ class TestSentences(expecttest.TestCase):
 INSIDE_TRANSFORM: it is inside a torch.func transform
     advice: compile the loss outside of the transform
 INSIDE_INFERENCE_MODE: it is inside inference mode
-    advice: use torch.no_grad() in the place of inference mode
+    advice: use torch.no_grad() instead of inference mode
 FROM_CALLING_GRAPH: its logits come into a function that the graph calls (an autograd.Function, for example), and are not followed into it
-FROM_NO_TENSOR: its input is made from no tensor
-NO_PYTHON_IN_CPP_WRAPPER: the operator is called from Python, which Inductor's C++ wrapper does not do
+FROM_NO_TENSOR: its input is not computed from any tensor
+NO_PYTHON_IN_CPP_WRAPPER: the operator is written in Python, and Inductor's C++ wrapper cannot call it
     advice: compile with Inductor's option cpp_wrapper=False
 RETURNED: the logits are returned by the compiled function, so they must be stored
     advice: return only the loss from the compiled function, as a training step needs no logits
 RETURNED_WITHOUT_DEFERRAL: the logits are returned by the compiled function, so they must be stored, as defer_logits is "never"
-    advice: pass defer_logits="with_loss", so that nobody has to compute them
+    advice: pass defer_logits="with_loss": the logits are then computed only if they are used
 SEVERAL_LOGITS_RETURNED: the function returns a tuple or a stack of logits
 COMBINED_WITH_LARGE: they were combined with a tensor that is as large as the logits
 COMBINED_WITH_REDUCTION: they were combined with a value that is computed from them
@@ -599,7 +599,7 @@ BROADCAST_TO_MORE_DIMENSIONS: it broadcasts the logits to more dimensions
 BROADCAST_TO_LARGER_SHAPE: it broadcasts the logits to a larger shape
 OPERAND_SIZE_UNKNOWN: it has an operand whose size is not known
 OPERAND_LARGE_WITH_GRADIENT: it combines the logits with a tensor that is as large as they are and requires a gradient
-    advice: detach it, if the loss need not train what made it
+    advice: detach that tensor, if the loss need not train what computes it
 OTHER_ROWS_OF_SAME_LOGITS: it combines logits with other rows of the same logits
 TUPLE_OF_LOGITS: it combines logits with a tuple of logits
 VIEW_WITH_OTHER_LOGITS: it combines a view of the logits with other logits
@@ -608,7 +608,7 @@ MADE_OF_LARGE: it is made of a tensor that is as large
 CONSTANT: it is a constant
 CLASSES_ARE_NOT_VOCABULARY: its classes are not the vocabulary
 WEIGHT_SIZE_DEPENDS_ON_DATA: its weight has a size that depends on data
-MOVES_ELEMENTS: it moves their elements
+MOVES_ELEMENTS: it moves the elements of the logits
 MOVES_TO_ANOTHER_DEVICE: it moves the logits to another device
 REINTERPRETS_BITS: it reinterprets the bits of the logits as another dtype
 RESULT_MAY_SHARE_MEMORY: its result may share memory with its argument
@@ -621,23 +621,23 @@ SPLITS_VOCABULARY: it splits the vocabulary
 SQUEEZES_VOCABULARY: it squeezes the vocabulary
 SQUEEZES_UNKNOWN_SIZE: it squeezes a dimension whose size is not known
 MOVES_SEVERAL_DIMENSIONS: it moves several dimensions
-REPEATS_ROWS: it repeats them
+REPEATS_ROWS: it repeats the logits
 SELECTS_ONE_ENTRY: it selects one entry of the vocabulary
 SELECTS_SOME_ENTRIES: it selects some entries of the vocabulary
 SELECTS_ENTRIES_OF_SOFTMAX: it selects some entries of a softmax over the vocabulary
 SELECTS_ENTRIES_AFTER_MASK: it selects some entries of the vocabulary after a mask or bias
-SELECTS_ROWS_BY_LIST: it selects rows by a list
-SELECTS_SEVERAL_PARTS: it takes several of the parts
+SELECTS_ROWS_BY_LIST: it selects rows with a Python list
+SELECTS_SEVERAL_PARTS: it takes several parts of a split
 SPLITS_DYNAMIC_ROWS: it splits a number of rows that may differ in the next call
 INDEX_IS_BROADCAST: its index is broadcast
-INDEX_WITHOUT_ROWS: its index does not have the rows of the logits
-INDEX_MAY_DIFFER_IN_VOCABULARY: it gathers from rows by an index that may differ in the vocabulary
+INDEX_WITHOUT_ROWS: its index does not have one row for each row of the logits
+INDEX_MAY_DIFFER_IN_VOCABULARY: it gathers rows by an index that may vary along the vocabulary
 TAKES_FROM_ALL: it takes entries from the flattened logits
 NOT_THE_DIAGONAL_OF_A_MATRIX: it is not the main diagonal of a matrix
 DIAGONAL_WITHOUT_SOME_ROWS: it may have no entry in some of the rows
 REDUCES_ROWS: it reduces over the rows, not over the vocabulary
 REDUCES_ROWS_AND_VOCABULARY: it reduces over rows and vocabulary
-TAKES_THE_SMALLEST: it takes the smallest
+TAKES_THE_SMALLEST: it takes the smallest entries
 NOT_A_PRODUCT_OF_ALIKE: it is not a product of the logits with a tensor of their shape
 NOT_A_SUM_OVER_VOCABULARY: it does not sum over the vocabulary alone
 CLASS_DIMENSION_NOT_VOCABULARY: its class dimension is not the vocabulary
@@ -647,36 +647,36 @@ CLASS_WEIGHTS_WITH_GRADIENT: its class weights require a gradient
 TARGETS_ARE_LOGITS: its targets are logits
 TARGETS_ON_ANOTHER_DEVICE: its targets are on another device
     advice: move the targets to the logits' device before the loss
-JOINS_SEVERAL_FORMS: it joins logits of several forms
+JOINS_SEVERAL_FORMS: it joins logits whose vocabulary dimensions or dtypes differ
 JOINS_WITH_SOMETHING_ELSE: it joins logits with a tensor that holds no logits
-JOINS_SEVERAL_WEIGHTS: it joins logits of several weights
-JOINS_SEVERAL_INPUTS: it joins logits of several inputs or functions, or with a bias
-JOINS_AFTER_FUNCTION_OF_PLACE: it joins logits after a function of their place in the vocabulary
+JOINS_SEVERAL_WEIGHTS: it joins rows of logits with different weights or functions
+JOINS_SEVERAL_INPUTS: it joins vocabularies of logits with different inputs or functions, or with a bias
+JOINS_AFTER_FUNCTION_OF_PLACE: it joins logits after a function of their position in the vocabulary
 JOINS_AFTER_DYNAMIC_VOCABULARY: it joins a column after a vocabulary that may have another size in the next call
 JOINS_WITH_NO_COLUMN: it joins logits with a tensor that is not a column
 JOINS_WITH_INTEGERS: it joins logits with a column that is not floating point
 STACKS_WITH_SOMETHING_ELSE: it stacks logits with a tensor that holds no logits
-STACKS_SEVERAL_SHAPES: it stacks logits of several shapes
+STACKS_SEVERAL_SHAPES: it stacks logits of different shapes
 STACK_WITH_TENSOR: it combines the logits of several projections with a tensor
 MIXES_PROJECTIONS: it mixes the logits of several projections
 ADDS_DIMENSIONS_TO_STACK: it adds dimensions to the logits of several projections
-TAKES_SEVERAL_PROJECTIONS: it takes several of the projections
-CHANGES_SEVERAL_LOGITS: it changes several logits
+TAKES_SEVERAL_PROJECTIONS: it takes several projections of a stack
+CHANGES_SEVERAL_LOGITS: it changes several tensors of logits in place
 CHANGES_ANOTHER_TENSOR: it changes another tensor in place
-REDUCES_AND_CHANGES: it also changes them in place
-HIDDEN_FROM_GRADIENT: it changes them in place, hidden from their gradient
-ALSO_READ_AS_VIEW: it changes logits in place that are also read as a view
+REDUCES_AND_CHANGES: it both reduces the logits and changes them in place
+HIDDEN_FROM_GRADIENT: it changes the logits in place while gradients are disabled
+ALSO_READ_AS_VIEW: it changes logits in place that are also read through a view
 CHANGES_PART: it changes a part of the logits in place
 CHANGES_UNKNOWN_ENTRIES: it changes a view of the logits whose entries are not known
 ASSIGNS_SOME_ROWS: it assigns to some of the rows
-ASSIGNS_EVERY_OTHER_ENTRY: it assigns to every other entry
-ASSIGNS_BY_UNKNOWN_INDEX: it assigns by an index that is not known
-ASSIGNS_BY_ROW_AND_CLASS: it assigns to entries that an index names by row and by class
+ASSIGNS_EVERY_OTHER_ENTRY: it assigns to a range with a step
+ASSIGNS_BY_UNKNOWN_INDEX: it assigns with an index of an unknown form
+ASSIGNS_BY_ROW_AND_CLASS: it assigns to entries that are indexed by row and by class
 ASSIGNS_VOCABULARY_NOT_LAST: it assigns to logits whose last dimension is not the vocabulary
-ASSIGNS_TENSOR: it assigns a tensor
+ASSIGNS_TENSOR: it assigns a tensor that is not a scalar
 FILLS_DIAGONAL_OF_NO_MATRIX: it fills the diagonal of a tensor that is not a matrix
-SCATTER_REDUCES: it reduces what it scatters
-SCATTERS_OVER_ROWS: it scatters over the rows
+SCATTER_REDUCES: it scatters with a reduction
+SCATTERS_OVER_ROWS: it scatters along the rows, not along the vocabulary
 SCATTERS_SEVERAL_ENTRIES: it scatters to several entries of a row
 SCATTERS_NO_VALUE_PER_ROW: it scatters a tensor that does not have one value for each row
 """,
@@ -735,11 +735,11 @@ its logits come into this graph from outside, as 'logits', so their projection i
     advice: compute the logits and the loss in one compiled function, without a graph break between them; or, if a compiled function returns them, pass defer_logits="always" (this does not help where FSDP frees the weight of the head after its forward)
 its input is taken from the parameter 'logits', and is not a projection
 its input is made by view at train.py:10, which is not a known projection
-a softmax written by hand over 64 classes, no more than there are hidden units (4096), is taken for that of a router, not for a loss
-    advice: take the loss by its name, with F.cross_entropy or F.nll_loss(F.log_softmax(...))
+a hand-written softmax over 64 classes, which are no more than the 4096 hidden units, is taken for that of a router, not for a loss
+    advice: call the loss by its name: F.cross_entropy(...) or F.nll_loss(F.log_softmax(...))
 there is no kernel for the device 'meta'
 the logits are small (1 KiB, and min_logits_bytes is 16 MiB)
-    advice: pass min_logits_bytes=0 to rewrite them all the same
+    advice: pass min_logits_bytes=0 to rewrite small losses as well
 the function of the logits has a derivative that is not pointwise (aten.sort.default)
 the pass failed with KeyError: 'name'
 the logits are returned by the compiled function, so they must be stored, and cannot be deferred: CAUSE
@@ -747,13 +747,13 @@ the logits are returned by the compiled function, so they must be stored, and ca
 they are torch.bool
 it is not a pointwise function
 it is not a pointwise function (aten.sort.default)
-it is called in an unknown way (missing a required argument: 'dim')
+its arguments do not match a known signature (missing a required argument: 'dim')
 3 is not a tensor
 its operand is a Tensor
 it casts the logits to torch.int64
 it moves the logits from cpu to meta
-it reads their attribute H
-it takes none, or more than 16
+it reads the attribute H of the logits
+it takes no entry, or more than 16
 """,
         )
 

@@ -293,7 +293,8 @@ def test_another_attribute_is_left_alone():
         return F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))
 
     # From 2.15 the graph has a method, `matrix_H`.
-    reason = r"used by (H|matrix_H) at .*: it (reads their attribute H|moves their elements)$"
+    why = f"{reasons.reads_attribute('H')}|{reasons.MOVES_ELEMENTS.sentence}"
+    reason = rf"used by (H|matrix_H) at .*: ({why})$"
     assert re.search(reason, reason_against(fn, INPUT, WEIGHT))
 
 
