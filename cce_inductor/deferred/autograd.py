@@ -1,8 +1,8 @@
 """Deferred logits in autograd: the functions that make them, and what becomes of their gradient.
 
 Autograd records deferred logits as it does any tensor. The gradient of a fused loss bypasses them:
-it goes directly to the hidden state and the weight. That is only right if nobody observes the
-gradient of the logits on its way, which is decided here.
+it goes directly to the hidden state and the weight. That is only right if no hook and no function
+of the user's observes the gradient of the logits on its way. `fusable_operation` decides that.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
     elif args[0] is not logits[0] or len(logits) > 1:
         return NotImplemented
-    operation = _operation(func, args, kwargs)
+    operation = _operation(func, args, kwargs, logits)
     if lazy.is_view(func):
         return _views(func, args, kwargs, like, operation)
     return type(logits[0])(like, operation, logits[0].device)
@@ -77,8 +77,15 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 _BY_INDEX = (aten.index.Tensor, aten.index_select.default)
 
 
-def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
-    """Return a call as an operation, with a gradient if autograd records the call."""
+def _operation(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], logits: list[DeferredTensor]
+) -> Operation:
+    """Return a call as an operation, with a gradient if autograd records the call.
+
+    Args:
+        func, args, kwargs: the call.
+        logits: the deferred tensors among its arguments.
+    """
     has_gradient = torch.is_grad_enabled() and func is not aten.detach.default
 
     def operand(tensor: Tensor) -> Operation | Guarded:
@@ -90,7 +97,7 @@ def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Oper
         return Guarded(tensor if tensor.requires_grad else tensor.clone(), "an operand")
 
     operands, named = tree_map_only(Tensor, operand, (args, kwargs))
-    grad_fns = grad_fns_of(deferred_among((args, kwargs))) if has_gradient else ()
+    grad_fns = grad_fns_of(logits) if has_gradient else ()
     return Operation(func, operands, named, grad_fns)
 
 
@@ -217,8 +224,8 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*plain_args, **plain_kwargs)
     if not aliases.modified:
         given = {id(a) for a in tree_leaves((plain_args, plain_kwargs)) if isinstance(a, Tensor)}
-        # An operator may return its argument. Autograd sets the gradient function of what is
-        # returned here, which must not be the tensor that is kept.
+        # An operator may return its argument. Autograd sets the grad_fn of the returned tensor,
+        # which therefore must not be the tensor that is kept.
         return tree_map_only(Tensor, lambda t: t.detach() if id(t) in given else t, result)
     if reshapes:
         with no_dispatch():  # changes the shape of the deferred tensor, too

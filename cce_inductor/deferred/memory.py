@@ -33,8 +33,9 @@ class ViewOf(NamedTuple):
 class Memory:
     """Values that are computed when they are needed.
 
-    Values that were computed may be dropped and computed again, until somebody could have modified
-    them. From then on the memory is materialized: what is stored is authoritative.
+    A view of few rows computes its values alone, and takes them from the parent's as soon as these
+    are computed. Before values can be modified, the memory is materialized, its parent's first.
+    From then on `stored` is authoritative.
 
     Args:
         like: a tensor on the meta device with the same shape, strides and dtype.

@@ -113,7 +113,7 @@ def _untyped_storage(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _data(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """Dynamo reads ``.data`` to describe it, and must not change the tensor by that."""
+    """Dynamo reads ``.data`` to describe it, and that must not compute the values."""
     return args[0].detach() if is_compiler_asking() else _on_plain(func, args, kwargs)
 
 
@@ -195,4 +195,4 @@ _OVERRIDES: dict[Any, Callable[[Function, Args, Kwargs], Any]] = {
     Tensor.requires_grad.__set__: _observing_gradient,
     torch.autograd.grad: _observing_gradient,
 }
-"""Functions that are neither reductions nor ATen operators, with what is called for each."""
+"""Functions that are neither reductions nor ATen operators, and the override of each."""

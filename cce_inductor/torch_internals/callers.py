@@ -85,7 +85,10 @@ def is_builtin_node(node: Any) -> bool:
     Nodes of a user's `torch.autograd.Function` are named after it, without a number:
     ``ReversedBackward``.
     """
-    return node is not None and re.fullmatch(r"\w+Backward\d+", node.name()) is not None
+    return node is not None and _BUILTIN_NODE.fullmatch(node.name()) is not None
+
+
+_BUILTIN_NODE = re.compile(r"\w+Backward\d+")
 
 
 _ABOUT_MEMORY = (

@@ -40,7 +40,7 @@ def use_symbols_of_part(tensor: Tensor, whole: Tensor, attribute: str) -> None:
     """Have a tensor compiled with the symbols of a part of an input.
 
     Args:
-        tensor: what is passed to the compiler.
+        tensor: the tensor that the compiler is given.
         whole: an example of the input, of a tensor subclass.
         attribute: the part's name in its ``__tensor_flatten__``.
     """

@@ -22,7 +22,7 @@ For good, from the first compilation on for a device with Triton templates:
 
 - Inductor's decompositions (`register_decomposition`) and lowerings (`kernels.triton.lowering`) of
   this package's operators, which nothing else uses;
-- Triton's allocator of scratch memory, where nobody has set one (`allocate_scratch_memory`):
+- Triton's allocator of scratch memory, if none has been set (`allocate_scratch_memory`):
   compiled kernels need it as long as they live.
 
 For good: the operators in ``torch.ops.cce_inductor``, from the import of their modules on, and
@@ -83,13 +83,13 @@ def without_recompile_limit() -> contextlib.AbstractContextManager[None]:
 
 
 def allocate_scratch_memory() -> None:
-    """Make PyTorch allocate the scratch memory of Triton kernels if nobody else does.
+    """Make PyTorch allocate the scratch memory of Triton kernels if no allocator has been set.
 
     Kernels with tensor descriptors need some. Triton asks an allocator that is set for the current
     context only. Inductor sets one before it launches a kernel, but from torch 2.13 only before the
     first launch: in another thread (autograd's) or context (the next cell of a notebook), Triton's
-    default allocator raises an error. It is replaced. An allocator that somebody has set is used as
-    before.
+    default allocator raises an error. It is replaced. An allocator that
+    the user has set is used as before.
     """
     from triton.runtime._allocation import NullAllocator
 
