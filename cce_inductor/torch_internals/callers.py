@@ -37,11 +37,13 @@ import torch
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 _COMPILER = (
-    *(f"{_TORCH}{room}{os.sep}" for room in ("_dynamo", "_functorch", "_inductor")),
-    *(f"{_TORCH}{room}{os.sep}" for room in ("_subclasses", "fx")),
+    *(
+        f"{_TORCH}{folder}{os.sep}"
+        for folder in ("_dynamo", "_functorch", "_inductor", "_subclasses", "fx")
+    ),
     f"{_TORCH}_guards.py",
 )
-_DISABLE = torch._dynamo.eval_frame.__file__
+_DISABLE = f"{_TORCH}_dynamo{os.sep}eval_frame.py"
 """``torch._dynamo.disable`` puts a frame of this file around what it decorates."""
 
 
