@@ -125,7 +125,7 @@ def test_another_error_where_one_of_pytorch_may_come(monkeypatch, caplog):
 
 @pytest.mark.parametrize("choice", ["warn", "raise"])
 def test_a_decomposition_that_fails(choice, caplog):
-    decomposed = inductor._or_as_it_is(broken)
+    decomposed = inductor._or_undecomposed(broken)
     with surprise.on_error(choice):
         if choice == "raise":
             with pytest.raises(KeyError, match=MESSAGE):
