@@ -1,4 +1,7 @@
-"""The tree in CONTRIBUTING.md has every file of the package, with the first sentence about it.
+"""The tree in CONTRIBUTING.md has each file of the package, with the first sentence about it.
+
+Rules and statistics are left out: their folders have one line each.
+
 
 After a change, update it with ``EXPECTTEST_ACCEPT=1 pytest tests/test_contributing.py``.
 """
@@ -12,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
 TREE = re.compile(r"(?<=<!-- tree -->\n```\n).*?(?=```\n<!-- end of tree -->)", re.DOTALL)
 COLUMN = 30  # where descriptions begin
+COLLECTIONS = ("projections", "transforms", "reductions", "losses", "statistics")
 
 
 def summary(file: Path) -> str:
@@ -26,13 +30,8 @@ def line(name: str, depth: int, file: Path) -> str:
     return f"{'  ' * depth + name:<{COLUMN - 1}} {summary(file)}\n"
 
 
-# Every file in these folders is imported, and says what it is in its first line.
-COLLECTIONS = ("projections", "transforms", "reductions", "losses", "statistics")
-
-
 def tree(folder: Path, depth: int = 0) -> str:
-    """Return a line for a package, for each of its modules, and for each package inside; a single
-    line for a collection."""
+    """Return a line for a package, and the lines of its modules and of the packages inside."""
     modules = [] if folder.name in COLLECTIONS else sorted(folder.glob("*.py"))
     packages = sorted(file.parent for file in folder.glob("*/__init__.py"))
     lines = [line(f"{folder.name}/", depth, folder / "__init__.py")]
