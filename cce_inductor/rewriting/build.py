@@ -22,7 +22,7 @@ from cce_inductor.options import DEFAULT_WORKSPACE_BYTES, Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Operand
 from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
-from cce_inductor.patterns.language.rows import AtRows, Statistic, vocabulary_of
+from cce_inductor.patterns.language.rows import AtRows, RowStatistic, vocabulary_of
 from cce_inductor.recipe.formula import Formula
 from cce_inductor.rewriting.findings import Consumer, Findings
 from cce_inductor.rewriting.plan import Group
@@ -151,11 +151,11 @@ class Builder:
         """Build the node of a `Row`. Numbers and nodes are returned as they are."""
         if isinstance(row, tuple):
             return tuple(self.row(each) for each in row)
-        if not isinstance(row, (Statistic, Call, AtRows)):
+        if not isinstance(row, (RowStatistic, Call, AtRows)):
             return row
         key = (id(row), self._gradients_off)  # nodes built without gradients have none
         if key not in self._memo:
-            if isinstance(row, Statistic):
+            if isinstance(row, RowStatistic):
                 node = self._statistic(row)
             elif isinstance(row, AtRows):
                 node = self._at_rows(row.operand, row.logits)
@@ -164,7 +164,7 @@ class Builder:
                 flat = row.target is torch.ops.cce_inductor.cross_entropy.default
                 args = [
                     self._statistic(argument, flat=True)
-                    if flat and isinstance(argument, Statistic)
+                    if flat and isinstance(argument, RowStatistic)
                     else self.row(argument)
                     for argument in row.args
                 ]
@@ -173,7 +173,7 @@ class Builder:
             self._memo[key] = node
         return self._memo[key]
 
-    def _statistic(self, statistic: Statistic, *, flat: bool = False) -> Node:
+    def _statistic(self, statistic: RowStatistic, *, flat: bool = False) -> Node:
         """Build a statistic: a result of its group's operator, in the shape of its rows or flat."""
         group = self.group_of[id(statistic)]
         if group.results is None:
@@ -256,9 +256,9 @@ class Builder:
         )
         return DeferredNodes(formula, input, weight, bias, operands)
 
-    def _operand(self, operand: Operand | Statistic, logits: Logits) -> Node:
+    def _operand(self, operand: Operand | RowStatistic, logits: Logits) -> Node:
         """Build an operand of a program for the rows of `logits`, with the vocabulary last."""
-        if isinstance(operand, Statistic):
+        if isinstance(operand, RowStatistic):
             assert operand.index is not None
             index = self.row(operand.index)
             if operand.kind is Gather:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.logits import Logits, Value, all_logits
-from cce_inductor.patterns.language.rows import AtRows, Row, Statistic, parts
+from cce_inductor.patterns.language.rows import AtRows, Row, RowStatistic, parts
 from cce_inductor.patterns.language.site import Site
 from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.sizes import tensor_bytes
@@ -46,9 +46,9 @@ class Consumer:
         return self.node if self.after is None else self.after
 
     @property
-    def statistics(self) -> list[Statistic]:
+    def statistics(self) -> list[RowStatistic]:
         """The reductions over the vocabulary that the result is made of."""
-        return [part for part in parts(self.result) if isinstance(part, Statistic)]
+        return [part for part in parts(self.result) if isinstance(part, RowStatistic)]
 
     @property
     def reduces(self) -> bool:
@@ -170,7 +170,7 @@ class Findings:
         """Return each tensor that a row is made of, with the position at which it is read."""
         reads: list[tuple[Node, int]] = []
         for part in parts(row):
-            if isinstance(part, Statistic):
+            if isinstance(part, RowStatistic):
                 for node, reader in part.reads:
                     reads.append((node, here if reader is None else self.position[reader]))
             elif isinstance(part, AtRows):

@@ -16,7 +16,7 @@ from torch.fx import Node
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.names import Name, OperandKind
 from cce_inductor.kernels.program.text import Program, Step
-from cce_inductor.kernels.statistics import base as kernels
+from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.patterns.language.examples import example
@@ -24,7 +24,7 @@ from cce_inductor.patterns.language.expression import Apply, Leaf, Operand, leav
 from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
 from cce_inductor.patterns.language.rows import (
     AtRows,
-    Statistic,
+    RowStatistic,
     is_reduced,
     is_sum,
     parts,
@@ -53,24 +53,24 @@ class Group:
         self.logits = logits
         self.anchor = anchor
         self.level = level
-        self.statistics: list[Statistic] = []
-        self.operands: list[Operand | Statistic] = []
+        self.statistics: list[RowStatistic] = []
+        self.operands: list[Operand | RowStatistic] = []
         self.hoisted: list[Node] = []
         self.first: Node | None = None
         self.results: Node | None = None
         self.outputs: dict[int, Node] = {}
         self._steps: dict[str, Step] = {}
-        self._outputs: dict[str, kernels.Statistic] = {}
+        self._outputs: dict[str, Statistic] = {}
         self._names: dict[int, tuple[Apply, Name]] = {}  # by the identity of the expression
 
-    def add(self, statistic: Statistic) -> None:
+    def add(self, statistic: RowStatistic) -> None:
         """Make the operator compute a statistic."""
         self.statistics.append(statistic)
         output = self._output(statistic)
         for each in (*output.requirements, output):
             self._outputs.setdefault(str(each), each)
 
-    def output(self, statistic: Statistic) -> int:
+    def output(self, statistic: RowStatistic) -> int:
         """Return the position of a statistic among the operator's results."""
         wanted = str(self._output(statistic))
         first = {str(output): place.start for place, output in self.program.places}
@@ -101,13 +101,13 @@ class Group:
         targets = {(s.index, *s.constants) for s in self.statistics if s.kind is Target}
         return None not in ignored and ignored == targets
 
-    def _output(self, statistic: Statistic) -> kernels.Statistic:
+    def _output(self, statistic: RowStatistic) -> Statistic:
         args: list[Any] = [self.name(value) for value in statistic.values]
         if issubclass(statistic.kind, Indexed):
             args.append(self._operand_name(OperandKind.ROW, statistic))
         return statistic.kind((*args, *statistic.constants))
 
-    def _operand_name(self, kind: OperandKind, operand: Operand | Statistic) -> Name:
+    def _operand_name(self, kind: OperandKind, operand: Operand | RowStatistic) -> Name:
         for position, known in enumerate(self.operands):
             if _same_operand(known, operand):
                 return Name(f"{kind}{position}")
@@ -153,9 +153,9 @@ class Group:
         return dataclasses.replace(argument, source=rest_of(argument.source))
 
 
-def _same_operand(first: Operand | Statistic, second: Operand | Statistic) -> bool:
-    if isinstance(first, Statistic) or isinstance(second, Statistic):
-        if not (isinstance(first, Statistic) and isinstance(second, Statistic)):
+def _same_operand(first: Operand | RowStatistic, second: Operand | RowStatistic) -> bool:
+    if isinstance(first, RowStatistic) or isinstance(second, RowStatistic):
+        if not (isinstance(first, RowStatistic) and isinstance(second, RowStatistic)):
             return False
         return (first.index, first.kind) == (second.index, second.kind)
     return (
@@ -171,7 +171,7 @@ def _same_source(first: Any, second: Any) -> bool:
         first, second = ((c.target, c.args, c.kwargs) for c in (first, second))
     if isinstance(first, tuple) and isinstance(second, tuple):
         return len(first) == len(second) and all(map(_same_source, first, second))
-    if isinstance(first, (Node, Statistic, AtRows)):
+    if isinstance(first, (Node, RowStatistic, AtRows)):
         return first is second
     return type(first) is type(second) and bool(first == second)
 
@@ -191,7 +191,7 @@ class _Planner:
         self.groups: list[Group] = []
         self.of_statistic: dict[int, Group] = {}
 
-    def place(self, statistic: Statistic, consumer: Consumer) -> None:
+    def place(self, statistic: RowStatistic, consumer: Consumer) -> None:
         """Add a statistic that a consumer needs to a group, or to a new one."""
         if id(statistic) in self.of_statistic:
             return
@@ -208,12 +208,12 @@ class _Planner:
         group.add(statistic)
         self.of_statistic[id(statistic)] = group
 
-    def _level(self, statistic: Statistic) -> int:
+    def _level(self, statistic: RowStatistic) -> int:
         """Return the level of a statistic's group: above those of the statistics that it reads."""
-        inner = [part for part in parts(statistic)[:-1] if isinstance(part, Statistic)]
+        inner = [part for part in parts(statistic)[:-1] if isinstance(part, RowStatistic)]
         return max((self.of_statistic[id(part)].level + 1 for part in inner), default=0)
 
-    def _anchor(self, statistic: Statistic, consumer: Consumer) -> Node:
+    def _anchor(self, statistic: RowStatistic, consumer: Consumer) -> Node:
         """Return the node before which the operator of a statistic stands.
 
         This is the place of the consumer. If gradients are off there, it is the place where they
@@ -229,7 +229,9 @@ class _Planner:
         """Return whether the graph has disabled gradients at a node."""
         return self.findings.gradient_mode[node] is False
 
-    def _hoisted(self, statistic: Statistic, anchor: Node, consumer: Consumer) -> list[Node] | None:
+    def _hoisted(
+        self, statistic: RowStatistic, anchor: Node, consumer: Consumer
+    ) -> list[Node] | None:
         """Return the nodes that must move before `anchor` for a statistic to be computed there.
 
         None if some of them cannot move, or if the consumer needs gradients and they are off there.

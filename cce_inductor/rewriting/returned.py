@@ -16,7 +16,7 @@ from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Expression, Operand, leaves
 from cce_inductor.patterns.language.logits import Call, Logits, all_logits
-from cce_inductor.patterns.language.rows import Statistic, is_reduced, nodes_of_projection
+from cce_inductor.patterns.language.rows import RowStatistic, is_reduced, nodes_of_projection
 from cce_inductor.recipe.formula import Formula
 from cce_inductor.recipe.operation import product
 from cce_inductor.recipe.sharded import is_freed_after_forward
@@ -116,9 +116,9 @@ class Returned:
         return _with_softmaxes(self.logits.expression)
 
     @property
-    def row(self) -> Statistic:
+    def row(self) -> RowStatistic:
         """A row that reads every tensor that the logits are made of."""
-        return Statistic(Sum, self.logits, (self.expression,))
+        return RowStatistic(Sum, self.logits, (self.expression,))
 
     @property
     def strides(self) -> tuple[int, ...] | None:
@@ -201,7 +201,7 @@ def _with_softmaxes(expression: Expression) -> Expression:
         source, is_detached = rest[0].source, False
         if isinstance(source, Call) and source.target is torch.detach and _is_detached(first):
             (source,), (first,), is_detached = source.args, first.args, True
-        is_normalizer = isinstance(source, Statistic) and source.kind is LogSumExp
+        is_normalizer = isinstance(source, RowStatistic) and source.kind is LogSumExp
         if is_normalizer and source.values == (first,):
             softmax = Apply("_log_softmax", (_with_softmaxes(first), -1, False))
             return Apply("detach", (softmax,)) if is_detached else softmax

@@ -19,7 +19,7 @@ Glossary:
 - *Expression*: a value that is computed for each logit: a graph of pointwise ATen operators.
 - *Operand*: a tensor that an expression reads beside the logits: one value, or one for each row,
   column or logit.
-- *Statistic*: a reduction over the vocabulary that the fused operator computes (`logsumexp`,
+- *RowStatistic*: a reduction over the vocabulary that the fused operator computes (`logsumexp`,
   `gather`, `sum`, ...). Rows are made of statistics.
 - *Late*: computed from a statistic of the same logits, and so unknown until a first pass over the
   vocabulary has finished. The `lse` in ``z - lse`` is late.
@@ -99,7 +99,7 @@ from cce_inductor.patterns.language.protocol import (
 from cce_inductor.patterns.language.ranges import vocabulary_range
 from cce_inductor.patterns.language.rows import (
     Row,
-    Statistic,
+    RowStatistic,
     call,
     ignoring,
     is_reduced,
@@ -137,10 +137,10 @@ __all__ = [
     "ProjectionResult",
     "ReductionResult",
     "Row",
+    "RowStatistic",
     "Rule",
     "Site",
     "Stack",
-    "Statistic",
     "TensorOperation",
     "TransformResult",
     "UnsupportedError",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cce_inductor.kernels.program.text import overload
-from cce_inductor.kernels.statistics import base as kernels
+from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.dot import Dot
 from cce_inductor.kernels.statistics.gather import Gather
 from cce_inductor.kernels.statistics.index import Index
@@ -39,7 +39,7 @@ from cce_inductor.patterns.language.logits import Call, Logits
 from cce_inductor.patterns.language.rows import (
     AtRows,
     Row,
-    Statistic,
+    RowStatistic,
     call,
     detach_row,
     vocabulary_of,
@@ -97,7 +97,7 @@ class Algebra:
             # A function of late values is applied to the gathered values: it needs no second pass.
             args = [self._at(kind, a, index, *constants) for a in x.args]
             return Call(overload(x.target), tuple(args), x.kwargs)
-        return Statistic(kind, self.logits, (x,), index, constants)
+        return RowStatistic(kind, self.logits, (x,), index, constants)
 
     def max(self, x: Any) -> tuple[Row, Row]:
         """Return the greatest value and its index."""
@@ -113,7 +113,7 @@ class Algebra:
             self.site.unsupported(reasons.topk_out_of_range(LIMIT))
         return self._greatest(TopK, x, k)
 
-    def _greatest(self, kind: type[kernels.Statistic], x: Any, *constants: int) -> tuple[Row, Row]:
+    def _greatest(self, kind: type[Statistic], x: Any, *constants: int) -> tuple[Row, Row]:
         if _is_detached(x):
             value, index = self._greatest(kind, x.args[0], *constants)
             return detach_row(value), index
@@ -123,7 +123,8 @@ class Algebra:
             value = call(torch.exp, value)
         else:
             value, index = (
-                Statistic(kind, self.logits, (core,), None, constants, output) for output in (0, 1)
+                RowStatistic(kind, self.logits, (core,), None, constants, output)
+                for output in (0, 1)
             )
         return value if shift is None else call(operator.add, value, shift), index
 
@@ -192,7 +193,7 @@ class Algebra:
         """Return the sum of a product from which a late value will be subtracted."""
         if is_constant_over_row(fixed) or is_constant_over_row(term) or self._late(term):
             return self.sum(Apply(_MUL, (fixed, term)))
-        return Statistic(Dot, self.logits, (fixed, term))
+        return RowStatistic(Dot, self.logits, (fixed, term))
 
     def _mean(self, core: Any, value: Any) -> Row | None:
         """Return the mean of `value` under softmax(core).
@@ -202,7 +203,7 @@ class Algebra:
         if is_constant_over_row(value):
             return self.row(value)
         if not self._late(value):
-            return Statistic(Mean, self.logits, (core, value))
+            return RowStatistic(Mean, self.logits, (core, value))
         if isinstance(value, Apply) and value.target in (_ADD, _SUB) and not value.kwargs:
             means = [self._mean(core, term) for term in value.args]
             if None not in means:
@@ -258,5 +259,5 @@ class Algebra:
     def _late(self, x: Any) -> bool:
         return self.site.is_late(x, self.logits)
 
-    def _statistic(self, kind: type[kernels.Statistic], x: Expression) -> Statistic:
-        return Statistic(kind, self.logits, (x,))
+    def _statistic(self, kind: type[Statistic], x: Expression) -> RowStatistic:
+        return RowStatistic(kind, self.logits, (x,))

@@ -21,7 +21,7 @@ from cce_inductor.patterns.language.expression import where
 from cce_inductor.patterns.language.logits import Logits
 from cce_inductor.patterns.language.masks import target_mask
 from cce_inductor.patterns.language.operands import number_operand, operand, row_operand
-from cce_inductor.patterns.language.rows import Row, Statistic, parts
+from cce_inductor.patterns.language.rows import Row, RowStatistic, parts
 from cce_inductor.patterns.language.site import Site
 from cce_inductor.reporting import reasons
 
@@ -59,7 +59,7 @@ def changed_through_view(site: Site, view: Node, row: Row, logits: Logits) -> Lo
 
 def _index_of(site: Site, row: Row) -> Any:
     """Return the index of each row's entry in the vocabulary."""
-    entries = [part for part in parts(row) if isinstance(part, Statistic) and part.kind is Index]
+    entries = [part for part in parts(row) if isinstance(part, RowStatistic) and part.kind is Index]
     if not entries or any(entry.index is not entries[0].index for entry in entries):
         site.unsupported(reasons.CHANGES_UNKNOWN_ENTRIES)
     return entries[0].index

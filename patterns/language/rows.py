@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels.statistics import base as kernels
+from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.patterns.language.expression import Expression, Operand, leaves
 from cce_inductor.patterns.language.logits import Call, Logits, Projection, applied
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Statistic:
+class RowStatistic:
     """A reduction over the vocabulary, which the fused operator computes.
 
     The result is float64 unless it is an index.
@@ -33,7 +33,7 @@ class Statistic:
         ignored: a target and the index in it that marks rows whose value is not used.
     """
 
-    kind: type[kernels.Statistic]
+    kind: type[Statistic]
     logits: Logits
     values: tuple[Expression, ...]
     index: Node | Call | None = None
@@ -63,7 +63,7 @@ class AtRows:
     logits: Logits
 
 
-Row: TypeAlias = Statistic | Call | AtRows | Node
+Row: TypeAlias = RowStatistic | Call | AtRows | Node
 """One value for each row, or a value computed from such values: what replaces a loss."""
 
 
@@ -111,7 +111,7 @@ def rest_of(row: Row) -> Row:
 
 def ignoring(row: Any, target: Node, ignore_index: int) -> Any:
     """Return the same value, marked as not used in rows whose target is ignored."""
-    if isinstance(row, Statistic):
+    if isinstance(row, RowStatistic):
         return dataclasses.replace(row, ignored=(target, ignore_index))
     if isinstance(row, Call):
         args = tuple(ignoring(a, target, ignore_index) for a in row.args)
@@ -130,12 +130,12 @@ def parts(row: Any) -> list[Any]:
         if isinstance(item, (tuple, list)):
             for each in item:
                 visit(each)
-        elif isinstance(item, (Statistic, Call, AtRows, Node)) and id(item) not in reached:
+        elif isinstance(item, (RowStatistic, Call, AtRows, Node)) and id(item) not in reached:
             if isinstance(item, Call):
                 visit((item.args, [value for _, value in item.kwargs]))
             elif isinstance(item, AtRows):
                 visit(item.operand.source)
-            elif isinstance(item, Statistic):
+            elif isinstance(item, RowStatistic):
                 visit([operand.source for operand in _operands(item.values)])
                 visit(item.index)
             reached[id(item)] = item
@@ -146,12 +146,12 @@ def parts(row: Any) -> list[Any]:
 
 def is_reduced(source: Any) -> bool:
     """Whether a row is computed from reductions of logits."""
-    return any(isinstance(part, Statistic) for part in parts(source))
+    return any(isinstance(part, RowStatistic) for part in parts(source))
 
 
 def is_sum(source: Any) -> bool:
     """Whether a row is computed from sums over the vocabulary, and not only from chosen logits."""
-    return any(isinstance(part, Statistic) and part.kind.is_sum for part in parts(source))
+    return any(isinstance(part, RowStatistic) and part.kind.is_sum for part in parts(source))
 
 
 def _operands(expressions: tuple[Expression, ...]) -> list[Operand]:
@@ -165,7 +165,7 @@ def nodes_of(row: Any) -> list[Node]:
     for part in parts(row):
         if isinstance(part, Node):
             nodes.append(part)
-        elif isinstance(part, Statistic):
+        elif isinstance(part, RowStatistic):
             nodes += nodes_of_logits(part.logits)
     return nodes
 

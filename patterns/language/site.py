@@ -12,7 +12,7 @@ from torch.fx import Node
 from cce_inductor.patterns.language.examples import dimension, tensor_example
 from cce_inductor.patterns.language.expression import Expression, operands_of
 from cce_inductor.patterns.language.logits import Logits, Stack, Value
-from cce_inductor.patterns.language.rows import Statistic, parts
+from cce_inductor.patterns.language.rows import RowStatistic, parts
 from cce_inductor.patterns.language.tables import Rule, UnsupportedError
 from cce_inductor.patterns.language.transposed import transposed_logits
 from cce_inductor.reporting import reasons
@@ -128,7 +128,8 @@ class Site:
     def is_late(self, expression: Any, logits: Logits) -> bool:
         """Whether an expression reads a value that is reduced from the same logits."""
         return any(
-            isinstance(part, Statistic) or (isinstance(part, Node) and self._is_late(part, logits))
+            isinstance(part, RowStatistic)
+            or (isinstance(part, Node) and self._is_late(part, logits))
             for operand in operands_of(expression)
             for part in parts(operand.source)
         )
