@@ -2,7 +2,6 @@
 
 Rules and statistics are left out: their folders have one line each.
 
-
 After a change, update it with ``EXPECTTEST_ACCEPT=1 pytest tests/test_contributing.py``.
 """
 
