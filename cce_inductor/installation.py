@@ -32,7 +32,7 @@ from cce_inductor.operators.fingerprint import fingerprint, tagged
 from cce_inductor.options import Options, is_in_force, options_in_force, put_in_force
 from cce_inductor.reporting import reasons
 from cce_inductor.reporting.log import publish
-from cce_inductor.reporting.notice import speak_at_exit
+from cce_inductor.reporting.notice import warn_at_exit
 from cce_inductor.reporting.reasons import Reason
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.torch_internals.patches import set_config, wrap_inductor
@@ -153,7 +153,7 @@ def install(**options: Any) -> None:
     with _lock:
         if _installation is None:
             _installation = _Installation(chosen)
-            speak_at_exit()
+            warn_at_exit()
         else:
             _installation.set_options(chosen)
 

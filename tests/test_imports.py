@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "cce_inductor"
 
-# The rooms, lowest first: a module may import from its own room and from the lines above it. "" is
+# The packages, lowest first: a module may import from its own package and from the lines above. "" is
 # the package itself, whose names are imported on first use.
 LAYERS = (
     ("surprise", "torch_internals"),

@@ -14,7 +14,7 @@ import cce_inductor
 from cce_inductor.options import Options
 from cce_inductor.reporting import notice, reasons
 from cce_inductor.reporting.log import MOST_REPORTS, ReportLog
-from cce_inductor.reporting.notice import is_large, last_word
+from cce_inductor.reporting.notice import exit_warning, is_large
 from cce_inductor.reporting.report import LossReport
 
 INPUT = torch.randn(1024, 8)
@@ -146,9 +146,9 @@ for act in sys.argv[1:]:
 @pytest.mark.parametrize(
     ("acts", "expected"),
     [
-        ([], last_word(0, 0, 0)),
-        (["explain"], last_word(0, 0, 0)),
-        (["other"], last_word(1, 0, 0)),
+        ([], exit_warning(0, 0, 0)),
+        (["explain"], exit_warning(0, 0, 0)),
+        (["other"], exit_warning(1, 0, 0)),
         (["step"], None),
         (["other", "step"], None),
         (["uninstall"], None),
@@ -176,13 +176,13 @@ def test_at_exit(acts, expected):
         ((3, 2, 0), "all of the 2 loss(es) in the 3 graph(s) that were compiled were left alone"),
     ],
 )
-def test_the_last_word_is_one_line(counts, said):
-    assert said in last_word(*counts)
-    assert "\n" not in last_word(*counts)
+def test_the_exit_warning_is_one_line(counts, said):
+    assert said in exit_warning(*counts)
+    assert "\n" not in exit_warning(*counts)
 
 
-def test_no_last_word_where_something_was_rewritten():
-    assert last_word(3, 2, 1) is None
+def test_no_exit_warning_where_something_was_rewritten():
+    assert exit_warning(3, 2, 1) is None
 
 
 def test_the_command_line_says_nothing_at_exit():
@@ -212,5 +212,5 @@ def test_a_place_is_remembered_for_a_while(monkeypatch):
     monkeypatch.setattr(notice, "_MOST_PLACES", 2)
     tally = notice._Tally()
     asked = ["a", "b", "a", "c", "b", "a"]  # the third replaces the first
-    assert [tally.is_new(place) for place in asked] == [True, True, False, True, False, True]
+    assert [tally.remember(place) for place in asked] == [True, True, False, True, False, True]
     assert len(tally._warned) == 2

@@ -1,6 +1,6 @@
 """How logits that were not computed can be computed later: the data that deferred logits hold.
 
-The pass creates recipes, `deferred` follows them. This room imports neither.
+The pass creates recipes, `deferred` follows them. This package imports neither.
 
 - `operation`: the computation as a chain of ATen operators.
 - `formula`: the same for the logits of one rewritten graph, as it returns them.

@@ -1,4 +1,4 @@
-"""The reports of this process, and everybody who is told of them."""
+"""The reports of this process, and where they are published."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from cce_inductor.options import Options
-from cce_inductor.reporting.notice import notice
+from cce_inductor.reporting.notice import warn_of_large_losses
 from cce_inductor.reporting.report import LossReport
 
 _logger = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ log = ReportLog()
 
 
 def publish(module: GraphModule, reports: list[LossReport], options: Options) -> None:
-    """Tell everybody what a compilation did.
+    """Publish the reports of one compilation.
 
     The reports go to `reports`, to the logger "cce_inductor" (``TORCH_LOGS``), and to
     ``torch._dynamo.utils.counters["cce_inductor"]``; a rewritten graph goes to the structured
-    trace; and `notice` warns of large losses that were left alone.
+    trace; and `notice.warn_of_large_losses` warns of large losses that were left alone.
 
     Args:
         module: the graph after the pass.
@@ -86,7 +86,7 @@ def publish(module: GraphModule, reports: list[LossReport], options: Options) ->
     for report in reports:
         counters["rewritten" if report.rewritten else "left_alone"] += 1
         _logger.info("%s", report)
-    notice(reports, options)
+    warn_of_large_losses(reports, options)
     if not any(report.rewritten for report in reports):
         return
     if _logger.isEnabledFor(logging.DEBUG):

@@ -17,8 +17,8 @@ _log = logging.getLogger(__name__)
 def is_large(size: int | None, options: Options) -> bool:
     """Return whether stored logits are worth a warning.
 
-    They are if they have `min_logits_bytes`. A lower value than the default does not count: it is
-    for tests with small models, where stored logits cost nothing.
+    They are if they take at least `min_logits_bytes`, or the default of that option if it is more: a
+    lower value is for tests with small models, where stored logits cost nothing.
 
     Args:
         size: the size of the logits in bytes, None if it is known only at run time.
@@ -51,8 +51,8 @@ class _Tally:
             self.losses += len(reports)
             self.rewritten += sum(report.rewritten for report in reports)
 
-    def is_new(self, place: str) -> bool:
-        """Return whether a place is none of the last 10,000 that this was asked of."""
+    def remember(self, place: str) -> bool:
+        """Remember a place, with the latest 10,000; return whether it is new."""
         with self._lock:
             if place in self._warned:
                 return False
@@ -65,10 +65,10 @@ class _Tally:
 tally = _Tally()
 
 
-def notice(reports: list[LossReport], options: Options) -> None:
+def warn_of_large_losses(reports: list[LossReport], options: Options) -> None:
     """Count the losses of a graph, and warn of large ones that were left alone.
 
-    There is one warning for each place in the user's code. Of several losses in the graph with the
+    There is one warning for each place in the user's code. If several losses of the graph have the
     same reason, only the first is named.
     """
     tally.add(reports)
@@ -78,25 +78,25 @@ def notice(reports: list[LossReport], options: Options) -> None:
             continue
         if not report.failed and is_large(report.logits_bytes, options):
             reasons.add(report.reason)
-            if tally.is_new(report.location or report.loss):
+            if tally.remember(report.location or report.loss):
                 _log.warning("cce_inductor: %s", report.sentence)
 
 
 @functools.cache
-def speak_at_exit() -> None:
+def warn_at_exit() -> None:
     """Warn at the end of this process if nothing was rewritten."""
     atexit.register(_at_exit)
 
 
 def _at_exit() -> None:
-    said = last_word(tally.graphs, tally.losses, tally.rewritten)
+    message = exit_warning(tally.graphs, tally.losses, tally.rewritten)
     # The workers of a data loader import the script, but are not expected to compile anything.
     is_helper = multiprocessing.parent_process() is not None and not tally.graphs
-    if is_in_force() and said is not None and not is_helper:
-        _log.warning("cce_inductor: %s", said)
+    if is_in_force() and message is not None and not is_helper:
+        _log.warning("cce_inductor: %s", message)
 
 
-def last_word(graphs: int, losses: int, rewritten: int) -> str | None:
+def exit_warning(graphs: int, losses: int, rewritten: int) -> str | None:
     """Return what to warn of at the end of a process with these counts, None for nothing."""
     if rewritten:
         return None

@@ -1,8 +1,8 @@
 """Every reason why a loss is left alone or logits are stored, with its advice.
 
 A reason is a value. A rule raises one of the constants below in an `UnsupportedError`, and the walk
-wraps it in one that names the node: `used_by` (node, why). Code compares reasons with ``is`` or
-``==``, and never looks at their words.
+wraps it in a second reason that names the node, ``used_by(node, cause)`` for example. Code compares
+reasons with ``is`` or ``==``, and never looks at their words.
 
 The subject of the sentences that rules raise, "it", is the operation that the wrapping reason
 names: "the logits are used by dropout at train.py:10: it is random".
@@ -28,7 +28,7 @@ class Reason:
 
     Attributes:
         sentence: what is wrong; ``{at}`` stands where the place belongs.
-        advice: what the user can change, None if nothing is known or the cause has advice.
+        advice: what the user can change; None if there is no advice, or if `cause` has it.
         place: ``file.py:line`` of the operation that the sentence names, None if unknown.
         cause: the reason that this one adds a place to, None if it stands alone.
     """
@@ -54,7 +54,7 @@ class Reason:
         return self.advice
 
 
-# The operation that uses the logits, or is in their place
+# Reasons that name one operation of the graph
 
 
 def used_by(node: Node, cause: Reason | None = None) -> Reason:
@@ -63,7 +63,7 @@ def used_by(node: Node, cause: Reason | None = None) -> Reason:
 
 
 def used_with_other_logits(node: Node) -> Reason:
-    """The operation reads these logits beside those of another projection, as a stored tensor."""
+    """The operation reads these logits together with those of another projection, as a tensor."""
     return _of(node, f"the logits are used by {operation(node)}{{at}} with other logits")
 
 
@@ -289,7 +289,8 @@ def not_a_tensor(argument: object) -> Reason:
     return Reason(f"{argument} is not a tensor")
 
 
-# A tensor as large as the logits, made of smaller ones; never part of a report
+# Why a tensor as large as the logits cannot be computed block by block from smaller ones. These are
+# internal: no report shows them.
 
 NOTHING_MAKES_IT = Reason("no operation makes it")
 MADE_OF_LARGE = Reason("it is made of a tensor that is as large")
@@ -362,7 +363,9 @@ DIAGONAL_WITHOUT_SOME_ROWS = Reason("it may have no entry in some of the rows")
 REDUCES_ROWS = Reason("it reduces over the rows, not over the vocabulary")
 REDUCES_ROWS_AND_VOCABULARY = Reason("it reduces over rows and vocabulary")
 TAKES_THE_SMALLEST = Reason("it takes the smallest entries")
-NOT_A_PRODUCT_OF_ALIKE = Reason("it is not a product of the logits with a tensor of their shape")
+NOT_A_PRODUCT_OF_SAME_SHAPE = Reason(
+    "it is not a product of the logits with a tensor of their shape"
+)
 NOT_A_SUM_OVER_VOCABULARY = Reason("it does not sum over the vocabulary alone")
 CLASS_DIMENSION_NOT_VOCABULARY = Reason("its class dimension is not the vocabulary")
 BATCH_DIMENSION_IS_VOCABULARY = Reason("its batch dimension is the vocabulary")

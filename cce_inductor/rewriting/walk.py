@@ -49,7 +49,7 @@ def walk(graph: Graph, *, without_loss: bool = False, is_inner: bool = False) ->
 
     Args:
         graph: a graph before autograd.
-        without_loss: whether to find reductions of projections that no loss is computed from, too.
+        without_loss: whether to keep reductions of projections without a loss.
         is_inner: whether another graph calls this one.
     """
     return _Walker(graph, is_inner=is_inner).run(without_loss=without_loss)
@@ -74,6 +74,7 @@ class _Walker:
             self.changes.enter(node, grad_enabled=self.gradients.are_enabled)
             self._visit(node)
             self.changes.leave(node)
+            # Values that are computed from a reduction remember the projections of what was reduced.
             reduced = {p for a in node.all_input_nodes for p in findings.reduced.get(a, ())}
             if reduced and node not in self.values:
                 findings.reduced[node] = findings.reduced.get(node, set()) | reduced
@@ -143,7 +144,8 @@ class _Walker:
                 self.findings.unused.append(node)
                 return
             self._escape(node, arguments, error.reason)
-            self._visit_projection(node)  # its input may happen to be logits
+            # The node may also be a projection, of a hidden state that happens to be logits.
+            self._visit_projection(node)
 
     def _reduce(self, site: Site, arguments: list[Node]) -> bool:
         """Apply the node's reduction rule; return whether there is one that applies."""
@@ -153,12 +155,14 @@ class _Walker:
         if result is None:
             return False
         if isinstance(result, Logits):
-            self._hold(node, detach_like(node, arguments, result))
+            self._record_value(node, detach_like(node, arguments, result))
             return True
         if self.changes.written:
             raise UnsupportedError(reasons.REDUCES_AND_CHANGES)
         logits = self.findings.first_logits(arguments[0])
-        self.findings.add(Consumer(node, False, logits, detach_rows_like(node, result)))
+        self.findings.add(
+            Consumer(node, is_loss=False, logits=logits, result=detach_rows_like(node, result))
+        )
         self.changes.add_reduction(node, arguments)
         return True
 
@@ -182,7 +186,7 @@ class _Walker:
         if changed and example(node) is None:
             self.findings.assignments[node] = value
         else:
-            self._hold(node, value)
+            self._record_value(node, value)
 
     def _pointwise(self, site: Site) -> Logits:
         node = site.node
@@ -210,7 +214,7 @@ class _Walker:
             and not self._has_classes(input)
         ):
             return  # its input has one value for each row
-        consumer = Consumer(node, True)
+        consumer = Consumer(node, is_loss=True)
         if not arguments:
             consumer.reason = self.escapes.reason_without_logits(input)
             self.findings.consumers.append(consumer)
@@ -224,7 +228,7 @@ class _Walker:
             result: LossResult = site.apply(rule)
             self._keep_stored(site)
             if isinstance(result, Logits):
-                self._hold(node, detach_like(node, arguments, result))
+                self._record_value(node, detach_like(node, arguments, result))
                 return
             consumer.result = detach_rows_like(node, result)
         except UnsupportedError as error:
@@ -250,24 +254,24 @@ class _Walker:
         self.escapes.add(node, reason, logits.projection.classes)
         self.findings.keep(arguments, reason)
         if is_loss or holds_softmax(node, size_hint(logits.vocabulary)):
-            self.findings.add(Consumer(node, True, logits, reason=reason))
+            self.findings.add(Consumer(node, is_loss=True, logits=logits, reason=reason))
 
     def _keep_stored(self, site: Site) -> None:
         """Keep the logits that a rule reads as a stored tensor."""
         if site.stored:
             self.findings.keep(site.stored, reasons.used_with_other_logits(site.node))
 
-    def _hold(self, node: Node, value: Value) -> None:
-        """Record what a node holds."""
+    def _record_value(self, node: Node, value: Value) -> None:
+        """Record the logits that a node's result stands for, and add the node to their path."""
         self.values[node] = each_logits(
             value, lambda logits: logits.replace(path=(*logits.path, describe(node)))
         )
 
     def _check_unchanged(self, consumer: Consumer) -> None:
-        """Leave a consumer alone if a tensor that it reads is changed in between.
+        """Leave a consumer alone if a tensor that it reads is changed before it will be read.
 
-        The rewritten graph reads every tensor where the loss is, and again in the backward. The
-        user's graph reads it where the projection is.
+        The user's graph reads every tensor where the projection is. The rewritten graph reads it
+        where the loss is, and again in the backward.
         """
         here = self.findings.position[consumer.place]
         assert consumer.logits is not None
@@ -287,7 +291,7 @@ class _Walker:
         """
         for node in self.values:
             if loss.get(node) is not None:
-                consumer = Consumer(node, True, self.findings.first_logits(node))
+                consumer = Consumer(node, is_loss=True, logits=self.findings.first_logits(node))
                 self.findings.consumers.append(consumer)
 
 

@@ -1,8 +1,8 @@
 """Who is asking: what a call means can depend on the code that makes it.
 
 PyTorch has no interface for these questions, so each is answered from evidence: a frame of the
-stack, the name of an autograd node, the text of an error. The module stands at the bottom of the
-package because rooms above and below the pass ask (`deferred`, `recipe.sharded`, `reporting`), and
+stack, the name of an autograd node, the text of an error. The module stands at the bottom
+because packages above and below the pass ask (`deferred`, `recipe.sharded`, `reporting`), and
 because all of the evidence is private to PyTorch. It is the same in torch 2.11 to 2.15.
 
 | question | evidence |

@@ -23,19 +23,6 @@ Numbers = tuple[Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class TileNumber:
-    """A number that a Triton kernel stores for each row.
-
-    Attributes:
-        name: of the kernel's argument, in capitals.
-        dtype: float32 or int32.
-    """
-
-    name: str
-    dtype: torch.dtype = torch.float32
-
-
-@dataclasses.dataclass(frozen=True)
 class Upstream:
     """What the backward of a statistic is given.
 
@@ -55,30 +42,42 @@ class Upstream:
 class Statistic(Output):
     """A reduction of each row of logits over the vocabulary.
 
-    The vocabulary is computed in tiles. Of each tile, `of_tile` keeps a few numbers, which a Triton
-    kernel can store (`tile_numbers`); `part` makes float64 numbers of them, `combine` those of
-    several tiles (or shards), and `results` the results of the whole row. A statistic may use the
-    numbers of others that the same program has: those are its `requirements`.
+    The vocabulary is computed in tiles, and the results are made in four steps:
+
+    1. `of_tile` computes a few numbers for each row of a tile, [rows] each. A Triton kernel can
+       store the same numbers (`write`, `tile_dtypes`).
+    2. `part` converts them to float64 numbers that can be combined.
+    3. `combine` makes one part of the parts of several tiles, or of several devices.
+    4. `results` makes the results from the part of the whole vocabulary.
+
+    A statistic may use the numbers of other statistics, which the program then must have as well:
+    its `requirements`.
 
     Class attributes:
-        value_count: how many of its arguments are values of the program.
+        value_count: the number of its arguments that are values of the program.
         result_dtypes: one for each result.
+        tile_dtypes: float32 or int32 for each number that a Triton kernel stores; empty if there is
+            no kernel.
         has_softmax: whether it involves a softmax over the vocabulary, as losses over classes do.
         is_sum: whether it adds up numbers over the vocabulary, rather than choosing some.
         overwrites: whether `of_tile` writes over the values that it is given.
-        tile_numbers: what a Triton kernel stores of each tile; empty if there is no kernel for it.
     """
 
     value_count: ClassVar[int] = 1
     result_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float64,)
+    tile_dtypes: ClassVar[tuple[torch.dtype, ...]] = ()
     has_softmax: ClassVar[bool] = False
     is_sum: ClassVar[bool] = False
     overwrites: ClassVar[bool] = False
-    tile_numbers: ClassVar[tuple[TileNumber, ...]] = ()
 
     @property
     def values(self) -> tuple[Name, ...]:
         return tuple(map(Name, self.args[: self.value_count]))
+
+    @property
+    def has_template(self) -> bool:
+        """Whether a Triton kernel can compute it."""
+        return bool(self.tile_dtypes)
 
     @property
     def requirements(self) -> tuple[Statistic, ...]:
@@ -95,12 +94,13 @@ class Statistic(Output):
 
     @abc.abstractmethod
     def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
-        """Return what is kept of one tile.
+        """Return the numbers of one tile.
 
         Args:
             values: [rows, columns] of each value that it reads, in the dtype of the logits.
             tile: the columns' place in the vocabulary.
-            index: of a statistic at indices: [rows, k] int64, see `indexed.prepared`.
+            index: [rows, k] int64 for a statistic that reads the values at indices (`indexed`);
+                None for all others.
         """
 
     def part(self, numbers: Numbers, required: Sequence[Numbers]) -> Numbers:
@@ -114,11 +114,11 @@ class Statistic(Output):
 
     @abc.abstractmethod
     def nothing(self, rows: int, device: torch.device, index: Tensor | None) -> Numbers:
-        """Return the part of no columns at all, which `combine` leaves out."""
+        """Return the part of an empty range of columns, which changes nothing in `combine`."""
 
     @abc.abstractmethod
     def combine(self, parts: Numbers, required: Sequence[Numbers]) -> Numbers:
-        """Return the part of all columns, from those of ranges of columns in their order.
+        """Return the part of all columns, from the parts of ranges of columns in their order.
 
         Args:
             parts: stacked along dimension 0.
@@ -133,11 +133,12 @@ class Statistic(Output):
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
         """Add the gradient of its first result to the cotangents of the values that it reads."""
 
-    def write(self, lines: TemplateLines, number: int) -> None:
-        """Write the lines of the Triton template that compute `tile_numbers`.
+    def write(self, lines: TemplateLines, position: int) -> None:
+        """Write the lines of the Triton template that compute and store the numbers of a tile.
 
         Args:
-            lines: those of all statistics of the program.
-            number: the position of this one, to make its variables' names unique.
+            lines: the lines of all statistics of the program. `store` is called once for each of
+                `tile_dtypes`, in that order.
+            position: the position of this statistic, to make the names of its variables unique.
         """
         raise NotImplementedError(f"{self.name} has no Triton template")

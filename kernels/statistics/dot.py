@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.program.names import Name
-from cce_inductor.kernels.statistics.base import Numbers, Statistic, TileNumber, Upstream
+from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.numerics import center_of, row_sum
 from cce_inductor.kernels.statistics.sum import Sum
@@ -22,7 +22,7 @@ class Dot(Statistic, name="dot"):
 
     value_count = 2
     is_sum = True
-    tile_numbers = (TileNumber("CENTER"), TileNumber("WEIGHTED"))
+    tile_dtypes = (torch.float32, torch.float32)
 
     @property
     def requirements(self) -> tuple[Statistic, ...]:
@@ -53,11 +53,11 @@ class Dot(Statistic, name="dot"):
         cotangents[q].add_product(upstream.grad, y)
         cotangents[y].add_product(upstream.grad, q)
 
-    def write(self, lines: TemplateLines, number: int) -> None:
+    def write(self, lines: TemplateLines, position: int) -> None:
         q, y = self.values
-        size = lines.begin(f"size{number}", "0.0")
+        size = lines.begin(f"size{position}", "0.0")
         lines.weighted_sum(
-            number,
+            position,
             before=lines.sum_update(q),
             weights=lines.inside(q, "0.0"),
             y=lines.inside(y, "0.0"),
@@ -65,4 +65,4 @@ class Dot(Statistic, name="dot"):
             total=lines.sum(q),
             size=size,
         )
-        lines.updates.append(f"{size} += tl.sum(tl.abs(weights{number}), 1)")
+        lines.updates.append(f"{size} += tl.sum(tl.abs(weights{position}), 1)")

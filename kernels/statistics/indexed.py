@@ -31,6 +31,10 @@ class Indexed(Statistic):
     """Whether there is an index that is ignored, so that a row may have none."""
 
     @property
+    def has_template(self) -> bool:
+        return True
+
+    @property
     def index(self) -> Name:
         """The operand that holds the indices."""
         return Name(self.args[1])
@@ -85,5 +89,5 @@ class Indexed(Statistic):
         assert upstream.index is not None
         cotangents[self.value].add_at(upstream.grad, upstream.index)
 
-    def write(self, lines: TemplateLines, number: int) -> None:
-        lines.at_indices(number, self.value, is_target=self.ignores)
+    def write(self, lines: TemplateLines, position: int) -> None:
+        lines.at_indices(position, self.value, is_target=self.ignores)

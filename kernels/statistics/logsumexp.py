@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.program.names import Name
-from cce_inductor.kernels.statistics.base import Numbers, Statistic, TileNumber, Upstream
+from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.numerics import logsumexp, row_sum, subtrahend
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
@@ -22,7 +22,7 @@ class LogSumExp(Statistic, name="logsumexp"):
     has_softmax = True
     is_sum = True
     overwrites = True
-    tile_numbers = (TileNumber("TOP"), TileNumber("TOTAL"))
+    tile_dtypes = (torch.float32, torch.float32)
 
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         return (torch.logsumexp(values[self.value], 1),)
@@ -45,7 +45,7 @@ class LogSumExp(Statistic, name="logsumexp"):
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
         cotangents[self.value].add_softmax(upstream.grad, *upstream.results)
 
-    def write(self, lines: TemplateLines, number: int) -> None:
+    def write(self, lines: TemplateLines, position: int) -> None:
         masses = lines.masses(self.value)
-        lines.store(masses.greatest, f"TOP{number}")
-        lines.store(masses.total, f"TOTAL{number}")
+        lines.store(masses.greatest)
+        lines.store(masses.total)

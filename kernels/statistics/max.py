@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.program.names import Name
-from cce_inductor.kernels.statistics.base import Numbers, Statistic, TileNumber, Upstream
+from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.template_lines import MINUS_INFINITY, TemplateLines
 
 
 class Max(Statistic, name="max"):
     result_dtypes = (torch.float64, torch.int64)
-    tile_numbers = (TileNumber("GREATEST"), TileNumber("FIRST", torch.int32))
+    tile_dtypes = (torch.float32, torch.int32)
 
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         return tuple(values[self.value].max(1))
@@ -42,12 +42,12 @@ class Max(Statistic, name="max"):
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
         cotangents[self.value].add_at(upstream.grad, upstream.results[1].unsqueeze(1))
 
-    def write(self, lines: TemplateLines, number: int) -> None:
-        greatest = lines.begin(f"greatest{number}", MINUS_INFINITY)
-        first = lines.begin(f"first{number}", "0", "int32")
+    def write(self, lines: TemplateLines, position: int) -> None:
+        greatest = lines.begin(f"greatest{position}", MINUS_INFINITY)
+        first = lines.begin(f"first{position}", "0", "int32")
         x = lines.inside(self.value, MINUS_INFINITY)
         lines.updates.append(
             f"{greatest}, {first} = device.greater({greatest}, {first}, {x}, first_column)"
         )
-        lines.store(greatest, f"GREATEST{number}")
-        lines.store(first, f"FIRST{number}")
+        lines.store(greatest)
+        lines.store(first)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.program.names import Name
-from cce_inductor.kernels.statistics.base import Numbers, Statistic, TileNumber, Upstream
+from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.kernels.statistics.numerics import center_of, logsumexp, row_sum, subtrahend
@@ -23,7 +23,7 @@ class Mean(Statistic, name="mean"):
     value_count = 2
     has_softmax = True
     is_sum = True
-    tile_numbers = (TileNumber("CENTER"), TileNumber("WEIGHTED"))
+    tile_dtypes = (torch.float32, torch.float32)
 
     @property
     def requirements(self) -> tuple[Statistic, ...]:
@@ -62,11 +62,11 @@ class Mean(Statistic, name="mean"):
         x, y = self.values
         cotangents[x].add_mean(upstream.grad, lse, upstream.results[0], y)
 
-    def write(self, lines: TemplateLines, number: int) -> None:
+    def write(self, lines: TemplateLines, position: int) -> None:
         x, y = self.values
         masses = lines.masses(x)
         lines.weighted_sum(
-            number,
+            position,
             before=masses.update,
             weights=masses.mass,
             y=lines.inside(y, "0.0"),

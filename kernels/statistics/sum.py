@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.program.names import Name
-from cce_inductor.kernels.statistics.base import Numbers, Statistic, TileNumber, Upstream
+from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.numerics import row_sum
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
@@ -16,7 +16,7 @@ from cce_inductor.kernels.statistics.template_lines import TemplateLines
 
 class Sum(Statistic, name="sum"):
     is_sum = True
-    tile_numbers = (TileNumber("SUM"),)
+    tile_dtypes = (torch.float32,)
 
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         return (values[self.value].sum(1),)
@@ -33,5 +33,5 @@ class Sum(Statistic, name="sum"):
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
         cotangents[self.value].add_constant(upstream.grad)
 
-    def write(self, lines: TemplateLines, number: int) -> None:
-        lines.store(lines.sum(self.value), f"SUM{number}")
+    def write(self, lines: TemplateLines, position: int) -> None:
+        lines.store(lines.sum(self.value))

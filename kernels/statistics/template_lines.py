@@ -1,7 +1,7 @@
 """The lines of the Triton template that compute the statistics of a tile.
 
-A statistic writes its lines with `TemplateLines`. A *tile* of statistics is computed in several
-*parts* of BLOCK_V columns, one after another. `device` is `kernels.triton.device`.
+A statistic writes its lines with `TemplateLines`. A tile is computed in several blocks of BLOCK_V
+columns, one after another. `templates/statistics.jinja` shows where the lines stand.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Masses:
     """The variables that hold the masses ``exp(x - greatest)`` of a value.
 
     Attributes:
-        greatest: the greatest value of each row in the parts so far.
-        mass: the masses of this part.
-        total: the sum of the masses of the parts so far.
+        greatest: the greatest value of each row in the blocks so far.
+        mass: the masses of this block.
+        total: the sum of the masses of the blocks so far.
         update: the line that adds to `total`.
-        rescale: a format that makes a sum of masses above the greatest value of the parts before
-            one above that of the parts so far.
+        rescale: a format string. It scales a sum of masses that was made with the `greatest` of the
+            blocks before to the `greatest` that includes this block.
     """
 
     greatest: str
@@ -42,11 +42,14 @@ class TemplateLines:
         indices: the argument of each index operand, in order, and the number of its indices a row.
 
     Attributes:
-        before: lines before the first part of a tile.
-        updates: lines for each part, after its product.
-        after: lines that store what the parts have left.
-        outputs: the arguments that are written, except for the first number, which Inductor stores.
-        targets: variables that hold class indices.
+        before: lines before the first block of a tile.
+        updates: lines for each block, after its product. They may use `rows`, `row_inside`,
+            `columns`, `inside` (whether a column is in the vocabulary), `first_column`, BLOCK_M,
+            BLOCK_V, EVEN_V, and the functions of `kernels.triton.device`.
+        after: lines that store the numbers after the last block.
+        outputs: the arguments of the kernel that these lines write. Inductor itself stores the
+            first number.
+        targets: the variables that hold class indices.
     """
 
     def __init__(self, values: Mapping[Name, str], indices: list[tuple[str, int]]):
@@ -67,12 +70,13 @@ class TemplateLines:
         return name
 
     def inside(self, value: Name, fill: str) -> str:
-        """Return a value in float32, with `fill` in columns beyond the vocabulary."""
+        """Return a value in float32, with `fill`, a Triton expression, beyond the vocabulary."""
         return f"device.only({self._values[value]}, inside, {fill}, EVEN_V)"
 
-    def store(self, variable: str, argument: str) -> None:
+    def store(self, variable: str) -> None:
         """Store one number of each row."""
         if self._has_first:
+            argument = f"NUMBER{len(self.outputs)}"
             self.outputs.append(argument)
             place = f"{argument} + tile_of_statistics * M + rows"
             self.after.append(f"tl.store({place}, {variable}, mask=row_inside)")
@@ -84,7 +88,7 @@ class TemplateLines:
         )
 
     def sum(self, value: Name) -> str:
-        """Return the variable that holds the sum of a value over the parts so far."""
+        """Return the variable that holds the sum of a value over the blocks so far."""
         return self._sum(value)[0]
 
     def sum_update(self, value: Name) -> str:
@@ -133,25 +137,26 @@ class TemplateLines:
         Args:
             number: of the statistic.
             before: the line that adds to the sum of the weights; these lines come before it.
-            weights, y: of this part.
-            rescale: a format that makes a sum over the parts before one for this part's weights.
-            total: the sum of the weights of the parts before.
+            weights, y: the weights and values of this block.
+            rescale: a format string that scales a sum over the blocks before to this block's
+                weights.
+            total: the sum of the weights of the blocks before.
             size: the sum of their absolute values.
         """
         center, weighted = f"center{number}", f"weighted{number}"
         self.begin(center, "0.0")
         self.begin(weighted, "0.0")
-        part = f"weights{number}, y{number}"
+        block = f"weights{number}, y{number}"
         place = self.updates.index(before)
         self.updates[place:place] = [
-            f"{part} = {weights}, {y}",
-            f"nearer{number} = device.nearer({center}, {size}, {part})",
+            f"{block} = {weights}, {y}",
+            f"nearer{number} = device.nearer({center}, {size}, {block})",
             f"{weighted} = {rescale.format(weighted)} "
-            f"+ device.moved({center}, nearer{number}, {total}, {part})",
+            f"+ device.moved({center}, nearer{number}, {total}, {block})",
             f"{center} = nearer{number}",
         ]
-        self.store(center, f"CENTER{number}")
-        self.store(weighted, f"WEIGHTED{number}")
+        self.store(center)
+        self.store(weighted)
 
     def at_indices(self, number: int, value: Name, *, is_target: bool) -> None:
         """Write the value at each index of the next argument, where a row of the tile has one."""

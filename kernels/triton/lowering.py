@@ -267,7 +267,7 @@ def _tile_statistics(*arguments: Any) -> list[Any]:
 
     def constants(config: Config) -> dict[str, Any]:
         return {
-            "PARTS": call.tile // config.block_v,
+            "BLOCKS": call.tile // config.block_v,
             "EVEN_V": vocabulary % config.block_v == 0,
         }
 

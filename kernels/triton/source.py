@@ -164,6 +164,6 @@ _BLOCK_TYPES = "".join(
 def grid(rows: Any, width: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> Any:
     """Return the number of programs: one for each tile, or as many as the device runs at a time,
     which take turns."""
-    columns = meta["BLOCK_V"] * meta.get("PARTS", 1)
+    columns = meta["BLOCK_V"] * meta.get("BLOCKS", 1)
     tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(width, columns)
     return (min(tiles, meta["PROGRAMS"]) if meta["PROGRAMS"] else tiles, 1, 1)

@@ -88,7 +88,7 @@ def stored_by_statistics(
     for statistic in program.statistics:
         if isinstance(statistic, Indexed):
             stored.append(Stored((rows, next(of_index)), torch.float32, False))
-        stored += [Stored((tiles, rows), each.dtype, True) for each in statistic.tile_numbers]
+        stored += [Stored((tiles, rows), dtype, True) for dtype in statistic.tile_dtypes]
     return stored
 
 
@@ -96,7 +96,7 @@ def stored_numbers(program: Program, stored: Sequence[Any]) -> dict[Statistic, t
     """Return what belongs to each statistic, of the tensors that `tile_statistics` returns."""
     rest = iter(stored)
     return {
-        statistic: tuple(next(rest) for _ in range(max(1, len(statistic.tile_numbers))))
+        statistic: tuple(next(rest) for _ in range(max(1, len(statistic.tile_dtypes))))
         for statistic in program.statistics
     }
 

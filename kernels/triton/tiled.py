@@ -69,7 +69,7 @@ def reason_against(head: Head) -> str | None:
                 isinstance(shape[1], int) and shape[1] <= INDEX_LIMIT
             ):
                 return f"the template gathers at most {INDEX_LIMIT} indices a row"
-        elif not statistic.tile_numbers:
+        elif not statistic.has_template:
             return f"{statistic.name} has no template"
     return None
 

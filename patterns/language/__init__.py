@@ -13,9 +13,9 @@ Glossary:
 - *Loss*: a reduction that is a loss function, and is therefore reported if it is not rewritten.
 - *Block*: a tensor as large as the logits that is computed from smaller tensors, a one-hot encoding
   for example.
-- *Row*: the logits of one token, which is all the dimensions except the vocabulary. A value of type
-  `Row` is computed once for each row, by ordinary tensor operations.
+- *Row*: the logits of one token: one position in all dimensions except the vocabulary.
 - *Column*: one vocabulary entry in every row.
+- `Row`, the type: a value that is computed once for each row, by ordinary tensor operations.
 - *Expression*: a value that is computed for each logit: a graph of pointwise ATen operators.
 - *Operand*: a tensor that an expression reads beside the logits: one value, or one for each row,
   column or logit.

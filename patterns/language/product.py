@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cce_inductor.patterns.language.examples import is_tensor, tensor_example
+from cce_inductor.patterns.language.examples import is_tensor, same_size, tensor_example
 from cce_inductor.patterns.language.expression import LOGIT
 from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation, applied
 from cce_inductor.patterns.language.site import Site
@@ -31,6 +31,9 @@ def product(
 ) -> Logits | None:
     """Return the logits ``input @ weight.T + bias``; with `transposed`, ``input @ weight + bias``.
 
+    All projections end here. A rule has to make sure that its operation computes this product, with
+    the rows of the result in the order of `input`; this function checks ranks, sizes and dtypes.
+
     Args:
         site: the node of the product.
         input: [..., hidden].
@@ -39,11 +42,12 @@ def product(
         transposed: whether the weight is [hidden, vocabulary], as `matmul` takes it.
         bias: [vocabulary], or None.
         weight_operations: turn a weight of another rank into a matrix.
-        vocabulary_dim: the dimension of the vocabulary in the result, and of hidden in `input`;
-            the last one if None.
+        vocabulary_dim: the dimension of the result that is the vocabulary, which is also the
+            dimension of `input` that is summed over; the last one if None. (A convolution has 1.)
 
     Returns:
-        None if the operands have another rank, or the result a dtype without gradients.
+        None if the operands do not fit: another rank, different hidden sizes, a bias that is not
+        [vocabulary], or a result whose dtype has no gradients.
 
     Raises:
         UnsupportedError: the size of the weight depends on data, or an operand is a subclass of
@@ -68,6 +72,9 @@ def product(
         site.unsupported(reasons.WEIGHT_SIZE_DEPENDS_ON_DATA)
     dim = result.dim() - 1 if vocabulary_dim is None else vocabulary_dim
     vocabulary = result.shape[dim]
+    hidden = tensor_example(weight).shape[0 if transposed else 1]
+    if not same_size(tensor_example(input).shape[dim], hidden):  # einsum broadcasts a size of 1
+        return None
     if bias is not None and (
         not is_tensor(bias) or tuple(tensor_example(bias).shape) != (vocabulary,)
     ):

@@ -29,10 +29,9 @@ def einsum(site: Site, equation: Any, *operands: Any) -> ProjectionResult:
         transposed = _is_projection(input, weight, result)
         if transposed is None or not _ranks_fit(input, input_node):
             continue
-        hidden = tensor_example(weight_node).shape[1 - transposed]
-        # einsum would broadcast a hidden size of 1.
-        if tensor_example(input_node).shape[-1] == hidden:
-            return product(site, input_node, weight_node, transposed=transposed)
+        logits = product(site, input_node, weight_node, transposed=transposed)
+        if logits is not None:
+            return logits
     return None
 
 

@@ -24,7 +24,7 @@ def einsum(site: Site, equation: Any, *operands: Any) -> Row:
     terms, _, result = str(equation).replace(" ", "").partition("->")
     subscripts = terms.split(",")
     if len(operands) != 2 or len(set(subscripts)) != 1 or "." in terms:
-        site.unsupported(reasons.NOT_A_PRODUCT_OF_ALIKE)
+        site.unsupported(reasons.NOT_A_PRODUCT_OF_SAME_SHAPE)
     product = pointwise(site, torch.mul, *operands)
     (summed,) = set(subscripts)
     letter = summed[product.vocabulary_dim]

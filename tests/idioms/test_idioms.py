@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.options import Options
+from cce_inductor.patterns.language import projection
 from cce_inductor.reporting.report import LossReport
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.testing import in_float64, relative_error
@@ -122,7 +123,7 @@ def compiled(name: str) -> tuple[Outcome, list[LossReport], list[GraphModule]]:
     return run(idiom, function, arguments, parameters), reports, graphs
 
 
-PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "conv2d"}
+PRODUCTS = {getattr(spelling, "__name__", spelling) for spelling, _ in projection.items()}
 
 
 def stored_logits(module: GraphModule) -> list[str]:

@@ -15,6 +15,7 @@ from cce_inductor.kernels.blockwise import engine
 from cce_inductor.kernels.head import TILE
 from cce_inductor.kernels.program.output import Output
 from cce_inductor.kernels.statistics.base import Statistic
+from cce_inductor.kernels.statistics.template_lines import TemplateLines
 from cce_inductor.kernels.triton import tiled
 
 VOCABULARY = 2 * TILE + 300
@@ -35,18 +36,30 @@ def test_blockwise(name, vocabulary):
     assert_agrees(BLOCKWISE, *case(STATISTICS[name], vocabulary))
 
 
-WITH_TEMPLATE = [
-    name
-    for name in STATISTICS
-    if Output.by_name[name].tile_numbers or "logsumexp" in STATISTICS[name]
-]
-
-
-@pytest.mark.parametrize("name", WITH_TEMPLATE)
+@pytest.mark.parametrize("name", STATISTICS)
 def test_tiles_of_a_template(name):
     input, head = case(STATISTICS[name], VOCABULARY, dtype=torch.float32)
-    assert tiled.reason_against(head) is None
-    assert_agrees(TILED, input, head, rtol=2e-4, atol=1e-3)
+    if all(statistic.has_template for statistic in head.program.statistics):
+        assert tiled.reason_against(head) is None
+        assert_agrees(TILED, input, head, rtol=2e-4, atol=1e-3)
+    else:
+        assert tiled.reason_against(head) == f"{name} has no template"
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_template_stores_what_a_tile_has(name):
+    """A statistic writes as many numbers as it declares; the values at indices are one tensor."""
+    _, head = case(STATISTICS[name])
+    if not all(statistic.has_template for statistic in head.program.statistics):
+        return
+    indices = [
+        ("INDEX", statistic.index_of(head.operands).dim()) for statistic in head.program.indexed
+    ]
+    lines = TemplateLines(dict.fromkeys(head.program.roots, "z"), indices)
+    for position, statistic in enumerate(head.program.statistics):
+        statistic.write(lines, position)
+    declared = sum(len(each.tile_dtypes) for each in head.program.statistics)
+    assert len(lines.outputs) == declared + len(indices) - 1  # Inductor stores the first number
 
 
 def values_of(program, vocabulary, hide=()):

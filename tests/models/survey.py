@@ -40,6 +40,7 @@ from torch.fx import GraphModule, Node
 
 import cce_inductor
 from cce_inductor.backends import cce_inductor_eager
+from cce_inductor.patterns.language import projection
 
 VARIANTS = ("train", "bf16", "autocast", "numitems", "mask", "dynamic", "whole")
 
@@ -53,7 +54,7 @@ TOLERANCE = dict.fromkeys(VARIANTS, 1e-4) | {"bf16": 5e-2, "autocast": 5e-2}
 # coefficients of hyper-connections): its error is measured against this part of the largest one.
 NEGLIGIBLE = 1e-2
 
-PROJECTIONS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv1d"}
+PROJECTIONS = {getattr(spelling, "__name__", spelling) for spelling, _ in projection.items()}
 LOSSES = {"cross_entropy", "nll_loss", "log_softmax", "logsumexp", "linear_cross_entropy"}
 
 

@@ -54,7 +54,7 @@ def test_numbers(reduce):
     assert_as_accurate_as_eager(beside_a_loss(reduce), INPUT, WEIGHT, TARGET, slack=2)
 
 
-NO_PRODUCT = reasons.NOT_A_PRODUCT_OF_ALIKE.sentence
+NO_PRODUCT = reasons.NOT_A_PRODUCT_OF_SAME_SHAPE.sentence
 NO_SUM = reasons.NOT_A_SUM_OVER_VOCABULARY.sentence
 LEFT_ALONE = {
     "a vector": (lambda x, t: torch.einsum("nv,v->n", x, torch.ones(50)), "einsum", NO_PRODUCT),

@@ -638,7 +638,7 @@ DIAGONAL_WITHOUT_SOME_ROWS: it may have no entry in some of the rows
 REDUCES_ROWS: it reduces over the rows, not over the vocabulary
 REDUCES_ROWS_AND_VOCABULARY: it reduces over rows and vocabulary
 TAKES_THE_SMALLEST: it takes the smallest entries
-NOT_A_PRODUCT_OF_ALIKE: it is not a product of the logits with a tensor of their shape
+NOT_A_PRODUCT_OF_SAME_SHAPE: it is not a product of the logits with a tensor of their shape
 NOT_A_SUM_OVER_VOCABULARY: it does not sum over the vocabulary alone
 CLASS_DIMENSION_NOT_VOCABULARY: its class dimension is not the vocabulary
 BATCH_DIMENSION_IS_VOCABULARY: its batch dimension is the vocabulary

@@ -369,7 +369,7 @@ MUTATIONS = {
         "row_tiles * tiles_of_statistics, tl.num_programs(0)",
         "row_tiles * tiles_of_statistics - 1, tl.num_programs(0)",
     ),
-    "the last part of a tile is left out": ("PARTS, PARTS)", "PARTS, PARTS - 1)"),
+    "the last block of a tile is left out": ("BLOCKS, BLOCKS)", "BLOCKS, BLOCKS - 1)"),
     "the sum is not rescaled": (
         "device.rescaled(total_z, before_z, greatest_z)",
         "device.rescaled(total_z, before_z * 0, greatest_z * 0)",
