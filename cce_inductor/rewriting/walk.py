@@ -74,7 +74,7 @@ class _Walker:
             self.changes.enter(node, grad_enabled=self.gradients.are_enabled)
             self._visit(node)
             self.changes.leave(node)
-            # Values that are computed from a reduction remember the projections of what was reduced.
+            # What is computed from a reduction remembers the projections of what was reduced.
             reduced = {p for a in node.all_input_nodes for p in findings.reduced.get(a, ())}
             if reduced and node not in self.values:
                 findings.reduced[node] = findings.reduced.get(node, set()) | reduced

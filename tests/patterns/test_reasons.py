@@ -167,7 +167,7 @@ def test_operation_of_a_module_is_located_in_the_user_code():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by dropout at {place(fn, 'activation(')}: it is random"
+        f"the logits are used by dropout at {place(fn, 'activation(')}: {reasons.RANDOM.sentence}"
     )
     assert report.location == place(fn, "CrossEntropyLoss")
 
@@ -328,7 +328,7 @@ def test_what_is_random_is_called_so(change):
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason.endswith(f": {reasons.RANDOM.sentence}"), report.reason
-    assert report.advice.startswith("draw the random numbers before the projection")
+    assert report.advice == reasons.RANDOM.advice
 
 
 def sampled(input, weight, target):
@@ -338,7 +338,8 @@ def sampled(input, weight, target):
 
 def test_sampling_is_random():
     (report,) = reports_of(sampled, INPUT, WEIGHT, TARGET)
-    assert report.reason.endswith(f"used by multinomial at {place(sampled, 'multi')}: it is random")
+    where = place(sampled, "multi")
+    assert report.reason.endswith(f"used by multinomial at {where}: {reasons.RANDOM.sentence}")
 
 
 def test_a_random_function_that_draws_nothing():
