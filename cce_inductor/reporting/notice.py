@@ -17,8 +17,8 @@ _log = logging.getLogger(__name__)
 def is_large(size: int | None, options: Options) -> bool:
     """Return whether stored logits are worth a warning.
 
-    They are if they take at least `min_logits_bytes`, or the default of that option if that is more:
-    a lower value is for tests with small models, where stored logits cost nothing.
+    They are if they take at least `min_logits_bytes`, or its default if that is more: a lower value
+    is for tests with small models, where stored logits cost nothing.
 
     Args:
         size: the size of the logits in bytes, None if it is known only at run time.
