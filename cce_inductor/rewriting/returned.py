@@ -67,7 +67,7 @@ class DeferredOutput:
         Args:
             arguments: the arguments of the rewritten graph.
             results: what it returned.
-            product: what makes the matrix product, like `deferred.operation.product`.
+            product: what makes the matrix product, like `recipe.operation.product`.
         """
 
         def read(source: Source) -> torch.Tensor:

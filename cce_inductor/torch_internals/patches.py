@@ -6,8 +6,8 @@ By `install`, until `uninstall`:
   ``torch.compiler.config`` (`set_config`);
 - the function by which `torch.compile` calls Inductor (`wrap_inductor`).
 
-By `explain`, until it returns: Dynamo's recompile limits (`without_recompile_limit`), and its
-caches (`capture.forget_compiled`).
+By `explain` and `cce_inductor.testing`, until they return: Dynamo's recompile limits
+(`without_recompile_limit`), and its caches (`capture.forget_compiled`).
 
 By the backend "cce_inductor", while it compiles: Inductor's options and ``cache_key_tag``.
 
@@ -22,11 +22,13 @@ For good, from the first compilation on for a device with Triton templates:
 
 - Inductor's decompositions (`register_decomposition`) and lowerings (`kernels.triton.lowering`) of
   this package's operators, which nothing else uses;
+- Inductor's list of all Triton templates, which gets one for each kind of program;
 - Triton's allocator of scratch memory, if none has been set (`allocate_scratch_memory`):
   compiled kernels need it as long as they live.
 
 For good: the operators in ``torch.ops.cce_inductor``, from the import of their modules on, and
-``torch._dynamo.utils.counters["cce_inductor"]``, from the first report on.
+``torch._dynamo.utils.counters["cce_inductor"]``, from the first report on; and a function that runs
+at the exit of the process, from the first `install` on (`reporting.notice`).
 
 Modes and contexts that are entered and left within one call are not listed.
 """

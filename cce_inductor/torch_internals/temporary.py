@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cce_inductor.torch_internals.capture import forget_compiled
+from cce_inductor.torch_internals.patches import without_recompile_limit
 
 
 @contextlib.contextmanager
@@ -19,9 +20,8 @@ def temporarily_compiled(
 
     Afterwards Dynamo has forgotten it, and the random number generators are as they were.
     """
-    no_limit = torch._dynamo.config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
     try:
-        with preserved_random_state(), no_limit:
+        with preserved_random_state(), without_recompile_limit():
             yield torch.compile(uncompiled(fn), backend=backend)
     finally:
         forget_compiled(backend)

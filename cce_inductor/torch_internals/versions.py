@@ -39,9 +39,15 @@ def modification_takes(argument: str) -> bool:
 
 
 def triton_template(name: str, grid: Any, source: str) -> Any:
-    """Return a `TritonTemplate` that does not change its inputs' layout (an option from 2.12)."""
+    """Return a `TritonTemplate` that does not change its inputs' layout (an option from 2.12).
+
+    Inductor keeps every template for good and allows no two of one name, so a template that exists
+    is returned again.
+    """
     from torch._inductor.select_algorithm import TritonTemplate
 
+    if name in TritonTemplate.all_templates:
+        return TritonTemplate.all_templates[name]
     options = {}
     if "always_freeze_layout" in inspect.signature(TritonTemplate.__init__).parameters:
         options["always_freeze_layout"] = True

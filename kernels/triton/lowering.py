@@ -60,7 +60,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "'tf32'" if tf32 else "'ieee'"
 
 
-@functools.lru_cache(maxsize=256)
 def _triton_template(template: Template) -> Any:
     return triton_template(template.name, SymbolicGridFn(grid), template.source)
 
