@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name, OperandKind
+from cce_inductor.kernels.names import COLUMN, LOGIT, Name
 from cce_inductor.kernels.program.text import Program
 
 
@@ -33,9 +33,9 @@ def compute_statistics(
     """
     z = torch.nn.functional.linear(input, linear_weight, linear_bias)
     values: dict[Name, Tensor] = {LOGIT: z, COLUMN: torch.arange(z.shape[1], device=z.device)}
-    for name, at in program.operands.items():
-        is_row = name.kind is OperandKind.ROW
-        values[name] = operands[at].unsqueeze(1) if is_row else operands[at]
+    every = slice(None)
+    for name, kind in program.operands.items():
+        values[name] = kind.of_block(operands[name.position], every, every)
     for step in program.steps:
         values[step.name] = step.run(values, z.dtype)
     for root in program.roots:

@@ -7,7 +7,7 @@ import torch
 from cce_inductor.kernels import reference
 from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.head import TILE, Head, Wanted
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.kernels.program.text import Program
 
 HIDDEN, ROWS, IGNORED = 7, 12, -100
@@ -132,7 +132,7 @@ def case(text, vocabulary=TILE + 300, rows=ROWS, dtype=torch.float64, bias=True,
 
 def wants_gradient(head):
     """Return for each operand whether its gradient is compared: those read, except blocks."""
-    names = {at: name for name, at in head.program.operands.items()}
+    names = {name.position: name for name in head.program.operands}
     return [
         at in names and names[at].kind is not OperandKind.LOGIT and operand.is_floating_point()
         for at, operand in enumerate(head.operands)

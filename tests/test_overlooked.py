@@ -237,7 +237,7 @@ def several(x, w, y):
         (squared, "the logits are used by mse_loss at {}: it is not a pointwise function"),
         (focal, "it is read by mean at {}, without a softmax over its columns"),
         (few_classes, "a hand-written softmax over 50 classes"),
-        (returned, "the function returns what is made of it"),
+        (returned, "the function returns a tensor that is computed from it"),
         (several, "the logits are used by cumsum at {}: it is not a pointwise function"),
     ],
 )

@@ -23,7 +23,7 @@ def stays_deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return func in SPELLINGS or is_pointwise(func)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def is_pointwise(func: torch._ops.OpOverload) -> bool:
     """Whether each element of an operator's result is a function of its arguments' elements there.
 
@@ -39,7 +39,7 @@ def is_pointwise(func: torch._ops.OpOverload) -> bool:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def is_view(func: torch._ops.OpOverload) -> bool:
     """Whether an operator's results share the memory of its first argument."""
     return any(result.alias_info is not None for result in func._schema.returns)
@@ -70,7 +70,7 @@ def scalars_to_tensors(
     return tensors, new_args, {name: converted(v, kinds[name]) for name, v in kwargs.items()}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _overload_for_tensors(func: Any) -> Any | None:
     """Return the overload of an operator that takes tensors where `func` takes numbers."""
     if func._schema.name == "aten::pow":  # is more exact for numbers like 2

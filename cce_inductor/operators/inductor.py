@@ -104,7 +104,7 @@ def _is_tiled(input: Tensor, head: Head) -> bool:
 def _reason_against(device: torch.device) -> str | None:
     """Return why a device has no templates; None if it has some."""
     if not has_triton():
-        return "Triton is not there"
+        return "Triton is not installed"
     if torch.version.hip:
         return "the templates are for NVIDIA devices"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from cce_inductor.kernels.blockwise import engine
 from cce_inductor.kernels.head import Head, Wanted, tile_count
+from cce_inductor.kernels.names import LOGIT, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.names import LOGIT, OperandKind
 from cce_inductor.kernels.program.text import Program
-from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.operators import inductor
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
 
@@ -58,7 +57,7 @@ def _(input: Tensor, *arguments: Any) -> list[Tensor]:
             statistic.result_shapes(rows, head.operands), statistic.result_dtypes, strict=True
         )
     ]
-    if any(isinstance(statistic, LogSumExp) for statistic in head.program.statistics):
+    if head.program.normalizer is not None:
         results.append(input.new_empty(rows, tile_count(head.vocabulary), dtype=head.logit_dtype))
     return results
 
@@ -164,8 +163,8 @@ def _reduce(
     rows, vocabulary = input.shape[:-1], linear_weight.shape[0]
     count = math.prod(rows)
     flat = list(operands)
-    for name, at in parsed.operands.items():
-        flat[at] = _flat(operands[at], name.kind, rows, vocabulary)
+    for name, kind in parsed.operands.items():
+        flat[name.position] = _flat(operands[name.position], kind, rows, vocabulary)
     for statistic in parsed.indexed:
         index = statistic.index_of(operands)
         shape = (count,) if statistic.is_flat else (count, index.shape[-1])
@@ -184,9 +183,7 @@ def _reduce(
     return [r.reshape(*rows, r.shape[1] if r.dim() == 2 else 1) for r in results]
 
 
-def _flat(
-    operand: Tensor, kind: OperandKind | None, rows: Sequence[int], vocabulary: int
-) -> Tensor:
+def _flat(operand: Tensor, kind: OperandKind, rows: Sequence[int], vocabulary: int) -> Tensor:
     """Return an operand with one dimension for all rows."""
     if kind is OperandKind.SCALAR:
         return operand.reshape(())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name, OperandKind
+from cce_inductor.kernels.names import COLUMN, LOGIT, Name, OperandKind
 from cce_inductor.kernels.program.text import Step
 
 

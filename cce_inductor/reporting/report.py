@@ -75,7 +75,7 @@ class LossReport:
                 saved = format_bytes(self.bytes_saved)
             lines.append(f"  not stored any more: {saved}")
             if self.deferred:
-                lines.append("  the returned logits are deferred: computed when looked at")
+                lines.append("  the returned logits are deferred: computed when first used")
         else:
             lines.append(f"  because {self.reason}")
             if self.advice is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.kernels.statistics.gather import Gather
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES, Options
 from cce_inductor.patterns.language.examples import example

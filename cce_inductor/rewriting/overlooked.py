@@ -60,7 +60,7 @@ def _use(projection: Node, findings: Findings) -> str:
         return str(reason)
     holders = [node for node, value in findings.values.items() if projection in _projections(value)]
     if any(node in findings.returned for node in holders):
-        return "the function returns what is made of it"
+        return "the function returns a tensor that is computed from it"
     readers = [user for node in holders for user in node.users if user not in findings.values]
     if not readers:
         return "nothing reads it"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from cce_inductor.kernels.names import Name, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.names import Name, OperandKind
 from cce_inductor.kernels.program.text import Program, Step
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed

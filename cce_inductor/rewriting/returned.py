@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.kernels.statistics.sum import Sum
 from cce_inductor.options import Options

@@ -1,7 +1,10 @@
-"""Every use of PyTorch that has no public name.
+"""What depends on private parts of PyTorch, and differs by version or affects the user's process.
 
-`versions` has what differs between the supported versions, `patches` what this package changes in
-the user's PyTorch, `callers` the questions about who is asking, `capture` Dynamo's caches and
-fake tensors, `inputs` the inputs of captured graphs, `tensors` and `symbols` private functions of
-tensors and symbolic sizes.
+- `versions`: what differs between the supported versions
+- `patches`: what this package changes in the user's PyTorch
+- `callers`: who is asking
+- `capture`: Dynamo's caches and fake tensors
+- `temporary`: functions that are compiled for a while
+- `inputs`: the inputs of captured graphs
+- `tensors`, `symbols`: private functions of tensors and of symbolic sizes
 """

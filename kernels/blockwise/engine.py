@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels import together
+from cce_inductor.kernels import all_statistics
+from cce_inductor.kernels.all_statistics import ByStatistic, Indices
 from cce_inductor.kernels.blockwise.gradients import (
     InputGradient,
     OperandGradient,
@@ -26,15 +27,13 @@ from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import Workspace
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted, tile_count
+from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.derivative import Derivative, derivative
-from cce_inductor.kernels.program.names import LOGIT, Name
 from cce_inductor.kernels.program.schedule import schedule
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.cotangent import Cotangent
 from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
-from cce_inductor.kernels.statistics.logsumexp import LogSumExp
-from cce_inductor.kernels.together import ByStatistic, Indices
 
 
 def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
@@ -73,7 +72,7 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
     kept_operands = _kept_indices(head, kept)
     for statistic in head.program.indexed:
         check_index(statistic, statistic.index_of(kept_operands).to(torch.int64), vocabulary)
-    indices = together.prepared_indices(head.program, kept_operands, vocabulary)
+    indices = all_statistics.prepared_indices(head.program, kept_operands, vocabulary)
 
     accumulation = _Accumulation(head, indices, kept)
     forward = schedule(head.program)
@@ -99,7 +98,7 @@ class _Accumulation:
         }
         # Each once, and last those that write over the values.
         self._in_order = sorted(self._whole, key=lambda each: each.overwrites)
-        self._normalizer = _first_normalizer(self.program)
+        self._normalizer = self.program.normalizer
         self._of_tiles = torch.empty(
             kept.count, tile_count(head.vocabulary), dtype=head.logit_dtype, device=kept.device
         )
@@ -118,7 +117,7 @@ class _Accumulation:
             numbers[statistic] = statistic.of_tile(
                 self._values_of(statistic, values), tile, None if index is None else index[block]
             )
-        parts = together.parts(numbers)
+        parts = all_statistics.parts(numbers)
         if self._normalizer is not None:
             self._of_tiles[block, number] = parts[self._normalizer][0].to(self._of_tiles.dtype)
         stacked: ByStatistic = {
@@ -128,7 +127,7 @@ class _Accumulation:
             )
             for statistic, each in parts.items()
         }
-        for statistic, combined in together.combined(stacked).items():
+        for statistic, combined in all_statistics.combined(stacked).items():
             for whole, new in zip(self._whole[statistic], combined, strict=True):
                 whole[block] = new
 
@@ -144,13 +143,9 @@ class _Accumulation:
 
     def results(self) -> list[Tensor]:
         """Return what `compute_statistics` does, of the rows that are kept."""
-        by_statistic = together.results(self._whole, self.indices)
+        by_statistic = all_statistics.results(self._whole, self.indices)
         results = [result for each in self.program.statistics for result in by_statistic[each]]
         return results if self._normalizer is None else [*results, self._of_tiles]
-
-
-def _first_normalizer(program: Program) -> Statistic | None:
-    return next((each for each in program.statistics if isinstance(each, LogSumExp)), None)
 
 
 def _with_operand_dtype(head: Head) -> Head:
@@ -186,10 +181,12 @@ def compute_gradients(
     kept = KeptRows(input.shape[0], head)
     kept_input = kept.select(input).to(head.compute_dtype)
     workspace = Workspace(head, kept.count, hidden, device, backward=True)
-    indices = together.prepared_indices(program, _kept_indices(head, kept), vocabulary)
+    indices = all_statistics.prepared_indices(program, _kept_indices(head, kept), vocabulary)
     kept_results = [kept.select(result) for result in results]
     kept_grads = [None if grad is None else kept.select(grad) for grad in grads]
-    by_value = together.cotangents(program, kept_grads, kept_results, indices, head.logit_dtype)
+    by_value = all_statistics.cotangents(
+        program, kept_grads, kept_results, indices, head.logit_dtype
+    )
     skipped = _massless_tiles(head, by_value, kept_results[-1], kept.count)
     only = by_value.get(LOGIT) if program.is_plain else None
     overwrite = only is not None and not only.reads_values
@@ -203,9 +200,9 @@ def compute_gradients(
     if wanted.linear_bias:
         d_bias = torch.zeros(vocabulary, dtype=head.logit_dtype, device=device)
     d_operands = {
-        name: OperandGradient(name, head.operands[at], kept)
-        for name, at in program.operands.items()
-        if wanted.operands[at]
+        name: OperandGradient(name, head.operands[name.position], kept)
+        for name in program.operands
+        if wanted.operands[name.position]
     }
 
     for number, tile in head.tiles():

@@ -8,7 +8,7 @@ from torch import Tensor
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import Workspace
 from cce_inductor.kernels.head import TILE, Head
-from cce_inductor.kernels.program.names import Name, OperandKind
+from cce_inductor.kernels.names import Name, OperandKind
 
 
 class OperandGradient:
@@ -61,14 +61,12 @@ class InputGradient:
             self._end_group()
 
     def _end_group(self) -> None:
-        if self._tiles:
-            self._total += self._group
-            self._tiles = 0
+        self._total += self._group
+        self._tiles = 0
 
     def result(self) -> Tensor:
         """Return the sum of all tiles."""
-        self._end_group()
-        return self._total
+        return self._total + self._group if self._tiles else self._total
 
 
 class WeightGradient:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels import together
+from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.head import Head
-from cce_inductor.kernels.program.names import COLUMN, Name, OperandKind
+from cce_inductor.kernels.names import COLUMN, Name
 
 
 class KeptRows:
@@ -27,7 +27,7 @@ class KeptRows:
         self.tokens = tokens
         self.device = head.linear_weight.device
         if head.skip_ignored:
-            kept = together.kept_rows(head.program, head.operands)
+            kept = all_statistics.kept_rows(head.program, head.operands)
             if kept is not None and not bool(kept.all()):
                 self.rows = kept.to(self.device).nonzero().squeeze(1)
         self.count = tokens if self.rows is None else self.rows.shape[0]
@@ -35,11 +35,6 @@ class KeptRows:
     def select(self, tensor: Tensor) -> Tensor:
         """Return those rows of `tensor`; the tensor itself if they are all."""
         return tensor if self.rows is None else tensor.index_select(0, self.rows)
-
-    def select_block(self, tensor: Tensor, block: slice, tile: slice) -> Tensor:
-        """Return a block of a [rows, vocabulary] tensor."""
-        rows = tensor[block] if self.rows is None else tensor[self.rows[block]]
-        return rows[:, tile]
 
     def restore(self, kept: Tensor) -> Tensor:
         """The opposite of `select`, with zeros in the other rows."""
@@ -53,14 +48,9 @@ class KeptRows:
         values: dict[Name, Tensor] = {}
         if head.program.reads_columns:
             values[COLUMN] = torch.arange(tile.start, tile.stop, device=self.device).unsqueeze(0)
-        for name, at in head.program.operands.items():
-            operand = head.operands[at]
-            if name.kind is OperandKind.ROW:
-                operand = self.select(operand)[block].unsqueeze(1)
-            elif name.kind is OperandKind.COLUMN:
-                operand = operand[tile].unsqueeze(0)
-            elif name.kind is OperandKind.LOGIT:
-                operand = self.select_block(operand, block, tile)
+        rows = block if self.rows is None else self.rows[block]
+        for name, kind in head.program.operands.items():
+            operand = kind.of_block(head.operands[name.position], rows, tile)
             if operand.is_floating_point():
                 operand = operand.to(head.logit_dtype)
             values[name] = operand.to(self.device)

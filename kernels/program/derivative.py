@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
+from cce_inductor.kernels.names import COLUMN, LOGIT, Name
 from cce_inductor.kernels.program.schedule import Schedule
 from cce_inductor.kernels.program.text import Program, names_in, needed
 from cce_inductor.kernels.program.tracing import NotPointwiseError, kind_of, record
@@ -60,7 +60,7 @@ class Derivative:
 
 def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Derivative:
     roots = program.roots
-    dtypes = {name: operands[at] for name, at in program.operands.items()}
+    dtypes = {name: operands[name.position] for name in program.operands}
     floating = [LOGIT, *(name for name in dtypes if dtypes[name].is_floating_point)]
     others = [COLUMN, *(name for name in dtypes if not dtypes[name].is_floating_point)]
     cotangents = [Name(f"g{number}") for number in range(len(roots))]
@@ -95,7 +95,7 @@ def _differentiate(program: Program, operands: tuple[torch.dtype, ...]) -> Deriv
         for name, result in zip(floating, results[len(roots) :], strict=True)
         if isinstance(result, Name)  # None means no gradient, and a number can only be 0.
     }
-    after: set[Name] = {Name(f"g{i}") for i in range(len(roots))}
+    after = set(cotangents)
     for step in steps:
         if any(use in after for use in step.uses):
             after.add(step.name)

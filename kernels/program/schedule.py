@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import LOGIT, Name
+from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.text import Program, Step, overload
 
 _IN_PLACE = frozenset(
@@ -37,7 +37,6 @@ class Schedule:
 
     def __init__(self, steps: tuple[Step, ...], results: tuple[Name, ...]):
         self.steps = steps
-        self.results = results
         self.has_aliases = any(step.target == "detach" for step in steps)
         last: dict[Name, int] = {}
         for number, step in enumerate(steps):

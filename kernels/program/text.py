@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 import cce_inductor.kernels.statistics  # noqa: F401  (so that every statistic can be parsed)
-from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
-from cce_inductor.kernels.program.output import Block, Output, call_text
+from cce_inductor.kernels.names import COLUMN, LOGIT, Name, OperandKind
+from cce_inductor.kernels.output import Block, Output, call_text
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
+from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 
 _CONSTANTS = {"inf": math.inf, "nan": math.nan}
 
@@ -146,10 +147,16 @@ class Program:
         return not self.steps and set(self.roots) == {LOGIT}
 
     @functools.cached_property
-    def operands(self) -> dict[Name, int]:
-        """Operands that the steps read, and their position in the list of operands."""
+    def operands(self) -> dict[Name, OperandKind]:
+        """The operands that steps and statistics read as values, each with its kind."""
         uses = [use for step in self.steps for use in step.uses]
-        return {use: use.position for use in (*uses, *self.roots) if use.kind is not None}
+        return {use: use.kind for use in (*uses, *self.roots) if use.kind is not None}
+
+    @property
+    def normalizer(self) -> LogSumExp | None:
+        """The first logsumexp, of which kernels also store the part of each tile; None if there is
+        none."""
+        return next((each for each in self.statistics if isinstance(each, LogSumExp)), None)
 
     @functools.cached_property
     def reads_columns(self) -> bool:
@@ -219,7 +226,7 @@ def overload(target: str) -> Any:
     return getattr(getattr(torch.ops.aten, name), overload_name or "default")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def tensor_arguments(target: str) -> tuple[bool, ...]:
     """Return for each positional argument of a step's operator whether it must be a tensor."""
     schema = overload(target)._schema

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.program.text import Step, names_in, needed, step_target
 from cce_inductor.torch_internals.capture import in_this_thread
 
@@ -123,7 +123,9 @@ class _Recorder(TorchDispatchMode):
             NotPointwiseError: it has dimensions, or is no tensor.
         """
         if not isinstance(tensor, Tensor) or tensor.dim() > 0:
-            raise NotPointwiseError("it takes or makes something else than one value of each")
+            raise NotPointwiseError(
+                "it reads or returns a tensor that is not one value per element"
+            )
         address = _address(tensor)
         return self._values[address] if address in self._values else tensor.item()
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import Name
-from cce_inductor.kernels.program.output import Output
+from cce_inductor.kernels.names import Name
+from cce_inductor.kernels.output import Output
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import LOGIT, Name
+from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.statistics.numerics import finite_or_zero, split
 
 
@@ -93,7 +93,7 @@ class Cotangent:
     @property
     def reads_values(self) -> bool:
         """Whether values themselves are factors of it, and not only their exponentials. Then it
-        cannot be written over them, and it is not 0 everywhere that every probability is."""
+        cannot be written over them, and it can be nonzero where all probabilities are 0."""
         return bool(self.means or self.probabilities or self.factors)
 
     def prepare(self) -> None:
@@ -168,7 +168,7 @@ class Cotangent:
 
 
 def columns_in(index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """For each index, return whether it lies in `tile`, and a column of the tile that is its own if
-    it does, and any valid one if it does not."""
+    """For each index, return whether it lies in `tile`, and its column in the tile; an index outside
+    is clamped to the tile."""
     inside = (index >= tile.start) & (index < tile.stop)
     return inside, (index - tile.start).clamp_(0, tile.stop - tile.start - 1)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents, columns_in
 from cce_inductor.kernels.statistics.template_lines import TemplateLines

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.numerics import row_sum

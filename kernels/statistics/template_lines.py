@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.names import Name
 
 MINUS_INFINITY = 'float("-inf")'
 

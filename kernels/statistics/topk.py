@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 
-LIMIT = 1024
+MOST_K = 1024
 """The largest k."""
 
-_NOWHERE = torch.iinfo(torch.int64).max
+_BEYOND = torch.iinfo(torch.int64).max
 
 
 class TopK(Statistic, name="topk"):
@@ -41,13 +41,13 @@ class TopK(Statistic, name="topk"):
         missing = (0, self.k - greatest.shape[1])
         pad = torch.nn.functional.pad
         return pad(greatest, missing, value=-math.inf), pad(
-            where + tile.start, missing, value=_NOWHERE
+            where + tile.start, missing, value=_BEYOND
         )
 
     def nothing(self, rows: int, device: torch.device, index: Tensor | None) -> Numbers:
         return (
             torch.full((rows, self.k), -math.inf, dtype=torch.float64, device=device),
-            torch.full((rows, self.k), _NOWHERE, dtype=torch.int64, device=device),
+            torch.full((rows, self.k), _BEYOND, dtype=torch.int64, device=device),
         )
 
     def combine(self, parts: Numbers, required: Sequence[Numbers]) -> Numbers:

@@ -1,1 +1,1 @@
-"""The same by Triton kernels, which Inductor makes of templates."""
+"""Statistics and gradients by Triton kernels: templates that Inductor compiles."""

@@ -103,8 +103,8 @@ GROUPS = (8, 16)
 """What is tried for `Config.group`."""
 
 FEW_STEPS = {"statistics": 0, "gradient": 8}
-"""The most steps of a program that leave registers: those of a cross-entropy of the logits as they
-are. With more steps, a single value for each column may take all of them."""
+"""Programs with at most this many steps leave registers free: a cross-entropy of the logits has so
+many. With more steps, a single value for each column may take all of them."""
 
 SHARED_MEMORY_OF_SYSTEM = 1024
 """Bytes of shared memory that CUDA takes for each block of threads."""

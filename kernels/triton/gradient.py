@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce_inductor.kernels.names import COLUMN, LOGIT, Name
+from cce_inductor.kernels.output import Block
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
-from cce_inductor.kernels.program.output import Block
 from cce_inductor.kernels.program.text import Program, Step
 from cce_inductor.kernels.statistics.cotangent import Cotangent
 from cce_inductor.kernels.statistics.numerics import finite_or_zero, split
@@ -84,7 +84,7 @@ def gradient_program(
     Args:
         program: the forward's.
         operands: the forward's.
-        by_value: the cotangent of each value that is reduced, as `together.cotangents` makes it.
+        by_value: the cotangent of each root, from `all_statistics.cotangents`.
         wanted: the operands whose gradient is wanted, too.
         kept: bool [rows], the rows that have a gradient; None for all.
 

@@ -32,7 +32,7 @@ from torch._inductor.virtualized import V, ops
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name
+from cce_inductor.kernels.names import COLUMN, LOGIT, Name
 from cce_inductor.kernels.program.text import Program, overload
 from cce_inductor.kernels.triton import specification
 from cce_inductor.kernels.triton.configs import Config, configs, reads_by_descriptor
@@ -90,7 +90,7 @@ class _Kernel:
             self.inputs.append(realize_inputs(call.linear_bias))
         self.rows, self.hidden = call.input.get_size()
         self.width = width
-        self.captured = maybe_realize([call.operands[at] for at in program.operands.values()])
+        self.captured = maybe_realize([call.operands[name.position] for name in program.operands])
         freeze_irnodes(self.captured)
         self.subgraphs = [self._subgraph(root) for root in roots_of(program)]
 

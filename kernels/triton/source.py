@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from cce_inductor.kernels.program.names import LOGIT, Name, OperandKind
+from cce_inductor.kernels.names import LOGIT, Name, OperandKind
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 from cce_inductor.torch_internals.versions import modification_takes

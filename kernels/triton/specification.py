@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import COLUMN, LOGIT, Name, OperandKind
+from cce_inductor.kernels.names import COLUMN, LOGIT, Name
 from cce_inductor.kernels.program.schedule import schedule
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.base import Statistic
@@ -318,17 +318,9 @@ def _block(
         z += linear_bias[columns]
     place = torch.arange(columns.start, columns.stop, device=z.device)
     values = {LOGIT: z, COLUMN: place.unsqueeze(0)}
-    for name, at in program.operands.items():
-        operand = operands[at]
-        if operand.is_floating_point():
-            operand = operand.float()
-        if name.kind is OperandKind.ROW:
-            operand = operand.unsqueeze(1)
-        elif name.kind is OperandKind.COLUMN:
-            operand = operand[columns].unsqueeze(0)
-        elif name.kind is OperandKind.LOGIT:
-            operand = operand[:, columns]
-        values[name] = operand
+    for name, kind in program.operands.items():
+        operand = kind.of_block(operands[name.position], slice(None), columns)
+        values[name] = operand.float() if operand.is_floating_point() else operand
     schedule(program).run(values, in_place=False)
     for root in program.roots:
         values[root] = values[root].to(torch.float32).expand(z.shape)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels import together
+from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted
-from cce_inductor.kernels.program.names import Name, OperandKind
+from cce_inductor.kernels.names import Name, OperandKind
 from cce_inductor.kernels.statistics.base import Numbers, Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
@@ -102,15 +102,14 @@ def compute_statistics(
         tile,
         sources,
     )
-    of_tiles = together.parts(stored_numbers(program, stored))
-    whole = together.combined(
+    of_tiles = all_statistics.parts(stored_numbers(program, stored))
+    whole = all_statistics.combined(
         {s: each if s not in indices else _unsqueezed(each) for s, each in of_tiles.items()}
     )
-    by_statistic = together.results(whole, indices)
+    by_statistic = all_statistics.results(whole, indices)
     results = [result for statistic in program.statistics for result in by_statistic[statistic]]
-    normalizers = [each for each in program.statistics if isinstance(each, LogSumExp)]
-    for normalizer in normalizers[:1]:
-        wide = _of_wider_tiles(normalizer, of_tiles[normalizer], tile)
+    if program.normalizer is not None:
+        wide = _of_wider_tiles(program.normalizer, of_tiles[program.normalizer], tile)
         results.append(wide.to(head.logit_dtype))
     kept = _kept(head)
     return results if kept is None else [_zero_unless(kept, result) for result in results]
@@ -148,8 +147,8 @@ def compute_gradients(
     """
     program, weight = head.program, head.linear_weight
     rows, vocabulary, input_dtype = input.shape[0], head.vocabulary, input.dtype
-    by_value = together.cotangents(program, grads, results, _indices(head), head.logit_dtype)
-    names = {at: name for name, at in program.operands.items()}
+    by_value = all_statistics.cotangents(program, grads, results, _indices(head), head.logit_dtype)
+    names = {name.position: name for name in program.operands}
     wanted_operands = [names[at] for at, asked in enumerate(wanted.operands) if asked]
     if any(name.kind is OperandKind.LOGIT for name in wanted_operands):
         raise UntiledError("it is as large as the logits")
@@ -193,8 +192,8 @@ def compute_gradients(
             d_biases.append(dz.sum(0, dtype=torch.float32))
             before.append(d_biases[-1])
         for name, values in zip(wanted_operands, of_operands, strict=True):
-            assert name.kind is not None
-            sums[name].append(values.sum(_SUMMED[name.kind], dtype=torch.float64))
+            over = program.operands[name].summed_dims
+            sums[name].append(values.sum(over, dtype=torch.float64))
             before.append(sums[name][-1])
 
     d_operands: list[Tensor | None] = [None] * len(head.operands)
@@ -210,10 +209,6 @@ def compute_gradients(
         torch.cat(d_biases).to(bias.dtype) if bias is not None and d_biases else None,
         d_operands,
     )
-
-
-_SUMMED = {OperandKind.ROW: [1], OperandKind.COLUMN: [0], OperandKind.SCALAR: [0, 1]}
-"""The dimensions of a block that the gradient of an operand is summed over."""
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -284,7 +279,7 @@ def _indices(head: Head) -> dict[Statistic, Tensor]:
 
 def _kept(head: Head) -> Tensor | None:
     """Return which rows are computed; None for all."""
-    return together.kept_rows(head.program, head.operands) if head.skip_ignored else None
+    return all_statistics.kept_rows(head.program, head.operands) if head.skip_ignored else None
 
 
 def _zero_unless(kept: Tensor, result: Tensor) -> Tensor:

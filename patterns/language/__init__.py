@@ -1,6 +1,7 @@
 """What rules are written with: ``from cce_inductor.patterns.language import Logits, Site, ...``.
 
-Rule files import everything from here. Modules in this folder import each other by name.
+Rule files import everything from here, except `reasons`, from `cce_inductor.reporting`. Modules in
+this folder import each other by name.
 
 Glossary:
 
@@ -27,7 +28,7 @@ Glossary:
   report names the source line of the escape.
 """
 
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.patterns.language.algebra import Algebra
 from cce_inductor.patterns.language.blocks import read
 from cce_inductor.patterns.language.examples import (

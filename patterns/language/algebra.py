@@ -26,7 +26,7 @@ from cce_inductor.kernels.statistics.max import Max
 from cce_inductor.kernels.statistics.mean import Mean
 from cce_inductor.kernels.statistics.sum import Sum
 from cce_inductor.kernels.statistics.target import Target
-from cce_inductor.kernels.statistics.topk import LIMIT, TopK
+from cce_inductor.kernels.statistics.topk import MOST_K, TopK
 from cce_inductor.patterns.language.expression import (
     LOGIT,
     Apply,
@@ -109,8 +109,8 @@ class Algebra:
         Raises:
             UnsupportedError: k is 0 or too large for the kernels.
         """
-        if not 0 < k <= LIMIT:
-            self.site.unsupported(reasons.topk_out_of_range(LIMIT))
+        if not 0 < k <= MOST_K:
+            self.site.unsupported(reasons.topk_out_of_range(MOST_K))
         return self._greatest(TopK, x, k)
 
     def _greatest(self, kind: type[Statistic], x: Any, *constants: int) -> tuple[Row, Row]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.patterns.language.capture import captured
 from cce_inductor.patterns.language.examples import (
     had_gradient,

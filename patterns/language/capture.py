@@ -17,8 +17,8 @@ from torch._decomp import get_decompositions
 from torch.fx import Node
 from torch.utils._pytree import tree_map
 
+from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.names import Name
 from cce_inductor.kernels.program.text import Program, Step
 from cce_inductor.kernels.program.tracing import NotPointwiseError, RandomError, record
 from cce_inductor.kernels.statistics.sum import Sum

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from torch.fx import Node
 
-from cce_inductor.kernels.program import names
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels import names
+from cce_inductor.kernels.names import OperandKind
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.patterns.language.examples import constant, is_symbol, tensor_example
 from cce_inductor.patterns.language.expression import COLUMN, Apply, Operand
 from cce_inductor.patterns.language.indexing import column_numbers, columns_along, row_numbers

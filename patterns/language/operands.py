@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.patterns.language.examples import is_exactly, same_size, tensor_example
 from cce_inductor.patterns.language.expression import Operand
 from cce_inductor.patterns.language.logits import Call, Logits

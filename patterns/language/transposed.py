@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from cce_inductor.kernels.program.names import OperandKind
+from cce_inductor.kernels.names import OperandKind
 from cce_inductor.patterns.language.examples import same_size, tensor_example
 from cce_inductor.patterns.language.expression import COLUMN, leaves, operands_of
 from cce_inductor.patterns.language.logits import HERE, Logits

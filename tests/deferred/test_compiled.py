@@ -80,7 +80,7 @@ def test_what_a_function_returns():
     (report,) = cce_inductor.reports()
     assert report.rewritten
     assert report.deferred
-    assert str(report).endswith("the returned logits are deferred: computed when looked at")
+    assert str(report).endswith("the returned logits are deferred: computed when first used")
     same_numbers(loss_and_logits, code, args)
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.program import tracing
 from cce_inductor.kernels.program.derivative import derivative
-from cce_inductor.kernels.program.names import Name
 from cce_inductor.kernels.program.schedule import Schedule, schedule
 from cce_inductor.kernels.program.text import Program, Step, overload
 from cce_inductor.kernels.program.tracing import NotPointwiseError, record
@@ -109,7 +109,8 @@ def test_roots_and_operands():
         "mean(t1, r0); gather(t0, r3)"
     )
     assert parsed.roots == ("t0", "t1", "r0")
-    assert parsed.operands == {"c2": 2, "b4": 4, "s1": 1, "r0": 0}
+    assert parsed.operands == {"c2": "c", "b4": "b", "s1": "s", "r0": "r"}
+    assert [name.position for name in parsed.operands] == [2, 4, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -267,8 +268,8 @@ def both_gradients(text):
         )
 
     operands = [torch.empty(0)] * 6
-    for name, at in parsed.operands.items():
-        operands[at] = values[name]
+    for name in parsed.operands:
+        operands[name.position] = values[name]
     backward = derivative(parsed, operands)
     values["z"] = values["z"].clone()
     before = {k: v.clone() for k, v in values.items() if k != "z"}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from cases import ROWS, STATISTICS, assert_agrees, case, gradients_of, random
 
-from cce_inductor.kernels import together
+from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.blockwise import engine
 from cce_inductor.kernels.head import TILE
-from cce_inductor.kernels.program.output import Output
+from cce_inductor.kernels.output import Output
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 from cce_inductor.kernels.triton import tiled
@@ -80,7 +80,7 @@ def part_of(program, values, indices, columns):
         )
         for statistic in program.statistics
     }
-    return together.parts(numbers)
+    return all_statistics.parts(numbers)
 
 
 @pytest.mark.parametrize("cut", [[], [1], [100], [7, 150, 299]])
@@ -92,7 +92,7 @@ def test_parts_combine(name, hide, cut):
     _, head = case(STATISTICS[name], vocabulary)
     program = head.program
     values = values_of(program, vocabulary, hide)
-    indices = together.prepared_indices(program, head.operands, vocabulary)
+    indices = all_statistics.prepared_indices(program, head.operands, vocabulary)
     expected = part_of(program, values, indices, slice(0, vocabulary))
 
     edges = [0, *cut, vocabulary]
@@ -102,8 +102,8 @@ def test_parts_combine(name, hide, cut):
         statistic: tuple(map(torch.stack, zip(*(each[statistic] for each in parts), strict=True)))
         for statistic in program.statistics
     }
-    found = together.results(together.combined(stacked), indices)
-    for statistic, wanted in together.results(expected, indices).items():
+    found = all_statistics.results(all_statistics.combined(stacked), indices)
+    for statistic, wanted in all_statistics.results(expected, indices).items():
         for ours, theirs in zip(found[statistic], wanted, strict=True):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
 
@@ -112,7 +112,7 @@ def test_parts_combine(name, hide, cut):
 def test_no_columns_change_nothing(name):
     _, head = case(STATISTICS[name], 300)
     program = head.program
-    indices = together.prepared_indices(program, head.operands, 300)
+    indices = all_statistics.prepared_indices(program, head.operands, 300)
     part = part_of(program, values_of(program, 300), indices, slice(0, 300))
     device = torch.device("cpu")
     stacked = {
@@ -124,6 +124,6 @@ def test_no_columns_change_nothing(name):
         )
         for statistic, each in part.items()
     }
-    for statistic, combined in together.combined(stacked).items():
+    for statistic, combined in all_statistics.combined(stacked).items():
         for ours, theirs in zip(combined, part[statistic], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

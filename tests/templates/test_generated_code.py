@@ -478,7 +478,7 @@ def test_max_autotune_tries_every_configuration(monkeypatch):
 @pytest.mark.parametrize(
     ("patched", "why"),
     [
-        ({"operators.inductor.has_triton": lambda: False}, "Triton is not there"),
+        ({"operators.inductor.has_triton": lambda: False}, "Triton is not installed"),
         ({"operators.inductor.torch.version.hip": "6.0"}, "the templates are for NVIDIA devices"),
     ],
 )

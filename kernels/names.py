@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 
 class OperandKind(enum.StrEnum):
@@ -31,6 +32,24 @@ class OperandKind(enum.StrEnum):
     @property
     def varies_over_columns(self) -> bool:
         return self in (OperandKind.COLUMN, OperandKind.LOGIT)
+
+    @property
+    def summed_dims(self) -> list[int]:
+        """The dimensions of a block that the gradient of an operand is summed over."""
+        return [0] * (not self.varies_over_rows) + [1] * (not self.varies_over_columns)
+
+    def of_block(self, operand: Any, rows: Any, columns: slice) -> Any:
+        """Return what of an operand broadcasts against a block [rows, columns] of logits.
+
+        Args:
+            operand: the whole tensor, with `rank` dimensions.
+            rows: a slice of the rows, or their indices.
+            columns: the block's range of the vocabulary.
+        """
+        if self.varies_over_rows:
+            operand = operand[rows]
+            return operand[:, columns] if self.varies_over_columns else operand.unsqueeze(1)
+        return operand[columns].unsqueeze(0) if self.varies_over_columns else operand
 
     @property
     def rank(self) -> int:

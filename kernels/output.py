@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.names import Name
 
 
 @dataclasses.dataclass(frozen=True)

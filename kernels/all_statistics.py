@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.program.names import Name
+from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangent, Cotangents
