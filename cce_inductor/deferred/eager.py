@@ -24,7 +24,7 @@ from cce_inductor.patterns.language.tables import loss, reduction
 from cce_inductor.recipe.operation import Operation, product
 from cce_inductor.rewriting.mutation import storage_of
 from cce_inductor.rewriting.returned import Deferral, DeferredOutput
-from cce_inductor.rewriting.rewrite import reduce_all, rewrite
+from cce_inductor.rewriting.rewrite import rewrite, rewrite_reductions
 from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.capture import ThreadFakeTensorMode
 
@@ -38,7 +38,7 @@ def spelling(func: Any) -> Any | None:
     return target if known else None
 
 
-def reduce(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def compute_reduction(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return ``target(*args, **kwargs)``, computed in blocks.
 
     Args:
@@ -174,7 +174,7 @@ def _reduction(calls: tuple[Call, ...], situation: _Situation) -> Callable[..., 
         if captured is None:
             return None
         module, kind = captured
-        if _returns_view(module.graph) or not reduce_all(module.graph, situation.options):
+        if _returns_view(module.graph) or not rewrite_reductions(module.graph, situation.options):
             return None
     except Exception:
         surprised("a reduction of deferred logits computes all of the logits")

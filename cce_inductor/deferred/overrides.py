@@ -54,7 +54,7 @@ def _fused(target: Any, args: Args, kwargs: Kwargs) -> Any:
         }
         if not operations or None in operations.values():
             return NotImplemented
-        return eager.reduce(
+        return eager.compute_reduction(
             target,
             *tree_map_only(DeferredTensor, lambda each: operations[id(each)], (args, kwargs)),
         )

@@ -177,7 +177,7 @@ class Builder:
         """Build a statistic: a result of its group's operator, in the shape of its rows or flat."""
         group = self.group_of[id(statistic)]
         if group.results is None:
-            self._reduce(group)
+            self._add_operator(group)
         assert group.results is not None
         output = group.output(statistic)
         if output not in group.outputs:
@@ -192,7 +192,7 @@ class Builder:
         node = self._from_last(node, base.vocabulary_dim)
         return self._replay(node, rest, example(node).shape[base.vocabulary_dim])
 
-    def _reduce(self, group: Group) -> None:
+    def _add_operator(self, group: Group) -> None:
         """Build the operator of a group, at the group's anchor."""
         logits = group.logits
         memo, self._memo = self._memo, {}  # nodes built before may stand after the anchor

@@ -59,7 +59,7 @@ def rewrite(
     return reports
 
 
-def reduce_all(graph: Graph, options: Options) -> bool:
+def rewrite_reductions(graph: Graph, options: Options) -> bool:
     """Rewrite every reduction of logits in `graph` in place, whether it belongs to a loss or not.
 
     Returns:

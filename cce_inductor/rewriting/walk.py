@@ -137,8 +137,8 @@ class _Walker:
         try:
             self.regions.check()
             self.changes.check_only(arguments)
-            if not self._reduce(site, arguments):
-                self._transform(site, arguments)
+            if not self._visit_reduction(site, arguments):
+                self._visit_transform(site, arguments)
         except UnsupportedError as error:
             if not self.changes.written and _is_unused(node):
                 self.findings.unused.append(node)
@@ -147,7 +147,7 @@ class _Walker:
             # The node may also be a projection, of a hidden state that happens to be logits.
             self._visit_projection(node)
 
-    def _reduce(self, site: Site, arguments: list[Node]) -> bool:
+    def _visit_reduction(self, site: Site, arguments: list[Node]) -> bool:
         """Apply the node's reduction rule; return whether there is one that applies."""
         node = site.node
         rule = reduction.get(node)
@@ -166,7 +166,7 @@ class _Walker:
         self.changes.add_reduction(node, arguments)
         return True
 
-    def _transform(self, site: Site, arguments: list[Node]) -> None:
+    def _visit_transform(self, site: Site, arguments: list[Node]) -> None:
         """Apply the node's transform rule, or capture it as a pointwise function."""
         node = site.node
         rule = transform.get(node)

@@ -168,7 +168,7 @@ class Cotangent:
 
 
 def columns_in(index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """For each index, return whether it lies in `tile`, and its column in the tile; an index outside
+    """Return for each index whether it lies in `tile`, and its column in the tile. An index outside
     is clamped to the tile."""
     inside = (index >= tile.start) & (index < tile.stop)
     return inside, (index - tile.start).clamp_(0, tile.stop - tile.start - 1)

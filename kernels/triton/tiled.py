@@ -186,7 +186,7 @@ def compute_gradients(
             d_input = add_product(d_input, dz, block)
             before.append(d_input)
         if wanted.linear_weight:
-            d_weights.append(_product(dz.t(), input, weight.dtype))
+            d_weights.append(_rounded_product(dz.t(), input, weight.dtype))
             before.append(d_weights[-1])
         if wanted.linear_bias:
             d_biases.append(dz.sum(0, dtype=torch.float32))
@@ -211,7 +211,7 @@ def compute_gradients(
     )
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``a @ b``, rounded once to `dtype`."""
     if dtype == a.dtype:
         return a @ b

@@ -63,9 +63,11 @@ def test_namedtuples():
 
 def test_the_workspace_is_that_of_the_options(monkeypatch):
     seen = []
-    original = eager.reduce_all
+    original = eager.rewrite_reductions
     monkeypatch.setattr(
-        eager, "reduce_all", lambda graph, options: seen.append(options) or original(graph, options)
+        eager,
+        "rewrite_reductions",
+        lambda graph, options: seen.append(options) or original(graph, options),
     )
     with cce_inductor.installed(workspace_bytes=12345):
         Head().deferred().logsumexp(-1)
