@@ -1,7 +1,7 @@
-"""All statistics of a program together.
+"""Functions that compute all statistics of a program together.
 
-Statistics use the numbers of each other: a mean needs the logsumexp of its softmax. The functions
-here pass them on, by statistic.
+A statistic may need the numbers of another: a mean needs the logsumexp of its softmax. The
+functions here pass them on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parts(numbers: ByStatistic) -> ByStatistic:
 
 
 def combined(stacked: ByStatistic) -> ByStatistic:
-    """Return the part of all columns, from the parts of ranges of columns along dimension 0."""
+    """Return the parts of all columns, from those of column ranges, stacked along dimension 0."""
     return {s: s.combine(each, _required(s, stacked)) for s, each in stacked.items()}
 
 
@@ -66,11 +66,11 @@ def cotangents(
     """Return the cotangent of each value that a statistic with a gradient reads.
 
     Args:
-        program: whose statistics they are.
-        grads: of the results, float64; None for one that has none.
-        results: of the forward, as many.
-        indices: the indices of the statistics.
-        dtype: of the values.
+        program: the forward's program.
+        grads: the gradient of each result, float64; None for a result without one.
+        results: the forward's results, as many as `grads`.
+        indices: what `prepared_indices` returns.
+        dtype: the dtype of the values.
     """
     rows, device = results[0].shape[0], results[0].device
     by_value = Cotangents(rows, device, dtype)

@@ -1,4 +1,4 @@
-"""The head of a model: what makes a logit, and what is computed from it.
+"""The head of a model: how its logits are computed, and what is computed from them.
 
 These are the arguments that all kernels share.
 """
@@ -19,28 +19,28 @@ TILE = 1024
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products of `dtype` are summed: float64 for float64, else float32."""
+    """Return the dtype of a sum of products of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tile_count(vocabulary: int) -> int:
-    """The number of tiles that cover `vocabulary` entries; the last may be narrower."""
+    """Return the number of tiles that cover `vocabulary` entries; the last may be narrower."""
     return -(-vocabulary // TILE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What makes a logit, and what is computed from it.
+    """How logits are computed, and what is computed from them.
 
     Attributes:
         linear_weight: [vocabulary, hidden], any floating dtype and strides.
         linear_bias: [vocabulary] or None.
-        operands: those that `program` names, see `OperandKind`; indices are [rows] or [rows, k].
-        program: what is computed.
-        skip_ignored: whether rows all of whose class indices are ignored are left out: they are
-            neither read nor computed, and every result is 0.
+        operands: those that `program` names (see `OperandKind`); indices are [rows] or [rows, k].
+        program: what is computed from the logits.
+        skip_ignored: whether to skip rows whose class indices are all ignored: they are neither
+            read nor computed, and their results are 0.
         compute_dtype: the dtype of the matrix products' operands.
-        workspace_bytes: bound on the block of logits and the blocks that are made of it.
+        workspace_bytes: the most memory for a block of logits and the blocks computed from it.
     """
 
     linear_weight: Tensor
@@ -55,7 +55,7 @@ class Head:
         "Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, str program, "
         "bool skip_ignored, ScalarType compute_dtype, SymInt workspace_bytes"
     )
-    """The same as the arguments of an operator."""
+    """The attributes, as arguments in an operator's schema."""
 
     @classmethod
     def of(
@@ -78,7 +78,7 @@ class Head:
         return accumulation_dtype(self.compute_dtype)
 
     def tiles(self) -> Iterator[tuple[int, slice]]:
-        """Every tile's number and its range of the vocabulary."""
+        """Yield each tile's number and its range of the vocabulary."""
         for number, start in enumerate(range(0, self.vocabulary, TILE)):
             yield number, slice(start, min(start + TILE, self.vocabulary))
 
@@ -101,8 +101,8 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """The gradients that were asked for, with the shapes and dtypes of what they belong to; None
-    for the others."""
+    """The gradients that were asked for, each with the shape and dtype of its tensor; None for the
+    others."""
 
     input: Tensor | None
     linear_weight: Tensor | None
@@ -110,6 +110,6 @@ class Gradients:
     operands: Sequence[Tensor | None]
 
     def computed(self) -> list[Tensor]:
-        """Those that were asked for, in order."""
+        """Return the gradients that were asked for, in order."""
         every = (self.input, self.linear_weight, self.linear_bias, *self.operands)
         return [gradient for gradient in every if gradient is not None]

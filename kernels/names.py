@@ -7,10 +7,10 @@ from typing import Any
 
 
 class OperandKind(enum.StrEnum):
-    """The dimensions of an operand. The letter is the first one of the operand's name."""
+    """The dimensions of an operand. The value is the first letter of the operand's name."""
 
     ROW = "r"
-    """One value (for an index: one or several) for each row."""
+    """One value for each row; for an index, one or several."""
     COLUMN = "c"
     """One value for each vocabulary entry."""
     SCALAR = "s"
@@ -20,7 +20,7 @@ class OperandKind(enum.StrEnum):
 
     @classmethod
     def of(cls, *, varies_over_rows: bool, varies_over_columns: bool) -> OperandKind:
-        """The kind of an operand with these dimensions."""
+        """Return the kind of an operand with these dimensions."""
         if varies_over_rows:
             return cls.LOGIT if varies_over_columns else cls.ROW
         return cls.COLUMN if varies_over_columns else cls.SCALAR
@@ -69,7 +69,7 @@ class Name(str):
 
     @property
     def position(self) -> int:
-        """The position of an operand in the list of operands, which its name ends with."""
+        """The operand's position in the list of operands: the number at the end of its name."""
         return int(self[1:])
 
     @property
@@ -79,7 +79,7 @@ class Name(str):
 
     @property
     def is_block(self) -> bool:
-        """Whether the value is as large as the logits: it is them, or the result of a step."""
+        """Whether the value is as large as the logits: the logits themselves or a step's result."""
         return self.is_step or self == LOGIT
 
 

@@ -1,4 +1,4 @@
-"""What a program ends in: statements like ``logsumexp(t2)``, whose results are the operator's."""
+"""The last statements of a program, like ``logsumexp(t2)``: their results are the operator's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cce_inductor.kernels.names import Name
 class Output(abc.ABC):
     """One statement ``name(*args)``. The first arguments are the values that it reads.
 
-    A subclass that names itself, ``class Sum(Statistic, name="sum")``, can be parsed.
+    A subclass with a name, ``class Sum(Statistic, name="sum")``, can be parsed.
     """
 
     args: tuple[Any, ...]
@@ -33,11 +33,11 @@ class Output(abc.ABC):
     @property
     @abc.abstractmethod
     def values(self) -> tuple[Name, ...]:
-        """The values of the program that it reads."""
+        """The program's values that the statement reads."""
 
     @property
     def value(self) -> Name:
-        """The first of them."""
+        """The first of `values`."""
         return self.values[0]
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Output(abc.ABC):
 
 
 class Block(Output, name="block"):
-    """``block(x)``: a block of `x` itself, which ends the program of a gradient.
+    """``block(x)``: the block of `x` itself, as an output of a gradient's program.
 
     ``block(x, y, r0, ...)`` is `y`, which equals `x` except in the columns that the indices r0, ...
     name in each row.
@@ -61,7 +61,7 @@ class Block(Output, name="block"):
 
 
 def call_text(target: str, args: Iterable[Any], kwargs: Iterable[tuple[str, Any]]) -> str:
-    """A call as the text of a program has it."""
+    """Return a call as text of a program."""
     shown = [*map(_text, args), *(f"{name}={_text(value)}" for name, value in kwargs)]
     return f"{target}({', '.join(shown)})"
 

@@ -2,9 +2,9 @@
 
 The vocabulary is cut into tiles of `TILE` entries and is the outermost loop, in the forward and in
 the backward; rows are cut only when a tile's logits for all of them would not fit the workspace.
-At any time one block of logits exists, with the blocks that the program makes of it. Row statistics
-are float64 vectors: the loss of a confident row is the small difference of two large numbers, and
-float32 would round it more than the stored logits' log_softmax does.
+Only one block of logits exists at a time, with the blocks that the program computes from it. Row
+statistics are float64 vectors: the loss of a confident row is the small difference of two large
+numbers, and float32 would round it more than log_softmax of stored logits does.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
 
 
 def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
-    """Raise what the replaced code does on the CPU for an index out of bounds.
+    """Raise the replaced code's error for an index out of bounds on the CPU.
 
-    On other devices the check is an assertion on the device, as in the replaced code, for which the
-    host does not wait.
+    On other devices the check is an assertion on the device, as in the replaced code. The host
+    does not wait for it.
     """
     valid = statistic.is_valid(index, vocabulary)
     if index.device.type != "cpu":
@@ -58,8 +58,8 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
 
     Returns:
         The results of the program's statistics, in order: float64 [rows] or [rows, k], int64 for
-        indices. After them, if the program has a logsumexp, the logsumexp of each tile of the
-        first one, [rows, tiles] in the logit dtype.
+        indices. If the program has a logsumexp, they are followed by the first one's value for each
+        tile, [rows, tiles] in the logit dtype.
 
     Raises:
         IndexError, RuntimeError: an index outside the vocabulary (CPU).
@@ -87,8 +87,8 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
 
 
 class _Accumulation:
-    """The parts of all statistics, combined over the tiles so far; of the first logsumexp, also the
-    part of each tile."""
+    """Combines the parts of all statistics over the tiles. It also keeps the part of each tile for
+    the first logsumexp."""
 
     def __init__(self, head: Head, indices: Indices, kept: KeptRows):
         self.head, self.program, self.indices = head, head.program, indices
@@ -96,7 +96,7 @@ class _Accumulation:
             statistic: statistic.nothing(kept.count, kept.device, indices.get(statistic))
             for statistic in self.program.statistics
         }
-        # Each once, and last those that write over the values.
+        # Each statistic once. Those that overwrite the values come last.
         self._in_order = sorted(self._whole, key=lambda each: each.overwrites)
         self._normalizer = self.program.normalizer
         self._of_tiles = torch.empty(
@@ -107,9 +107,9 @@ class _Accumulation:
         """Add a block.
 
         Args:
-            values: of the program, which may be written over.
-            block, tile: its rows and its columns.
-            number: of the tile.
+            values: the program's values, which may be overwritten.
+            block, tile: the block's rows and columns.
+            number: the number of the tile.
         """
         numbers: ByStatistic = {}
         for statistic in self._in_order:
@@ -142,7 +142,7 @@ class _Accumulation:
         return read
 
     def results(self) -> list[Tensor]:
-        """Return what `compute_statistics` does, of the rows that are kept."""
+        """Return the results of `compute_statistics` for the kept rows."""
         by_statistic = all_statistics.results(self._whole, self.indices)
         results = [result for each in self.program.statistics for result in by_statistic[each]]
         return results if self._normalizer is None else [*results, self._of_tiles]
@@ -153,7 +153,7 @@ def _with_operand_dtype(head: Head) -> Head:
 
 
 def _kept_indices(head: Head, kept: KeptRows) -> list[Tensor]:
-    """The operands, with only the kept rows of those that are indices."""
+    """Return the operands, with only the kept rows of those that are indices."""
     operands = list(head.operands)
     for statistic in head.program.indexed:
         operands[statistic.index.position] = kept.select(statistic.index_of(head.operands))
@@ -170,8 +170,8 @@ def compute_gradients(
     """Return exact gradients, from logits that are computed again tile by tile.
 
     Args:
-        grads: of the results that have one, float64; None for the others.
-        results: those of `compute_statistics`.
+        grads: the gradient of each result, float64; None for a result without one.
+        results: what `compute_statistics` returned.
         input, head: as in the forward.
         wanted: which gradients are asked for.
     """
@@ -282,8 +282,9 @@ def _through_program(
 def _massless_tiles(
     head: Head, by_value: dict[Name, Cotangent], tile_lse: Tensor, rows: int
 ) -> list[bool]:
-    """Which tiles have a gradient that is exactly zero: no row's index lies in them, and every
-    probability is below half the smallest number of the logit dtype, where exp rounds to zero."""
+    """Return which tiles have a gradient that is exactly zero: no row's index lies in them, and
+    every probability is below half the smallest number of the logit dtype, where exp rounds to
+    zero."""
     tiles = tile_count(head.vocabulary)
     if rows == 0 or not by_value:
         return [True] * tiles

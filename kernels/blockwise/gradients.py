@@ -12,7 +12,7 @@ from cce_inductor.kernels.names import Name, OperandKind
 
 
 class OperandGradient:
-    """The gradient of an operand of the program, summed over what it was broadcast to."""
+    """The gradient of a program's operand, summed over the dimensions it was broadcast along."""
 
     def __init__(self, name: Name, operand: Tensor, kept: KeptRows):
         self.kind, self.operand, self.kept = name.kind, operand, kept
@@ -39,7 +39,7 @@ class InputGradient:
     """``dz @ weight``, summed over the tiles.
 
     The tiles are summed in groups first: a float32 sum of all tiles, one after another, would lose
-    more than the single product of stored logits does.
+    more precision than one product of stored logits does.
     """
 
     TILES = 16
@@ -55,7 +55,7 @@ class InputGradient:
         self._product(self._group[block], dz, weight, beta=int(self._tiles > 0))
 
     def end_tile(self) -> None:
-        """Begin the next tile."""
+        """End the current tile."""
         self._tiles += 1
         if self._tiles == self.TILES:
             self._end_group()
@@ -70,17 +70,17 @@ class InputGradient:
 
 
 class WeightGradient:
-    """``dz.T @ input`` of one tile after another, summed over the row blocks, rounded once.
+    """``dz.T @ input`` of one tile at a time, summed over the row blocks and rounded once.
 
-    The product is computed as ``input.T @ dz``, [hidden, tile]: the input is transposed in memory
-    once, where ``dz.T`` would be for each block, which costs low precision a third of its speed.
+    The product is computed as ``input.T @ dz``, [hidden, tile], so the input is transposed in
+    memory once. Transposing each block of ``dz`` costs a third of the speed in low precision.
     """
 
     def __init__(self, input: Tensor, d_weight: Tensor, head: Head, workspace: Workspace):
         self.d_weight = d_weight
         self._product = workspace.product
         self._input_t = input.t() if self._product.exact else input.t().contiguous()
-        # One product needs no wider sum than the gradient that it is rounded to.
+        # A single product needs no sum that is wider than the gradient.
         self._is_one_product = (
             input.shape[0] <= workspace.rows and d_weight.dtype == head.compute_dtype
         )

@@ -4,7 +4,7 @@ bfloat16 operands are multiplied in bfloat16, which is fast, but the library rou
 bfloat16. A second product that starts from minus the rounded result returns what the rounding lost
 (the library accumulates in float32), and the sum of both is exact to about 2^-17. The range of
 float16 is too small for that: gradients of a mean over tokens are near its smallest numbers, and
-their parts may exceed its largest. float16 operands are multiplied in float32.
+their parts may exceed its largest. float16 operands are therefore multiplied in float32.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from cce_inductor.kernels.head import accumulation_dtype
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which tensors of `dtype` are multiplied."""
+    """Return the dtype in which tensors of `dtype` are multiplied."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 class WideProduct:
     """``out = beta * out + a @ b`` with `out` in the accumulation dtype of `a` and `b`.
 
-    Nothing is rounded to the operands' dtype on the way, except by `rounded`.
+    No intermediate result is rounded to the operands' dtype, except in `rounded`.
 
     Args:
-        dtype: of the operands, an `operand_dtype`.
+        dtype: the operands' dtype, as `operand_dtype` returns it.
         capacity: elements of the largest `out`; scratch for it is allocated once, and only when
             `dtype` is narrower than its accumulation dtype.
     """
@@ -40,12 +40,12 @@ class WideProduct:
 
     @staticmethod
     def scratch_itemsize(dtype: torch.dtype) -> int:
-        """Bytes of scratch for each element of the largest `out`."""
+        """Return the bytes of scratch for each element of the largest `out`."""
         wide = accumulation_dtype(dtype)
         return 0 if dtype == wide else dtype.itemsize + wide.itemsize
 
     def rounded(self, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        """``out = a @ b + bias``, rounded once to the operands' dtype, which `bias` has too."""
+        """Set `out` to ``a @ b + bias``, rounded once to the dtype of the operands and `bias`."""
         rounded = out if self.exact else self._rounded[: out.numel()].view(out.shape)
         if bias is None:
             torch.mm(a, b, out=rounded)
@@ -55,7 +55,7 @@ class WideProduct:
             out.copy_(rounded)
 
     def __call__(self, out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
-        """`out` is [m, n], changed in place and with ``beta=0`` not read; a [m, k]; b [k, n]."""
+        """Update `out` [m, n], which is not read if `beta` is 0. `a` is [m, k] and `b` [k, n]."""
         if self.exact:
             if beta:
                 out.addmm_(a, b)
@@ -71,6 +71,6 @@ class WideProduct:
             out.copy_(rounded)
         rounded.addmm_(a, b, beta=-1)
         if not bool(rounded.sum().isfinite()):
-            # An infinite product lost nothing: inf - inf must not make it nan.
+            # An infinite result has no rounding error: inf - inf must not make it nan.
             rounded.nan_to_num_(0.0, 0.0, 0.0)
         out.add_(widened.copy_(rounded))

@@ -14,12 +14,12 @@ class KeptRows:
     """The rows of a batch that are computed.
 
     Args:
-        tokens: the number of all rows.
-        head: whose `skip_ignored` says whether some are left out.
+        tokens: the number of rows in the batch.
+        head: its `skip_ignored` says whether ignored rows are left out.
 
     Attributes:
-        rows: their indices; None if they are all.
-        count: how many they are.
+        rows: the indices of the kept rows; None if all are kept.
+        count: the number of kept rows.
     """
 
     def __init__(self, tokens: int, head: Head):
@@ -33,18 +33,18 @@ class KeptRows:
         self.count = tokens if self.rows is None else self.rows.shape[0]
 
     def select(self, tensor: Tensor) -> Tensor:
-        """Return those rows of `tensor`; the tensor itself if they are all."""
+        """Return the kept rows of `tensor`; the tensor itself if all are kept."""
         return tensor if self.rows is None else tensor.index_select(0, self.rows)
 
     def restore(self, kept: Tensor) -> Tensor:
-        """The opposite of `select`, with zeros in the other rows."""
+        """Undo `select`, with zeros in the other rows."""
         if self.rows is None:
             return kept
         full = kept.new_zeros(self.tokens, *kept.shape[1:])
         return full.index_copy_(0, self.rows, kept)
 
     def operands(self, head: Head, block: slice, tile: slice) -> dict[Name, Tensor]:
-        """Return the operands of a head as they broadcast against a block of logits."""
+        """Return a head's operands in shapes that broadcast against a block of logits."""
         values: dict[Name, Tensor] = {}
         if head.program.reads_columns:
             values[COLUMN] = torch.arange(tile.start, tile.stop, device=self.device).unsqueeze(0)

@@ -17,7 +17,7 @@ class Workspace:
     """Buffers for one block of rows and one tile, allocated once and handed out as views.
 
     Attributes:
-        rows: rows of a block: as many as `Head.workspace_bytes` holds, at least 1.
+        rows: the rows of a block, as many as `Head.workspace_bytes` holds, at least 1.
         product: the matrix product, with its scratch.
     """
 
@@ -41,7 +41,7 @@ class Workspace:
         self.product = WideProduct(head.compute_dtype, capacity, device)
 
     def row_blocks(self, rows: int) -> Iterator[slice]:
-        """Ranges that cover `rows` rows, each within the workspace."""
+        """Yield ranges that cover `rows` rows, each within the workspace."""
         for start in range(0, rows, self.rows):
             yield slice(start, min(start + self.rows, rows))
 
@@ -69,7 +69,7 @@ class Workspace:
 
 
 def _block_count(head: Head, *, backward: bool) -> int:
-    """The number of blocks in the logit dtype that exist at the same time."""
+    """Return the number of blocks in the logit dtype that exist at the same time."""
     program = head.program
     count = 1
     if not program.is_plain:

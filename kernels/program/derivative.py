@@ -16,13 +16,13 @@ from cce_inductor.kernels.program.tracing import NotPointwiseError, kind_of, rec
 
 
 def derivative(program: Program, operands: Sequence[Tensor]) -> Derivative:
-    """Return the derivative of a program's steps; it is cached for operands of such dtypes.
+    """Return the derivative of a program's steps, cached by the kinds of the operands' dtypes.
 
     Raises:
         NotPointwiseError: the derivative has an operator that is not pointwise.
     """
     dtypes = tuple(kind_of(operand.dtype) for operand in operands)
-    return _derivative_of_text(str(program), dtypes)  # 0.0 and -0.0, 1 and True differ there
+    return _derivative_of_text(str(program), dtypes)  # text tells 0.0 from -0.0, and 1 from True
 
 
 @functools.lru_cache(maxsize=1024)
@@ -32,7 +32,7 @@ def _derivative_of_text(text: str, dtypes: tuple[torch.dtype, ...]) -> Derivativ
 
 @dataclasses.dataclass(frozen=True)
 class Derivative:
-    """The steps of a program again, and their vector-Jacobian product.
+    """The steps of a program, and those of their vector-Jacobian product.
 
     Attributes:
         forward: computes the roots.

@@ -1,4 +1,4 @@
-"""Runs the steps of a program on a block, in little memory."""
+"""Run the steps of a program on a block, in little memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _IN_PLACE = frozenset(
 
 def schedule(program: Program) -> Schedule:
     """Return the schedule of a program's steps, which compute its roots; the result is cached."""
-    return _schedule_of_text(str(program))  # text, in which 0.0 and -0.0, 1 and True differ
+    return _schedule_of_text(str(program))  # text tells 0.0 from -0.0, and 1 from True
 
 
 @functools.lru_cache(maxsize=1024)
@@ -28,11 +28,11 @@ def _schedule_of_text(text: str) -> Schedule:
 
 
 class Schedule:
-    """Steps in order, and which values each of them is the last to use.
+    """Steps in order, and the values that each of them is the last to use.
 
     Args:
         steps: each after those that it uses.
-        results: the values that are wanted, which are kept.
+        results: the values to keep.
     """
 
     def __init__(self, steps: tuple[Step, ...], results: tuple[Name, ...]):
@@ -47,7 +47,7 @@ class Schedule:
         ]
 
     def peak(self) -> int:
-        """Return the largest number of blocks that exist at the same time, with the logits."""
+        """Return the largest number of blocks that exist at the same time, including the logits."""
         logits, live, most = LOGIT, set[Name](), 1
         for step, last_used in zip(self.steps, self._last_used, strict=True):
             first = step.args[0] if step.args else None
@@ -84,7 +84,7 @@ class Schedule:
             result = (_in_place(step.target) if writes_over else overload(step.target))(
                 *args, **kwargs
             )
-            if result.is_floating_point():  # The result of numbers alone may have another dtype.
+            if result.is_floating_point():  # A step that reads only numbers may have another dtype.
                 result = result.to(block.dtype)
             values[step.name] = result
             if remove:
@@ -99,6 +99,6 @@ def _scalar(number: Any) -> Tensor:
 
 
 def _in_place(target: str) -> Any:
-    """The in-place variant of an operator."""
+    """Return the in-place variant of an operator."""
     name, _, overload_name = target.partition(".")
     return overload(f"{name}_.{overload_name}" if overload_name else f"{name}_")

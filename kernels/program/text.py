@@ -62,8 +62,8 @@ class Step:
         """Return the operator's arguments.
 
         Args:
-            values: by name.
-            number: makes a tensor of a number where the operator wants a tensor.
+            values: the values by name.
+            number: converts a number to a tensor where the operator takes a tensor.
         """
 
         def argument(value: Any, is_tensor: bool) -> Any:
@@ -78,7 +78,7 @@ class Step:
         return args, {key: argument(value, False) for key, value in self.kwargs}
 
     def run(self, values: Mapping[Any, Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the result; numbers have `dtype` where the operator wants tensors."""
+        """Return the result. Numbers become tensors of `dtype` where the operator takes tensors."""
         args, kwargs = self.arguments(values, lambda number: torch.tensor(number, dtype=dtype))
         result: Tensor = overload(self.target)(*args, **kwargs)
         return result
@@ -89,11 +89,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Pointwise steps in order, then what is made of their results.
+    """Pointwise steps in order, then the outputs that read their results.
 
     Attributes:
         steps: each after those that it uses.
-        outputs: the statistics of a forward program, or the blocks of a gradient's.
+        outputs: the statistics of a forward program, or the blocks of a gradient's program.
     """
 
     steps: tuple[Step, ...]
@@ -101,7 +101,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        """The inverse of ``str``.
+        """Parse the text of a program, the inverse of ``str``.
 
         Raises:
             ValueError: `text` is not a program.
@@ -123,7 +123,7 @@ class Program:
 
     @functools.cached_property
     def indexed(self) -> tuple[Indexed, ...]:
-        """The statistics at indices."""
+        """The statistics that read values at indices."""
         return tuple(each for each in self.outputs if isinstance(each, Indexed))
 
     @property
@@ -133,7 +133,7 @@ class Program:
 
     @property
     def places(self) -> list[tuple[slice, Statistic]]:
-        """Every statistic, with the place of its results among those of all."""
+        """The slice of each statistic's results among all results, and the statistic."""
         counts = [len(statistic.result_dtypes) for statistic in self.statistics]
         starts = itertools.accumulate(counts, initial=0)
         return [
@@ -160,12 +160,12 @@ class Program:
 
     @functools.cached_property
     def reads_columns(self) -> bool:
-        """Whether an entry's place in the vocabulary matters."""
+        """Whether the program reads the logit's place in the vocabulary."""
         return COLUMN in self.roots or any(COLUMN in step.uses for step in self.steps)
 
     def reached(self, results: Sequence[bool]) -> set[Name]:
-        """Return the values that have a gradient if these of the statistics' results do: a path
-        leads to them that is not detached."""
+        """Return the values that have a gradient if these of the statistics' results have one:
+        those that a path without ``detach`` leads to."""
         reached: set[Name] = set()
         for place, statistic in self.places:
             if any(results[place]):

@@ -1,4 +1,4 @@
-"""Records the pointwise operators that a Python function of tensors consists of, as steps."""
+"""Record the pointwise operators of a Python function of tensors as steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cce_inductor.torch_internals.capture import in_this_thread
 
 
 def kind_of(dtype: torch.dtype) -> torch.dtype:
-    """The widest dtype of the same kind: a program is differentiated once for all of a kind."""
+    """Return the widest dtype of the same kind. A program is differentiated once for each kind."""
     if dtype.is_floating_point:
         return torch.float64
     return torch.bool if dtype == torch.bool else torch.int64
@@ -117,10 +117,10 @@ class _Recorder(TorchDispatchMode):
         self._values[_address(tensor)] = value
 
     def value(self, tensor: Any) -> Any:
-        """Return the name of what a tensor holds, or its number if no input affects it.
+        """Return the name of the value that a tensor holds, or a number if no input affects it.
 
         Raises:
-            NotPointwiseError: it has dimensions, or is no tensor.
+            NotPointwiseError: the tensor has dimensions, or it is no tensor.
         """
         if not isinstance(tensor, Tensor) or tensor.dim() > 0:
             raise NotPointwiseError(
@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):
     def _recorded(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, torch.dtype | None]:
-        """Return what an operator computes, and its dtype; None for the dtype of its result."""
+        """Return the value that an operator computes, and its dtype; None means the result's."""
         base = _base(function)
         if base in _COPIES:
             return self.value(args[0]), args[0].dtype
@@ -214,10 +214,10 @@ class _Recorder(TorchDispatchMode):
         return name
 
     def _converted(self, value: Any, dtype: torch.dtype, holder: Tensor) -> Any:
-        """Return a value of one dtype as a tensor of another dtype holds it.
+        """Return a value of one dtype, converted to the dtype of the tensor that holds it.
 
         Raises:
-            NotPointwiseError: no step converts it in that way.
+            NotPointwiseError: no step does this conversion.
         """
         to = holder.dtype
         if not isinstance(value, Name):
@@ -288,8 +288,8 @@ def _functional(operator: Any) -> Any:
     writes nothing.
 
     Raises:
-        NotPointwiseError: there is none.
-        RandomError: it draws random numbers.
+        NotPointwiseError: there is no such operator.
+        RandomError: the operator draws random numbers.
     """
     if torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ()):
         raise RandomError(str(operator))
@@ -313,7 +313,7 @@ def _signature(operator: Any) -> list[tuple[str, str]]:
 
 
 def _is_pointwise(target: Any) -> bool:
-    """Whether ATen tags an operator as pointwise, or the operator whose derivative it is.
+    """Whether ATen tags an operator, or the one whose derivative it is, as pointwise.
 
     Raises:
         RandomError: it draws random numbers.
@@ -325,7 +325,7 @@ def _is_pointwise(target: Any) -> bool:
     if name.endswith("_backward") and hasattr(torch.ops.aten, name.removesuffix("_backward")):
         forward = getattr(torch.ops.aten, name.removesuffix("_backward"))
         return any(_is_pointwise(getattr(forward, o)) for o in forward.overloads())
-    return torch.Tag.pointwise in tags or name == "leaky_relu"  # which has the tag from 2.12
+    return torch.Tag.pointwise in tags or name == "leaky_relu"  # tagged from 2.12 on
 
 
 def _constant_of(base: str, args: tuple[Any, ...]) -> Any:
