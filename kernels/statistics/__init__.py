@@ -1,7 +1,7 @@
 """The statistics of a row of logits: one class in one file for each.
 
-To add a statistic, add a file with a subclass of `base.Statistic`, and a program that uses it to
-`STATISTICS` in `tests/cases.py`, which all kernels are tested with. Every file here is imported.
+To add a statistic, add a file with a subclass of `base.Statistic`. Then add a program that uses it
+to `STATISTICS` in `tests/cases.py`, with which all kernels are tested. Every file here is imported.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""What defines a statistic: a reduction of each row of logits over the vocabulary.
+"""The base class of statistics: reductions of each row of logits over the vocabulary.
 
-One class in one file of this folder is all there is to a statistic. Every file here is imported.
+A statistic is one class in one file of this folder. Every file here is imported.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Numbers = tuple[Tensor, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Upstream:
-    """What the backward of a statistic is given.
+    """The arguments of a statistic's backward.
 
     Attributes:
         grad: the gradient of its first result, float64; other results are indices.
-        results: of the forward.
+        results: the results of the forward.
         required: the results of its `requirements`.
         index: as for `Statistic.of_tile`.
     """
@@ -47,19 +47,19 @@ class Statistic(Output):
     1. `of_tile` computes a few numbers for each row of a tile, [rows] each. A Triton kernel can
        store the same numbers (`write`, `tile_dtypes`).
     2. `part` converts them to float64 numbers that can be combined.
-    3. `combine` makes one part of the parts of several tiles, or of several devices.
-    4. `results` makes the results from the part of the whole vocabulary.
+    3. `combine` merges the parts of several tiles, or of several devices, into one.
+    4. `results` computes the results from the part of the whole vocabulary.
 
-    A statistic may use the numbers of other statistics, which the program then must have as well:
-    its `requirements`.
+    A statistic may use the numbers of other statistics, its `requirements`. The program must then
+    have these as well.
 
     Class attributes:
         value_count: the number of its arguments that are values of the program.
-        result_dtypes: one for each result.
+        result_dtypes: the dtype of each result.
         tile_dtypes: float32 or int32 for each number that a Triton kernel stores; empty if there is
             no kernel.
         has_softmax: whether it involves a softmax over the vocabulary, as losses over classes do.
-        is_sum: whether it adds up numbers over the vocabulary, rather than choosing some.
+        is_sum: whether it adds up values over the vocabulary, rather than selecting some.
         overwrites: whether `of_tile` writes over the values that it is given.
     """
 
@@ -81,11 +81,11 @@ class Statistic(Output):
 
     @property
     def requirements(self) -> tuple[Statistic, ...]:
-        """Statistics that the program has as well."""
+        """The statistics that the program must also have."""
         return ()
 
     def result_shapes(self, rows: Any, operands: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-        """The shape of each result."""
+        """Return the shape of each result."""
         return [(rows,) for _ in self.result_dtypes]
 
     @abc.abstractmethod
@@ -98,13 +98,13 @@ class Statistic(Output):
 
         Args:
             values: [rows, columns] of each value that it reads, in the dtype of the logits.
-            tile: the columns' place in the vocabulary.
+            tile: the columns' range in the vocabulary.
             index: [rows, k] int64 for a statistic that reads the values at indices (`indexed`);
                 None for all others.
         """
 
     def part(self, numbers: Numbers, required: Sequence[Numbers]) -> Numbers:
-        """Return what `combine` takes, from the numbers of `of_tile`, which may be float32.
+        """Convert the numbers of `of_tile`, which may be float32, to what `combine` takes.
 
         Args:
             numbers: of any shape: [rows] of one tile, [tiles, rows] of all.
@@ -126,7 +126,7 @@ class Statistic(Output):
         """
 
     def results(self, whole: Numbers, required: Sequence[Numbers], index: Tensor | None) -> Numbers:
-        """Return the results from the part of all columns, and those of its `requirements`."""
+        """Return the results, from the part of all columns and the parts of `requirements`."""
         return whole
 
     @abc.abstractmethod

@@ -1,7 +1,7 @@
-"""The cotangent of a value: the gradient of everything that is reduced from it.
+"""The cotangent of a value: its gradient, through all statistics that read it.
 
-Every statistic adds its own terms. What the terms make of a block of logits is computed here with
-ordinary tensor operations, and written as the steps of a program in `kernels.triton.gradient`.
+Every statistic adds its own terms. Here the terms are computed for a block of logits with ordinary
+tensor operations; `kernels.triton.gradient` writes them as the steps of a program.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Cotangents(dict[Name, "Cotangent"]):
 
     Args:
         rows: the number of rows.
-        device: of the rows.
-        dtype: of the values.
+        device: the device of the rows.
+        dtype: the dtype of the values.
     """
 
     def __init__(self, rows: int, device: torch.device, dtype: torch.dtype):
@@ -39,7 +39,8 @@ class Cotangent:
     Attributes:
         name: the value.
         lse: its logsumexp, float64 [rows]; None if no gradient goes through its softmax.
-        grad_lse, grad_sum: float64 [rows].
+        grad_lse: the factor of its softmax, float64 [rows].
+        grad_sum: what is added in every column, float64 [rows]; None for nothing.
         means: for each mean under softmax(name): its gradient, the mean, the value it is a mean of.
         probabilities: for each mean of this value: its gradient, and the logsumexp and the name of
             the value whose softmax weights it.
@@ -73,7 +74,7 @@ class Cotangent:
         """Add ``grad * softmax(value) * (y - mean)``, and ``grad * softmax(value)`` to `y`."""
         self.lse = lse
         self.means.append((grad, mean, y))
-        if y == self.name:  # The two gradients of an entropy cancel: exactly, if added here.
+        if y == self.name:  # An entropy's two gradients cancel exactly if added here.
             self.grad_lse = self.grad_lse + grad
         else:
             self._all[y].probabilities.append((grad, lse, self.name))
@@ -83,7 +84,7 @@ class Cotangent:
         self.factors.append((grad, other))
 
     def add_at(self, grad: Tensor, index: Tensor) -> None:
-        """Add gradients [rows, k] in the columns `index` [rows, k]; negative ones are none."""
+        """Add gradients [rows, k] in the columns `index` [rows, k]; negative indices add none."""
         self._at.append((index, grad.reshape(index.shape)))
 
     @property
@@ -93,11 +94,11 @@ class Cotangent:
     @property
     def reads_values(self) -> bool:
         """Whether values themselves are factors of it, and not only their exponentials. Then it
-        cannot be written over them, and it can be nonzero where all probabilities are 0."""
+        must not overwrite them, and it can be nonzero where all probabilities are 0."""
         return bool(self.means or self.probabilities or self.factors)
 
     def prepare(self) -> None:
-        """Called once, when every term has been added."""
+        """Compute what all blocks share, once every term has been added."""
         if self._at:
             indices, grads = zip(*self._at, strict=True)
             self.index, self.grad_index = torch.cat(indices, 1), torch.cat(grads, 1)

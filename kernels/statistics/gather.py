@@ -1,4 +1,4 @@
-"""``gather(x, r0)``: the values at several indices of each row, [rows, k], as `torch.gather`."""
+"""``gather(x, r0)``: the values at several indices of each row, [rows, k], as in `torch.gather`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``index(x, r0)``: the value at one index of each row, as indexing with ``x[rows, r0]`` has it."""
+"""``index(x, r0)``: the value at one index of each row, as ``x[rows, r0]`` reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What statistics at indices share: `gather`, `index` and `target` read values at some columns."""
+"""The base class of `gather`, `index` and `target`, which read the values in some columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Indexed(Statistic):
     """Whether there is one index for each row, so that the result is [rows]."""
 
     ignores: ClassVar[bool] = False
-    """Whether there is an index that is ignored, so that a row may have none."""
+    """Whether an index may be ignored, so that its row has none."""
 
     @property
     def has_template(self) -> bool:
@@ -40,7 +40,7 @@ class Indexed(Statistic):
         return Name(self.args[1])
 
     def index_of(self, operands: Sequence[Tensor]) -> Tensor:
-        """Return that operand."""
+        """Return the operand that holds the indices."""
         return operands[self.index.position]
 
     def result_shapes(self, rows: Any, operands: Sequence[Tensor]) -> list[tuple[Any, ...]]:
@@ -55,11 +55,11 @@ class Indexed(Statistic):
         return (index >= 0) & (index < vocabulary)
 
     def is_kept(self, index: Tensor) -> Tensor | None:
-        """Which rows are not ignored; None for a statistic that ignores none."""
+        """Return which rows are not ignored; None for a statistic that ignores none."""
         return None
 
     def error(self, index: int, vocabulary: int) -> Exception:
-        """The error that the replaced code raises on the CPU for an index out of bounds."""
+        """Return the error that the replaced code raises on the CPU for an index out of bounds."""
         return IndexError(f"index {index} is out of bounds for dimension 1 with size {vocabulary}")
 
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:

@@ -1,4 +1,4 @@
-"""Sums over a row that keep their digits."""
+"""Sums over a row that keep their precision."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def subtrahend(greatest: Tensor) -> Tensor:
 
 
 def logsumexp(values: Tensor, dim: int) -> Tensor:
-    """`torch.logsumexp`. Its decomposition asks whether there are any rows, which is not known
-    while a graph is traced whose number of rows depends on data."""
+    """Compute `torch.logsumexp`, whose decomposition asks whether there are any rows. That is not
+    known while a graph is traced whose number of rows depends on data."""
     shift = subtrahend(values.amax(dim, keepdim=True))
     return (values - shift).exp().sum(dim).log() + shift.squeeze(dim)
 
 
 def center_of(weights: Tensor, y: Tensor) -> Tensor:
-    """Return the weighted mean of `y` in each row, rounded to its dtype; a finite number where the
-    mean is not finite.
+    """Return the weighted mean of `y` in each row, rounded to its dtype; 0 where the mean is not
+    finite.
 
     A weighted sum of `y` equals this center times the sum of the weights, plus the weighted sum of
     the distances of `y` from it. Those distances are small where the weights are not. A loss is
     often the difference of such a sum and the row's logsumexp: it is near 0 where both are large,
-    and computed this way it keeps its digits.
+    and computed this way it keeps its precision.
     """
     return finite_or_zero((weights * y).sum(1) / weights.sum(1))
 

@@ -1,7 +1,7 @@
 """The lines of the Triton template that compute the statistics of a tile.
 
 A statistic writes its lines with `TemplateLines`. A tile is computed in several blocks of BLOCK_V
-columns, one after another. `templates/statistics.jinja` shows where the lines stand.
+columns, one after another. `templates/statistics.jinja` shows where the lines are inserted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Masses:
         mass: the masses of this block.
         total: the sum of the masses of the blocks so far.
         update: the line that adds to `total`.
-        rescale: a format string. It scales a sum of masses that was made with the `greatest` of the
-            blocks before to the `greatest` that includes this block.
+        rescale: a format string. It rescales a sum of masses from the `greatest` of the previous
+            blocks to the `greatest` that includes this block.
     """
 
     greatest: str
@@ -39,7 +39,7 @@ class TemplateLines:
 
     Args:
         values: the variable of each value of the program.
-        indices: the argument of each index operand, in order, and the number of its indices a row.
+        indices: the argument of each index operand, in order, and its number of indices per row.
 
     Attributes:
         before: lines before the first block of a tile.
@@ -65,12 +65,12 @@ class TemplateLines:
         self._sums: dict[Name, tuple[str, str]] = {}
 
     def begin(self, name: str, value: str, dtype: str = "float32") -> str:
-        """Declare a variable of one number a row; return its name."""
+        """Declare a variable of one number per row; return its name."""
         self.before.append(f"{name} = tl.full([BLOCK_M], {value}, tl.{dtype})")
         return name
 
     def inside(self, value: Name, fill: str) -> str:
-        """Return a value in float32, with `fill`, a Triton expression, beyond the vocabulary."""
+        """Return the expression of a value in float32, with `fill` beyond the vocabulary."""
         return f"device.only({self._values[value]}, inside, {fill}, EVEN_V)"
 
     def store(self, variable: str) -> None:
@@ -132,16 +132,16 @@ class TemplateLines:
         total: str,
         size: str,
     ) -> None:
-        """Write the two numbers of a weighted sum of `y`: see `numerics.center_of`.
+        """Write the lines of a weighted sum of `y`, two numbers (see `numerics.center_of`).
 
         Args:
-            number: of the statistic.
-            before: the line that adds to the sum of the weights; these lines come before it.
+            number: the number of the statistic.
+            before: the line that adds to the sum of the weights, which these lines must precede.
             weights, y: the weights and values of this block.
-            rescale: a format string that scales a sum over the blocks before to this block's
+            rescale: a format string that scales a sum over the previous blocks to this block's
                 weights.
-            total: the sum of the weights of the blocks before.
-            size: the sum of their absolute values.
+            total: the sum of the weights of the previous blocks.
+            size: the sum of the absolute values of those weights.
         """
         center, weighted = f"center{number}", f"weighted{number}"
         self.begin(center, "0.0")
@@ -159,7 +159,7 @@ class TemplateLines:
         self.store(weighted)
 
     def at_indices(self, number: int, value: Name, *, is_target: bool) -> None:
-        """Write the value at each index of the next argument, where a row of the tile has one."""
+        """Write the lines that store the value at each index of the next argument in this tile."""
         argument, width = next(self._indices)
         x, out = self._values[value], f"OUT{number}"
         self.outputs.append(out)
@@ -170,8 +170,8 @@ class TemplateLines:
             self.before.append(f"{index} = tl.load({place}, mask=row_inside, other=-1)")
             if is_target:
                 self.targets.append(index)
-            # These lines come first, so that the values are not needed any more when the lines
-            # after them compute their exponentials.
+            # These lines come first, so that the values are no longer needed when later lines
+            # compute their exponentials.
             self.updates[:0] = [
                 f"if device.any_in({index}, first_column, BLOCK_V):",
                 f"    found = device.at({x}, columns, {index})",

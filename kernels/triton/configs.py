@@ -1,4 +1,4 @@
-"""Block sizes of the templates, by what the kernel is and which device it runs on."""
+"""Block sizes of the templates, by kind of kernel and device."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Config:
     Attributes:
         block_m, block_v, block_h: rows and columns of a tile, and how much of the hidden size is
             read at a time.
-        num_warps, num_stages: Triton's.
-        group: tiles of rows that share what they read of the weight.
+        num_warps, num_stages: Triton's launch options.
+        group: the number of row tiles that share what they read of the weight.
         programs: the number of programs that take turns at the tiles; 0 for one program a tile.
     """
 
@@ -46,7 +46,7 @@ class Situation(enum.Enum):
     DESCRIPTORS_FULL = enum.auto()
     """The same, for a kernel that needs all registers."""
     HOPPER = enum.auto()
-    """Descriptors on Hopper, for a kernel that leaves registers: larger tiles read less."""
+    """Descriptors on Hopper, for a kernel with registers to spare: larger tiles read less."""
 
 
 SIZES: dict[Situation, tuple[tuple[int, int, int, int, int], ...]] = {
@@ -100,11 +100,11 @@ SIZES: dict[Situation, tuple[tuple[int, int, int, int, int], ...]] = {
 }
 
 GROUPS = (8, 16)
-"""What is tried for `Config.group`."""
+"""The values that are tried for `Config.group`."""
 
 FEW_STEPS = {"statistics": 0, "gradient": 8}
-"""Programs with at most this many steps leave registers free: a cross-entropy of the logits has so
-many. With more steps, a single value for each column may take all of them."""
+"""Programs with at most this many steps leave registers free: cross-entropy of unmodified logits
+has that many. With more steps, a single value for each column may take all registers."""
 
 SHARED_MEMORY_OF_SYSTEM = 1024
 """Bytes of shared memory that CUDA takes for each block of threads."""
@@ -140,8 +140,8 @@ def configs(
 
     Args:
         kind: "statistics" or "gradient".
-        dtype: of the products' operands.
-        device: that the kernel runs on.
+        dtype: the dtype of the products' operands.
+        device: the device that the kernel runs on.
         by_descriptor: whether TMA descriptors read the operands.
         steps: the number of steps that are applied to each logit; they need registers, too.
         results: the number of values of each logit that are reduced or written.
@@ -164,12 +164,12 @@ def _programs(
     num_stages: int,
     device: Any,
 ) -> int:
-    """Return the number of programs that a device may hold of a kernel that reads 16-bit operands
-    by descriptors.
+    """Return how many programs of a kernel a device may hold if the kernel reads 16-bit operands by
+    descriptors.
 
-    Shared memory and registers limit it; of the registers, those that hold the sums of the product
-    are known. With more programs than the device holds some would only wait, with fewer it would
-    be idle.
+    Shared memory and registers limit the number. Of the registers, only those that hold the sums
+    of the product are known. With more programs, some would only wait; with fewer, the device would
+    be partly idle.
     """
     properties = torch.cuda.get_device_properties(device)
     shared = num_stages * (block_m + block_v) * block_h * 2
@@ -185,8 +185,8 @@ def _programs(
 def reads_by_descriptor(matrices: list[Any], device: Any) -> bool:
     """Whether TMA descriptors read both matrices, input and weight, on sm_90 and later.
 
-    They do not read float32, whose products without tensor cores have no registers to spare. They
-    do not read a single row: a descriptor reads zeros beyond it, and Inductor leaves out the mask
+    They are not used for float32, whose products without tensor cores have no registers to spare,
+    and not for a single row: a descriptor reads zeros beyond it, and Inductor leaves out the mask
     of a store to one entry.
     """
     if (
@@ -204,7 +204,7 @@ def reads_by_descriptor(matrices: list[Any], device: Any) -> bool:
 def _begins_aligned(matrix: Any) -> bool:
     """Whether a view begins at an address that a descriptor can have.
 
-    `can_use_tma` asks that only of the tensor that is viewed.
+    `can_use_tma` checks only the tensor that is viewed.
     """
     offset = matrix.get_layout().offset * matrix.get_dtype().itemsize
     return bool(V.graph.sizevars.statically_known_multiple_of(offset, TMA_ALIGNMENT))

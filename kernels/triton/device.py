@@ -1,6 +1,6 @@
-"""Device functions of the templates: one tile of logits, and what is reduced of it.
+"""Device functions of the templates: one tile of logits, and its reductions.
 
-Blocks are [rows, columns] in float32, rows of tokens and columns of the vocabulary.
+Blocks are [rows, columns] in float32: rows are tokens, columns are vocabulary entries.
 """
 
 import triton
@@ -13,7 +13,7 @@ LOG2_E = tl.constexpr(_LOG2_E)
 
 @triton.jit
 def grouped(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of a tile, in an order in which `GROUP` row tiles share what they read."""
+    """Return a tile's row and column; in this order, `GROUP` row tiles share what they read."""
     width = GROUP * column_tiles
     first = tile // width * GROUP
     size = tl.minimum(row_tiles - first, GROUP)
@@ -40,7 +40,7 @@ def logits(
     BLOCK_H: tl.constexpr,
     EVEN_H: tl.constexpr,
 ):
-    """``input[rows] @ weight[columns].T``.
+    """Return ``input[rows] @ weight[columns].T``.
 
     Rows and columns beyond their count are computed from the first one's data.
     """
@@ -76,7 +76,7 @@ def logits_by_descriptor(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The same of tensor descriptors; whatever lies beyond a tensor reads as 0."""
+    """Return the same as `logits` from tensor descriptors, which read 0 beyond a tensor."""
     total = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for start in range(0, hidden, BLOCK_H):
         a = inputs.load([first_row, start])
@@ -87,7 +87,7 @@ def logits_by_descriptor(
 
 @triton.jit
 def only(x, inside, fill: tl.constexpr, EVEN: tl.constexpr):
-    """`x` in float32, with `fill` in columns beyond the vocabulary; with `EVEN` there are none."""
+    """Return `x` in float32, with `fill` beyond the vocabulary; with `EVEN`, no column is there."""
     x = x.to(tl.float32)
     if not EVEN:
         x = tl.where(inside[None, :], x, fill)
@@ -96,32 +96,32 @@ def only(x, inside, fill: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def finite(top):
-    """What is subtracted before exp2: the greatest value of a row, but 0 in place of -inf."""
+    """Return what to subtract before exp2: the greatest value of a row, but 0 in place of -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def above(x, top):
-    """A block minus the greatest value of each row: 0 or less."""
+    """Return a block minus the greatest value of each row, which is 0 or less."""
     return x - finite(top)[:, None]
 
 
 @triton.jit
 def mass_of(distance):
-    """The exponential of a distance, computed in base 2 (see `base2`)."""
+    """Return the exponential of a distance, computed in base 2 (see `base2`)."""
     return tl.exp2(distance * LOG2_E)
 
 
 @triton.jit
 def rescaled(total, old_top, top):
-    """A sum of masses ``exp(x - old_top)`` as a sum of masses ``exp(x - top)``."""
+    """Convert a sum of masses ``exp(x - old_top)`` to a sum of masses ``exp(x - top)``."""
     return total * mass_of(old_top - finite(top))
 
 
 @triton.jit
 def nearer(center, size, weights, y):
-    """A finite number near the weighted mean of `y` in each row; the absolute values of the weights
-    count. `center` is that of the columns before, whose weights had the sum `size`."""
+    """Return a finite number near the mean of `y` in each row, weighted by the absolute weights.
+    `center` is that number for the previous columns, whose absolute weights have the sum `size`."""
     weights = tl.abs(weights)
     distance = tl.sum(weights * (y - center[:, None]), 1) / (size + tl.sum(weights, 1))
     return center + tl.where(tl.abs(distance) < float("inf"), distance, 0.0)
@@ -129,16 +129,16 @@ def nearer(center, size, weights, y):
 
 @triton.jit
 def moved(center, new_center, total, weights, y):
-    """What to add to the weighted sum of the distances from `center` in the columns before, whose
-    weights had the sum `total`. The result is the weighted sum of the distances from `new_center`,
-    and includes these columns."""
+    """Return what to add to the weighted sum of the distances from `center` in the previous
+    columns, whose weights have the sum `total`. That gives the weighted sum of the distances from
+    `new_center`, with these columns included."""
     here = tl.sum(weights * (y - new_center[:, None]), 1)
     return (center - new_center) * total + here
 
 
 @triton.jit
 def greater(top, where_top, x, first_column):
-    """The greatest value of each row and its column, after the block `x`; nan is the greatest."""
+    """Return each row's greatest value and its column, after the block `x`; nan is the greatest."""
     is_nan = x != x
     here, where = tl.max(
         tl.where(is_nan, float("inf"), x),
@@ -160,5 +160,5 @@ def any_in(index, first_column, WIDTH: tl.constexpr):
 
 @triton.jit
 def at(x, columns, index):
-    """The value in column `index` of each row, 0 if that is not in the tile."""
+    """Return the value in column `index` of each row, 0 if that is not in the tile."""
     return tl.sum(tl.where(columns[None, :] == index[:, None], x, 0.0), 1)

@@ -34,7 +34,7 @@ class _Writer:
     """A program that is being written, its operands, and the rows that have a gradient.
 
     Args:
-        operands: the first operands.
+        operands: the operands to start with.
         first: the number of the first step.
         kept: bool [rows]; None if all rows have a gradient.
     """
@@ -48,7 +48,7 @@ class _Writer:
         self._given: list[Tensor] = []  # keeps the tensors alive whose ids are in `_rows`
 
     def row(self, values: Tensor) -> Name:
-        """Return the name of an operand of one value a row, float32 unless it is an index or a
+        """Return the name of an operand with one value per row, float32 unless it is an index or a
         mask."""
         if id(values) not in self._rows:
             self._rows[id(values)] = Name(f"r{len(self.operands)}")
@@ -82,16 +82,16 @@ def gradient_program(
     """Return the program that computes the gradient of a block of logits.
 
     Args:
-        program: the forward's.
-        operands: the forward's.
+        program: the forward's program.
+        operands: the forward's operands.
         by_value: the cotangent of each root, from `all_statistics.cotangents`.
-        wanted: the operands whose gradient is wanted, too.
+        wanted: the operands whose gradient is also wanted.
         kept: bool [rows], the rows that have a gradient; None for all.
 
     Returns:
-        A program, and its operands. The program ends in ``block`` of the logit's gradient, and of
-        the gradient of each operand that is wanted, in every entry. If a row has a gradient at
-        indices, the first block has two values: one without that gradient, which costs less, and
+        A program and its operands. The program ends in a ``block`` for the logit's gradient, and
+        one for each wanted operand's gradient in every entry. If a row has a gradient at indices,
+        the first block has two values: one without that gradient, which costs less, and
         one with it.
 
     Raises:

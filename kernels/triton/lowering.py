@@ -1,4 +1,4 @@
-"""How Inductor compiles the operators of `specification`: to Triton templates."""
+"""Lowerings by which Inductor compiles the operators of `specification` to Triton templates."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _Kernel:
         kind: "statistics" or "gradient", for the choice of configurations.
         call: the arguments of the operator, as IR.
         program: what is computed.
-        width: columns in all.
+        width: the total number of columns.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class _Kernel:
             )
         ]
         function = _scalar_function(str(self.program), root, names, dtypes)
-        # As a TensorBox, an operator sees that an operand is a tensor and not a number.
+        # A TensorBox tells an operator that an operand is a tensor and not a number.
         operands = [ir.TensorBox.create(operand) for operand in self.captured]
         built = build_subgraph_module_buffer([*placeholders, *operands], function)
         buffer = built[0] if isinstance(built, (list, tuple)) else built
@@ -125,11 +125,11 @@ class _Kernel:
         """Return the template's results. Inductor stores the first one.
 
         Args:
-            template: what is called.
-            more_inputs: after input, weight and bias.
-            outputs: in the order in which the template has them.
-            constants: those of the template that depend on the configuration.
-            **options: Inductor's.
+            template: the template to call.
+            more_inputs: the inputs after input, weight and bias.
+            outputs: the layouts of the results, in the template's order.
+            constants: returns the template's constants for a configuration.
+            **options: options of Inductor's `maybe_append_choice`.
         """
         layout, *others = outputs
         written = [
@@ -209,8 +209,8 @@ def _scalar_function(
 ) -> GraphModule:
     """Return the graph that computes a value of the program from tensors without dimensions.
 
-    Its arguments are the logit, its row and its column, and then the operands, which are whole: the
-    graph takes their value at that row and column.
+    Its arguments are the logit, its row, its column, and the whole operands: the graph reads their
+    value at that row and column.
     """
 
     def function(z: Any, row: Any, column: Any, *operands: Any) -> Any:
@@ -334,7 +334,7 @@ def _after(tensors: Sequence[Any]) -> Iterator[None]:
 
 
 def _add_product(total: Any, a: Any, b: Any) -> Any:
-    """Add in the memory of `total`, if nothing else reads that sum."""
+    """Add the product in the memory of `total`, if nothing else reads `total` later."""
     node = V.graph.current_node
     source = node.args[0]
     if (

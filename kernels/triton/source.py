@@ -45,7 +45,7 @@ class Template:
 
 
 def roots_of(program: Program) -> tuple[Name, ...]:
-    """The values that Inductor computes in a template, in the order of their subgraphs."""
+    """Return the values that Inductor computes in a template, in the order of their subgraphs."""
     return tuple(root for root in program.roots if root != LOGIT)
 
 
@@ -63,7 +63,7 @@ def statistics_template(
         program: one that reduces something over the vocabulary.
         widths: the number of indices of a row, for each statistic at indices.
         has_bias: whether there is a bias.
-        skip_ignored: whether a tile of rows without any target is left out.
+        skip_ignored: whether to skip a tile whose rows have no target.
         by_descriptor: whether input and weight are read through tensor descriptors.
     """
     indices = [f"INDEX{number}" for number in range(len(widths))]
@@ -95,8 +95,8 @@ def gradient_template(
     Args:
         program: one that ends in blocks.
         has_bias, by_descriptor: as for `statistics_template`.
-        stores_by_descriptor: whether the first block is written through one.
-        weight_is_block: whether the weight's first row is that of START.
+        stores_by_descriptor: whether the first block is written through a descriptor.
+        weight_is_block: whether the weight has only the rows of the block, from START on.
     """
     first, *others = program.blocks
     indices = [f"INDEX{number}" for number in range(len(first.indices))]
@@ -117,7 +117,7 @@ def gradient_template(
 
 def _rendered(kind: str, program: Program, arguments: list[str], **options: Any) -> Template:
     """Fill in the square brackets of a template."""
-    # An operand of one value a logit may have more than 2^31 of them.
+    # An operand with one value per logit may have more than 2^31 values.
     is_wide = any(name.kind is OperandKind.LOGIT for name in program.operands)
     source = _jinja.get_template(f"{kind}.jinja").render(
         device=_DEVICE,
@@ -135,10 +135,10 @@ def _value(program: Program, root: Name, variable: str, indent: int) -> list[str
     """Return the lines that compute a value of the program.
 
     Args:
-        program: whose value it is.
+        program: the program of the value.
         root: the value.
         variable: the variable that it is assigned to.
-        indent: of the lines, in steps of four spaces.
+        indent: the indentation of the lines, in steps of four spaces.
     """
     if root == LOGIT:
         return [f"{variable} = z"]
@@ -162,8 +162,8 @@ _BLOCK_TYPES = "".join(
 
 
 def grid(rows: Any, width: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> Any:
-    """Return the number of programs: one for each tile, or as many as the device runs at a time,
-    which take turns."""
+    """Return the launch grid: one program for each tile, or as many as the device runs at a time,
+    which take turns at the tiles."""
     columns = meta["BLOCK_V"] * meta.get("BLOCKS", 1)
     tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(width, columns)
     return (min(tiles, meta["PROGRAMS"]) if meta["PROGRAMS"] else tiles, 1, 1)

@@ -6,12 +6,12 @@ its place when Inductor compiles for a GPU.
 - `tile_statistics`: what each tile of the vocabulary contributes to the reductions of each row
 - `block_starts`: where the blocks of the vocabulary begin
 - `weight_block`: the weight of a block, in the dtype of its products
-- `logit_gradient`: a block of logits, and what a program makes of it
+- `logit_gradient`: what a program computes from a block of logits
 - `add_product`: a matrix product that is summed in float32
 - `multiply_add`: a step of a program that is rounded once
 
-For any number of blocks there are as few launches and as few different kernels as possible: only a
-tensor, an address, or an argument that no kernel sees differs from one block to the next.
+To keep launches and distinct kernels few, only a tensor, an address, or an argument that no kernel
+sees differs from one block to the next.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class StatisticsCall(NamedTuple):
         input: [rows, hidden].
         linear_weight: [vocabulary, hidden], the dtype of `input`; products are summed in float32.
         linear_bias: [vocabulary] or None.
-        operands: those that the program's steps name, as for `Head`.
-        indices: for each statistic at indices, in order: int32 [rows, k], `NOWHERE` for none.
+        operands: the tensors that the program's steps name, as for `Head`.
+        indices: for each statistic at indices, in order: int32 [rows, k], `NOWHERE` if ignored.
         program: what is computed.
         skip_ignored: whether the numbers of rows that have no target are undefined.
         tile: columns of a tile.
-        sources: a digest of this package, which a compiler's caches see here and nowhere else.
+        sources: a digest of this package, which a compiler's caches see only here.
     """
 
     input: Any
@@ -93,7 +93,7 @@ def stored_by_statistics(
 
 
 def stored_numbers(program: Program, stored: Sequence[Any]) -> dict[Statistic, tuple[Any, ...]]:
-    """Return what belongs to each statistic, of the tensors that `tile_statistics` returns."""
+    """Assign the tensors that `tile_statistics` returns to the program's statistics."""
     rest = iter(stored)
     return {
         statistic: tuple(next(rest) for _ in range(max(1, len(statistic.tile_dtypes))))
@@ -184,8 +184,8 @@ def weight_block(
 ) -> Tensor:
     """Return a copy of ``linear_weight[start : start + width]`` in another dtype.
 
-    The tensors `after` are not read. They are computed first, so that the memory of the block
-    before is free.
+    The tensors `after` are not read. They are computed first, so that the memory of the
+    previous block is free.
     """
     return linear_weight.narrow(0, start, width).to(dtype, copy=True).contiguous()
 
@@ -203,7 +203,7 @@ class GradientCall(NamedTuple):
     Attributes:
         input, linear_bias, operands, sources: as for `StatisticsCall`.
         linear_weight: [vocabulary, hidden], or the block's own [width, hidden].
-        program: ends in ``block`` for each result.
+        program: ends in one ``block`` for each result.
         start: the block's first column, int32 [].
         width: columns of the block.
         after: as for `weight_block`.
@@ -228,7 +228,7 @@ _GRADIENT_SCHEMA = (
 
 @torch.library.custom_op(f"{NAMESPACE}::logit_gradient", mutates_args=(), schema=_GRADIENT_SCHEMA)
 def logit_gradient(*arguments: Any) -> list[Tensor]:
-    """Return what the program's steps make of a block of logits.
+    """Return what the program's steps compute from a block of logits.
 
     Args:
         *arguments: see `GradientCall`.
@@ -292,7 +292,7 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::add_product_", mutates_args=("total",))
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`add_product` in the memory of `total`."""
+    """Compute `add_product` in the memory of `total`."""
     if a.dtype != torch.float32 and a.device.type == "cuda":
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     else:
@@ -312,7 +312,7 @@ def _block(
     program: Program,
     columns: slice,
 ) -> dict[Name, Tensor]:
-    """Return the program's values in some columns, whose weight is given. The roots are float32."""
+    """Return the program's values in some columns; `weight` has only these. Roots are float32."""
     z = input.float() @ weight.float().t()
     if linear_bias is not None:
         z += linear_bias[columns]

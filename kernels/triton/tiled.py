@@ -41,7 +41,7 @@ INDEX_LIMIT = 16
 """The largest number of indices of a row. Each is compared with every column."""
 
 UNSEEN_ROWS = 8192
-"""The number of rows that blocks are made for, at least, where that number is symbolic."""
+"""The least number of rows that blocks are sized for if that number is symbolic."""
 
 MIN_BLOCK = 8192
 """The least number of columns of a block of gradients. The float32 sum of the input's gradient is
@@ -77,10 +77,10 @@ def reason_against(head: Head) -> str | None:
 def compute_statistics(
     input: Tensor, head: Head, sources: str = "", tile: int | None = None
 ) -> list[Tensor]:
-    """`blockwise.engine.compute_statistics` by `tile_statistics`, if `reason_against` returns None.
+    """Return what `blockwise.engine.compute_statistics` does, by `tile_statistics`.
 
-    With ``head.skip_ignored``, rows whose indices are all ignored have zeros for results. An index
-    out of bounds fails an assertion on the device.
+    `reason_against` must return None. With ``head.skip_ignored``, rows whose indices are
+    all ignored have results of 0. An index out of bounds fails an assertion on the device.
 
     Args:
         input, head: as for `blockwise.engine.compute_statistics`.
@@ -116,7 +116,7 @@ def compute_statistics(
 
 
 def _unsqueezed(numbers: Numbers) -> Numbers:
-    """A kernel stores the values at indices once, and not for each tile."""
+    """Add a dimension of one tile: kernels do not store values at indices for each tile."""
     return tuple(each.unsqueeze(0) for each in numbers)
 
 
@@ -140,7 +140,7 @@ def compute_gradients(
     wanted: Wanted,
     sources: str = "",
 ) -> Gradients:
-    """`blockwise.engine.compute_gradients` by `logit_gradient` and matrix products.
+    """Return what `blockwise.engine.compute_gradients` does, by `logit_gradient` and products.
 
     Raises:
         UntiledError: the gradient cannot be written as a program.
@@ -230,10 +230,10 @@ def _expected(rows: Any) -> int:
 
 
 def _statistics_width(rows: Any, vocabulary: int) -> int:
-    """Return the columns of a tile of statistics: as many as leave enough tiles for a device.
+    """Return the columns of a tile of statistics: the most that leave enough tiles for a device.
 
-    For a symbolic number of rows these are the fewest, so that the kernel does not depend on the
-    number that was compiled first.
+    If the number of rows is symbolic, the tiles are the narrowest, so that the kernel does not
+    depend on the number that was compiled first.
     """
     row_tiles = -(-rows // 128) if isinstance(rows, int) else 0
     for width in STATISTICS_WIDTHS:
@@ -252,7 +252,7 @@ def _block_width(rows: Any, vocabulary: int, head: Head, blocks: int) -> int:
 def _assert_in_bounds(indices: Sequence[Tensor], vocabulary: int) -> None:
     """Assert on the device that no index is out of bounds.
 
-    This has a kernel of its own: an assertion in a kernel serializes its matrix products.
+    The assertion has a kernel of its own, because it would serialize another's matrix products.
     """
     if indices:
         outside = sum((index >= vocabulary).sum() for index in indices)
@@ -261,7 +261,7 @@ def _assert_in_bounds(indices: Sequence[Tensor], vocabulary: int) -> None:
 
 
 def _on_device_of(input: Tensor, operands: Sequence[Tensor]) -> list[Tensor]:
-    """Return the operands on the device of `input`. Only a scalar may be on another one."""
+    """Return the operands on the device of `input`. Only a scalar may be on another device."""
     return [operand.to(input.device) for operand in operands]
 
 
