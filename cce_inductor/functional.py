@@ -24,10 +24,10 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without the logits.
+    """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without logits.
 
-    The arguments are those of `torch.nn.functional.linear_cross_entropy`, and those of
-    `torch.nn.functional.cross_entropy` that are named as there.
+    Arguments that `torch.nn.functional.linear_cross_entropy` or
+    `torch.nn.functional.cross_entropy` also has mean the same there.
 
     Args:
         input: [tokens, hidden] or [hidden]; float16, bfloat16, float32 or float64.
@@ -46,8 +46,8 @@ def linear_cross_entropy(
 
     Raises:
         RuntimeError, ValueError, TypeError: what `linear` and `cross_entropy` raise for the same
-            arguments; a second derivative raises RuntimeError, a `softcap` that is not finite and
-            greater than 0 ValueError.
+            arguments. A second derivative raises RuntimeError; a `softcap` that is not finite or
+            not greater than 0 raises ValueError.
         IndexError: a target out of bounds (CPU).
         NotImplementedError: targets that are class probabilities, or a `linear_weight` for a
             K-dimensional loss; `cross_entropy` takes both.
@@ -121,7 +121,7 @@ def linear_cross_entropy(
 
 
 def _accepts(unfused: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor) -> bool:
-    """Whether PyTorch accepts the arguments, tried without any rows, which costs nothing."""
+    """Whether PyTorch accepts the arguments. They are tried without rows, which costs nothing."""
     if target.shape != input.shape[:-1]:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Assertions for the tests of a model: its losses are rewritten, and its numbers still right.
+"""Assertions for the tests of a model: its losses are rewritten, and its results are correct.
 
     from cce_inductor.testing import assert_matches_eager, assert_rewritten
 
@@ -7,8 +7,8 @@
         assert_matches_eager(model, ids, labels)
 
 The inputs of a test are small, so everything here runs with ``min_logits_bytes=0``, and with
-``on_error="raise"``; the other options are those of `install` if it is in force. Nothing of what
-is compiled stays in Dynamo's caches.
+``on_error="raise"``; the other options are those of `install` if it is in force. Nothing that is
+compiled here stays in Dynamo's caches.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 def assert_rewritten(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[LossReport]:
-    """Every loss of ``fn(*args, **kwargs)`` must be rewritten, and there must be one.
+    """Assert that ``fn(*args, **kwargs)`` has a loss, and that each of its losses is rewritten.
 
     The function runs once, as for `explain`.
 
@@ -61,7 +61,7 @@ def assert_rewritten(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> li
         One report for each loss.
 
     Raises:
-        AssertionError: no loss was found, or one was left alone; says which, where and why.
+        AssertionError: no loss was found, or one was left alone. The message says which and why.
         Exception: whatever `fn` or the pass raises.
     """
     explanation = _explain(fn, args, kwargs)
@@ -73,21 +73,21 @@ def assert_rewritten(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> li
 def assert_not_rewritten(
     fn: Callable[..., Any], /, *args: Any, reason: str | None = None, **kwargs: Any
 ) -> list[LossReport]:
-    """No loss of ``fn(*args, **kwargs)`` may be rewritten, and its graphs must stay as they are.
+    """Assert that no loss of ``fn(*args, **kwargs)`` is rewritten, and that no graph changes.
 
     The function runs once, as for `explain`.
 
     Args:
         fn: a function or module, compiled or not.
         *args, **kwargs: its arguments.
-        reason: a regular expression, found (as by `re.search`) in the reason of every loss, of
-            which there must be one; None for any reason, or no loss.
+        reason: a regular expression that `re.search` must find in the reason of every loss. At
+            least one loss must exist then. None accepts any reason, or no loss.
 
     Returns:
         One report for each loss.
 
     Raises:
-        AssertionError: a loss was rewritten, a graph changed, or a reason is another.
+        AssertionError: a loss was rewritten, a graph changed, or a reason does not match.
         Exception: whatever `fn` or the pass raises.
     """
     explanation = _explain(fn, args, kwargs)
@@ -111,33 +111,33 @@ def assert_matches_eager(
     slack: float = 1.25,
     **kwargs: Any,
 ) -> list[LossReport]:
-    """The compiled `fn` must give what eager gives, and be as near to float64 as eager is.
+    """Assert that the compiled `fn` gives what eager gives, and is as near to float64 as eager.
 
-    Compared are the tensors in its result and the gradients of every parameter and of every tensor
+    It compares the tensors in the result, and the gradients of every parameter and every tensor
     that requires one in `fn` and its arguments. `fn` may be a module, a method of one, or a
     function; modules and tensors are looked for in its closure, and in its arguments through lists,
     tuples and dicts, but not among global variables. Each run has its own copies of them and the
     same state of the random number generators. In the float64 run, `fn` also casts to
     float64 where it casts to a floating dtype. A result that is no scalar is reduced with
-    distinct weights before its gradient is taken, so that rows cannot be swapped.
+    distinct weights before its gradient is taken, so that swapped rows are noticed.
 
-    A loss that is left alone passes: see `assert_rewritten`.
+    A loss that is left alone is no failure here; `assert_rewritten` checks that.
 
     Args:
         fn: a function or module, compiled or not.
         *args, **kwargs: its arguments.
         backend: ``"cce_inductor_eager"``, or ``"cce_inductor"`` to compile with Inductor, too.
-        slack: rounding is random: the error allowed, relative in the Euclidean norm, in units of
-            eager's, plus one unit in the last place of the dtype (64 of float64, in which eager's
-            error is not known).
+        slack: how many times eager's error is allowed, because rounding is random. Errors are
+            relative, in the Euclidean norm. One unit in the last place of the dtype is allowed as
+            well (64 units for float64, in which eager's error is not known).
 
     Returns:
         One report for each loss.
 
     Raises:
-        AssertionError: the result has another structure, shape, dtype or numbers than eager's.
+        AssertionError: the result differs from eager's in structure, shape, dtype or values.
         TypeError: there is no tensor in the result of `fn`.
-        ValueError: another backend.
+        ValueError: `backend` is another one.
         Exception: whatever `fn` or the pass raises.
     """
     compile_graph = _BACKENDS.get(backend)
@@ -171,8 +171,8 @@ def assert_matches_eager(
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """Within it, PyTorch's functions cast to float64 where they are told another floating dtype,
-    and tensors are made in float64: code of less precision, given float64, keeps it."""
+    """Run a with-block in float64: functions of PyTorch cast to float64 where they are given
+    another floating dtype, and new tensors are float64."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -183,7 +183,7 @@ def in_float64() -> Iterator[None]:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``|value - reference| / |reference|`` in the Euclidean norm, absolute for a zero one.
+    """Return ``|value - reference| / |reference|`` in the Euclidean norm; absolute if that is 0.
 
     Where the reference is not finite the value must be the same, otherwise the error is infinite.
     """
@@ -230,8 +230,8 @@ def _assert_as_accurate(
     error, allowed = relative_error(ours, exact), slack * relative_error(eager, exact) + ulp
     if error > allowed:
         raise AssertionError(
-            f"{name} has an error of {error:.3g}, and {allowed:.3g} is allowed: {slack:g} of "
-            f"eager's {relative_error(eager, exact):.3g}, and {ulp:.3g} for rounding"
+            f"{name} has an error of {error:.3g}, and {allowed:.3g} is allowed: {slack:g} times "
+            f"eager's {relative_error(eager, exact):.3g}, plus {ulp:.3g} for rounding"
         )
 
 
@@ -254,11 +254,11 @@ class _CastsToFloat64(TorchFunctionMode):
 
 
 class _Copy:
-    """A function and its arguments with their own modules and tensors, for one run.
+    """A copy of a function and its arguments, with their modules and tensors, for one run.
 
     Attributes:
         fn, args, kwargs: the copies.
-        leaves: what gradients are taken for, by name.
+        leaves: the tensors whose gradients are taken, by name.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ class _Copy:
             self.leaves[name] = tensor
 
     def run(self, fn: Callable[..., Any]) -> dict[str, Tensor | None]:
-        """Result and gradients by name, of `fn`, which is `self.fn`, compiled or not."""
+        """Return the result and the gradients by name. `fn` is `self.fn`, compiled or not."""
         outputs = {
             "result" + pytree.keystr(path): value
             for path, value in pytree.tree_flatten_with_path(fn(*self.args, **self.kwargs))[0]

@@ -135,7 +135,7 @@ class _Operands:
         values: the arguments that are not deferred, in order, then the operands of those that are,
             each once.
         written: how each deferred argument is computed.
-        operations: the same as operations.
+        operations: the operation of each deferred argument itself.
         count: the number of arguments that are not deferred.
     """
 
@@ -214,7 +214,7 @@ def compile_for_operands(
         if given.written != written or not all(
             _fits(given.values[place], fakes[place]) for place in new
         ):
-            return module(*arguments)  # Dynamo has no guards for these; not compiled, all is right
+            return module(*arguments)  # Dynamo has no guards for these, so it runs uncompiled
         results = compiled(*given.values)
         eager.mark_bypassed(list(itertools.compress(given.operations, bypasses)), results)
         return results

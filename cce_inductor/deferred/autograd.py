@@ -166,7 +166,7 @@ def observe_gradient(logits: DeferredTensor) -> None:
     """Note that the gradient of logits is observed, so that no loss bypasses them any more.
 
     Raises:
-        RuntimeError: a loss already has.
+        RuntimeError: a loss has already bypassed it.
     """
     if logits._operation.gradient_is_bypassed and logits._version == 0:
         raise RuntimeError(

@@ -76,7 +76,7 @@ class DeferredTensor(Tensor):
         Args:
             like: the same view of a tensor on the meta device.
             operation: makes the view.
-            take: does so with a plain tensor.
+            take: makes the view of a plain tensor.
         """
         offset = self.storage_offset() + like.storage_offset()
         with torch.inference_mode(self.is_inference()):

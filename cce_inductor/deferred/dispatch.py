@@ -170,7 +170,7 @@ def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: A
 def _decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the result of an operator that is implemented by others, NotImplemented for the rest.
 
-    Only in inference mode do such operators come here undivided.
+    Such operators arrive here undivided only in inference mode.
     """
     if torch.is_inference_mode_enabled() and is_composite(func):
         return func.decompose(*args, **kwargs)

@@ -30,7 +30,7 @@ from cce_inductor.torch_internals.capture import ThreadFakeTensorMode
 
 
 def spelling(func: Any) -> Any | None:
-    """Return what Dynamo calls a function that reduces rows, None if no rule knows the function."""
+    """Return Dynamo's call target for a function that reduces rows, None if no rule knows it."""
     name = getattr(func, "__name__", "")
     method = getattr(torch.Tensor, name, None) is func
     target = name if method else func

@@ -1,8 +1,8 @@
 """Deferred logits as an argument of a compiled function.
 
 `torch.compile` knows a tensor subclass by the plain tensors it consists of ("traceable wrapper
-subclass"): here the hidden state, the weight, the bias and operands. Given their symbolic
-counterparts, it has the wrapper made again.
+subclass"): here the hidden state, the weight, the bias and operands. It makes the wrapper
+again from their symbolic counterparts.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def scalars_to_tensors(
 @functools.lru_cache(maxsize=1024)
 def _overload_for_tensors(func: Any) -> Any | None:
     """Return the overload of an operator that takes tensors where `func` takes numbers."""
-    if func._schema.name == "aten::pow":  # is more exact for numbers like 2
+    if func._schema.name == "aten::pow":  # pow is more exact with a number like 2
         return None
     packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::"))
     arguments = func._schema.arguments

@@ -1,7 +1,7 @@
 """Deferred logits above autograd: PyTorch's functions, as they reach ``__torch_function__``.
 
 A reduction over the vocabulary is fused with the projection, so neither the logits nor their
-gradient are computed. Functions that are no ATen operators, like `Tensor.numpy` and `Tensor.data`,
+gradient are computed. Functions that are not ATen operators, like `Tensor.numpy` and `Tensor.data`,
 have an entry in `_OVERRIDES`. All others continue to autograd, and then to `dispatch`.
 """
 
@@ -105,15 +105,15 @@ def _on_values(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _untyped_storage(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """PyTorch compares storages to find out which tensors share memory.
+    """Return the deferred tensor's own storage, which is empty, to PyTorch, the values' to a user.
 
-    It gets the storage of the deferred tensor itself, which is empty. A user gets the values'.
+    PyTorch compares storages to find out which tensors share memory.
     """
     return (_as_tensor if is_torch_asking() else _on_memory)(func, args, kwargs)
 
 
 def _data(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """Dynamo reads ``.data`` to describe it, and that must not compute the values."""
+    """Return ``.data``. Dynamo reads it to describe it, which must not compute the values."""
     return args[0].detach() if is_compiler_asking() else _on_plain(func, args, kwargs)
 
 
@@ -130,14 +130,14 @@ def _set_data(func: Function, args: Args, kwargs: Kwargs) -> None:
 
 
 def _grad_fn(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """A user may register a hook on the node. A compiler does not."""
+    """Return ``grad_fn``. A user may register a hook on the node; a compiler does not."""
     if not is_compiler_asking():
         args[0]._operation.gradient_is_observed = True
     return _as_tensor(func, args, kwargs)
 
 
 def _is_view(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """A compiler is told "not a view": it would otherwise rebuild the tensor from its base."""
+    """Whether it is a view. A compiler is told no: it would rebuild the tensor from its base."""
     return False if is_compiler_asking() else _as_tensor(func, args, kwargs)
 
 

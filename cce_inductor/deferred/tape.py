@@ -87,7 +87,7 @@ class Tape:
     def _record_history(self, last: Operation) -> None:
         """Record an operation and those before it.
 
-        One without gradient becomes a ``detach`` if the same one with gradient is also recorded.
+        An operation without gradient becomes a ``detach`` if the one with gradient is recorded too.
         """
         recorded = self._refs.keys() | {id(operation) for operation in last.history()}
 

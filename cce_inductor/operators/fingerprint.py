@@ -1,4 +1,4 @@
-"""A digest of this package's sources and options, on which compiled code depends as well."""
+"""A digest of this package's sources and options, on which compiled code depends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUFFIXES = (".py", ".jinja")
 
 @functools.cache
 def sources() -> str:
-    """A digest of every Python file and every template of the package."""
+    """Return a digest of every Python file and every template of the package."""
     digest = hashlib.sha256()
     for file in sorted(_files()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -25,18 +25,18 @@ def sources() -> str:
 
 
 def _files() -> Iterator[Path]:
-    """The source files, including those in linked folders, as a clone has them."""
+    """Yield the source files, including those in linked folders, which a clone has."""
     for folder, _, names in os.walk(_PACKAGE, followlinks=True):
         yield from (Path(folder, name) for name in names if name.endswith(_SUFFIXES))
 
 
 def fingerprint(options: Options) -> str:
-    """A digest of the sources and `options`, short enough to stand in a cache key."""
+    """Return a digest of the sources and `options` that is short enough for a cache key."""
     text = sources() + repr(sorted(dataclasses.asdict(options).items()))
     return "cce_inductor-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def tagged(tag: str, options: Options) -> str:
-    """The cache key tag `tag` with the fingerprint appended, once."""
+    """Return the cache key tag `tag` with the fingerprint appended, once."""
     mark = fingerprint(options)
     return tag if mark in tag else f"{tag} {mark}".strip()

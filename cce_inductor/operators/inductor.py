@@ -48,7 +48,7 @@ def register() -> None:
 
 
 def _or_undecomposed(decomposition: Callable[..., Any]) -> Callable[..., Any]:
-    """Falls back to the undecomposed operator, which is slower, if the decomposition raises."""
+    """Fall back to the undecomposed operator, which is slower, if the decomposition raises."""
 
     @functools.wraps(decomposition)
     def decomposed(*arguments: Any) -> Any:

@@ -4,7 +4,7 @@
 - `reduce_rows_backward`: their gradients, from logits that are computed again
 
 Rewritten graphs call composite operators, which consist of these two and of small operations on one
-number a row; the compiler and autograd see only those:
+number per row; the compiler and autograd see only those:
 
 - `reduce`: `reduce_rows` for any number of dimensions
 - `cross_entropy`: the loss from each row's `logsumexp` and target logit
@@ -32,7 +32,7 @@ NAMESPACE = "cce_inductor"
 
 
 def _without_autocast(input: Tensor) -> torch.autocast:
-    """The kernels choose every dtype themselves."""
+    """Disable autocast: the kernels choose every dtype themselves."""
     return torch.autocast(input.device.type, enabled=False)
 
 
@@ -73,8 +73,8 @@ def reduce_rows_backward(
 ) -> list[Tensor]:
     """See `kernels.blockwise.engine.compute_gradients`.
 
-    The last argument, `output_mask`, is for input, weight, bias and each operand; only the
-    gradients that it asks for are returned.
+    The last argument, `output_mask`, selects among input, weight, bias and each operand; only the
+    selected gradients are returned.
     """
     *head, output_mask = arguments
     wanted = Wanted.of(output_mask)

@@ -1,7 +1,7 @@
-"""How deferred logits are computed: a projection, and the operations on its result since.
+"""How deferred logits are computed: a projection, and the operations on its result.
 
-Operations are ATen's, as they reach ``__torch_dispatch__``. Each refers to those that it reads, so
-an operation on deferred logits costs nothing until its result is computed.
+Operations are ATen's, as they reach ``__torch_dispatch__``. Each refers to those whose results it
+reads, so an operation on deferred logits costs nothing until its result is computed.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Operation:
         """Return all operations up to this one, each after those that it reads.
 
         Args:
-            ends: whether the operations before one are left out.
+            ends: whether to leave out the operations before the given one.
         """
         found: dict[int, Operation] = {}
         pending = [self]

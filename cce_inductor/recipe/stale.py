@@ -106,7 +106,7 @@ def _sample(tensor: Tensor) -> Tensor | None:
     """Return the bits of some elements, at least one of each row and column of a matrix.
 
     Returns:
-        None if the elements cannot be had without copying the tensor.
+        None if the elements cannot be read without copying the tensor.
     """
     tensor = tensor.detach()
     if tensor.numel() == 0 or not torch.ops.aten.is_non_overlapping_and_dense(tensor):

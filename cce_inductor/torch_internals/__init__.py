@@ -2,9 +2,9 @@
 
 - `versions`: what differs between the supported versions
 - `patches`: what this package changes in the user's PyTorch
-- `callers`: who is asking
+- `callers`: which code makes a call
 - `capture`: Dynamo's caches and fake tensors
-- `temporary`: functions that are compiled for a while
+- `temporary`: functions that are compiled temporarily
 - `inputs`: the inputs of captured graphs
 - `tensors`, `symbols`: private functions of tensors and of symbolic sizes
 """

@@ -1,9 +1,9 @@
-"""Who is asking: what a call means can depend on the code that makes it.
+"""Which code makes a call: what a call means can depend on that.
 
 PyTorch has no interface for these questions, so each is answered from evidence: a frame of the
-stack, the name of an autograd node, the text of an error. The module stands at the bottom
-because packages above and below the pass ask (`deferred`, `recipe.sharded`, `reporting`), and
-because all of the evidence is private to PyTorch. It is the same in torch 2.11 to 2.15.
+stack, the name of an autograd node, the text of an error. The module is in this
+package because packages above and below the pass use it (`deferred`, `recipe.sharded`,
+`reporting`), and because the evidence is private to PyTorch. It is the same in torch 2.11 to 2.15.
 
 | question | evidence |
 |---|---|
@@ -65,8 +65,8 @@ def is_torch_asking() -> bool:
 def is_compiler_asking() -> bool:
     """Whether PyTorch's compiler has called this package.
 
-    The compiler looks at tensors to describe them. It does not change them, and hangs no hooks on
-    them.
+    The compiler looks at tensors to describe them. It neither changes them nor registers hooks
+    on them.
     """
     frame = _asking_frame()
     if _is_expression(frame.f_code) and frame.f_back is not None:
@@ -139,13 +139,13 @@ def is_whole_graph(module: torch.fx.GraphModule) -> bool:
 def frees_after_forward(flat_parameter: Any) -> bool:
     """Whether FSDP1 frees a parameter after the forward of its unit.
 
-    Only the unit knows. Nothing refers to it but its forward, which is in progress.
+    Only the unit knows. The only reference to it is in the frame of its running forward.
 
     Args:
         flat_parameter: the gathered parameter that the unit's parameters are views of.
 
     Returns:
-        True as well if the unit is not found.
+        True also if the unit is not found.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp._flat_param import RESHARD_AFTER_FORWARD_HANDLE_STRATEGIES

@@ -46,7 +46,7 @@ def in_this_thread(mode: TorchDispatchMode) -> Iterator[None]:
 
     ``with mode`` also sets a flag that all threads share. If two threads enter modes at the same
     time, the last one to leave can restore the flag that the first one had set. Dynamo then
-    compiles nothing any more.
+    stops compiling.
     """
     _push_mode(mode)
     try:

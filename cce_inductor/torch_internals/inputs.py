@@ -1,4 +1,4 @@
-"""Inputs of graphs that Dynamo captured, and how to give a graph others.
+"""Inputs of graphs that Dynamo captured, and how to replace them.
 
 For each input Dynamo records where it comes from (its source, for guards), and the symbols of its
 dynamic sizes. An input that replaces others needs both.

@@ -1,4 +1,4 @@
-"""All that this package changes outside of itself: when, and who undoes it.
+"""Everything that this package changes outside of itself: when, and what undoes it.
 
 By `install`, until `uninstall`:
 
@@ -87,11 +87,11 @@ def without_recompile_limit() -> contextlib.AbstractContextManager[None]:
 def allocate_scratch_memory() -> None:
     """Make PyTorch allocate the scratch memory of Triton kernels if no allocator has been set.
 
-    Kernels with tensor descriptors need some. Triton asks an allocator that is set for the current
-    context only. Inductor sets one before it launches a kernel, but from torch 2.13 only before the
-    first launch: in another thread (autograd's) or context (the next cell of a notebook), Triton's
-    default allocator raises an error. It is replaced. An allocator that
-    the user has set is used as before.
+    Kernels with tensor descriptors need scratch memory. Triton asks the allocator of the current
+    context for it. Inductor sets one before it launches a kernel, but from torch 2.13 only before
+    the first launch: in another thread (autograd's) or context (the next cell of a notebook),
+    Triton's default allocator raises an error. This function replaces the default. An allocator
+    that the user has set is still used.
     """
     from triton.runtime._allocation import NullAllocator
 

@@ -1,4 +1,4 @@
-"""Compile a function for a while and leave nothing behind: `explain` and `cce_inductor.testing`."""
+"""Compile a function temporarily, as `explain` and `cce_inductor.testing` do."""
 
 from __future__ import annotations
 

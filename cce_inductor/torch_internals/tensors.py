@@ -40,9 +40,9 @@ def is_composite(func: torch._ops.OpOverload) -> bool:
 
 
 def gathered_parameters() -> Iterator[tuple[torch.Tensor, bool]]:
-    """Yield each parameter that FSDP2 has gathered, and whether its forward is followed by freeing.
+    """Yield each parameter that FSDP2 has gathered, and whether it is freed after the forward.
 
-    A module has one group of parameters, from torch 2.13 possibly several.
+    A module has one group of parameters; from torch 2.13, it may have several.
     """
     from torch.distributed._composable_state import _module_state_mapping
 
