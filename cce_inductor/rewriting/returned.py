@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
@@ -13,8 +13,15 @@ from cce_inductor.kernels.names import OperandKind
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.kernels.statistics.sum import Sum
 from cce_inductor.options import Options
-from cce_inductor.patterns.language.examples import example
-from cce_inductor.patterns.language.expression import Apply, Expression, Operand, leaves
+from cce_inductor.patterns.language.examples import example, is_exactly
+from cce_inductor.patterns.language.expression import (
+    Apply,
+    Expression,
+    Operand,
+    detach_expression,
+    is_detached,
+    leaves,
+)
 from cce_inductor.patterns.language.logits import Call, Logits, all_logits
 from cce_inductor.patterns.language.rows import RowStatistic, is_reduced, nodes_of_projection
 from cce_inductor.recipe.formula import Formula
@@ -198,33 +205,25 @@ def _with_softmaxes(expression: Expression) -> Expression:
         return expression
     first, *rest = expression.args
     if expression.target == "sub.Tensor" and isinstance(rest[0], Operand):
-        source, is_detached = rest[0].source, False
-        if isinstance(source, Call) and source.target is torch.detach and _is_detached(first):
-            (source,), (first,), is_detached = source.args, first.args, True
+        source, has_gradient = rest[0].source, True
+        if isinstance(source, Call) and source.target is torch.detach and is_detached(first):
+            (source,), (first,), has_gradient = source.args, first.args, False
         is_normalizer = isinstance(source, RowStatistic) and source.kind is LogSumExp
         if is_normalizer and source.values == (first,):
             softmax = Apply("_log_softmax", (_with_softmaxes(first), -1, False))
-            return Apply("detach", (softmax,)) if is_detached else softmax
+            return softmax if has_gradient else detach_expression(softmax)
     args = tuple(_with_softmaxes(argument) for argument in expression.args)
     return Apply(expression.target, args, expression.kwargs)
-
-
-def _is_detached(expression: Expression) -> TypeGuard[Apply]:
-    return isinstance(expression, Apply) and expression.target == "detach"
 
 
 def _is_contiguous(value: torch.Tensor, vocabulary_dim: int) -> bool:
     """Return whether a tensor is known to have the strides of a matrix product."""
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if str(expected) != str(stride) and not _is_one(size):
+        if str(expected) != str(stride) and not is_exactly(size, 1):
             return False
         expected = stride * size
     return vocabulary_dim == value.dim() - 1
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 def _is_static(value: torch.Tensor) -> bool:

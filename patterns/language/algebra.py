@@ -33,6 +33,7 @@ from cce_inductor.patterns.language.expression import (
     Expression,
     Operand,
     is_constant_over_row,
+    is_detached,
     leaves,
 )
 from cce_inductor.patterns.language.logits import Call, Logits
@@ -50,10 +51,6 @@ from cce_inductor.reporting import reasons
 _ADD, _SUB, _MUL, _DIV = "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"
 
 
-def _is_detached(x: Any) -> bool:
-    return isinstance(x, Apply) and x.target == "detach"
-
-
 class Algebra:
     """Reductions of expressions over the vocabulary of one `Logits`."""
 
@@ -63,7 +60,7 @@ class Algebra:
 
     def logsumexp(self, x: Any) -> Row:
         """Return ``log(sum(exp(x)))`` over the vocabulary."""
-        if _is_detached(x):
+        if is_detached(x):
             return detach_row(self.logsumexp(x.args[0]))
         if is_constant_over_row(x):
             classes = self.site.fixed_vocabulary(self.logits)
@@ -85,7 +82,7 @@ class Algebra:
         return self._at(Target, x, target, ignore_index)
 
     def _at(self, kind: type[Indexed], x: Any, index: Row, *constants: int) -> Row:
-        if _is_detached(x):
+        if is_detached(x):
             return detach_row(self._at(kind, x.args[0], index, *constants))
         if is_constant_over_row(x):
             return self.row(x)
@@ -114,7 +111,7 @@ class Algebra:
         return self._greatest(TopK, x, k)
 
     def _greatest(self, kind: type[Statistic], x: Any, *constants: int) -> tuple[Row, Row]:
-        if _is_detached(x):
+        if is_detached(x):
             value, index = self._greatest(kind, x.args[0], *constants)
             return detach_row(value), index
         core, shift = self._split(x)
@@ -130,7 +127,7 @@ class Algebra:
 
     def sum(self, x: Any) -> Row:
         """Return the sum over the vocabulary."""
-        if _is_detached(x):
+        if is_detached(x):
             return detach_row(self.sum(x.args[0]))
         if is_constant_over_row(x):
             return call(operator.mul, self.row(x), vocabulary_of(self.logits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch.fx import Node
 
@@ -86,6 +86,11 @@ def operands_of(expression: Any) -> list[Operand]:
 def detach_expression(expression: Any) -> Apply:
     """Return the same value without a gradient."""
     return Apply("detach", (expression,))
+
+
+def is_detached(expression: Any) -> TypeGuard[Apply]:
+    """Return whether an expression is another one without its gradient."""
+    return isinstance(expression, Apply) and expression.target == "detach"
 
 
 def is_differentiable(expression: Any) -> bool:

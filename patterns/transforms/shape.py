@@ -13,6 +13,7 @@ from cce_inductor.patterns.language import (
     Site,
     dimension,
     example,
+    is_exactly,
     same_shape,
     same_size,
     tensor_example,
@@ -98,7 +99,7 @@ def squeeze(site: Site, input: Any, dim: Any = None) -> Logits:
     before = tensor_example(input)
     given = range(before.dim()) if dim is None else dim if isinstance(dim, tuple) else (dim,)
     dims = {dimension(each, before.dim()) for each in given}
-    gone = sorted(each for each in dims if _is_one(before.shape[each]))
+    gone = sorted(each for each in dims if is_exactly(before.shape[each], 1))
     if logits.vocabulary_dim in gone:
         site.unsupported(reasons.SQUEEZES_VOCABULARY)
     if site.example.dim() != before.dim() - len(gone):
@@ -109,10 +110,6 @@ def squeeze(site: Site, input: Any, dim: Any = None) -> Logits:
             torch.squeeze, HERE, each, vocabulary_dim=moved, reshapes=True
         )
     return logits
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 @transform("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
