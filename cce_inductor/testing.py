@@ -61,7 +61,7 @@ def assert_rewritten(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> li
         One report for each loss.
 
     Raises:
-        AssertionError: no loss was found, or one was left alone. The message says which and why.
+        AssertionError: no loss is found, or one is left alone. The message has the reasons.
         Exception: whatever `fn` or the pass raises.
     """
     explanation = _explain(fn, args, kwargs)

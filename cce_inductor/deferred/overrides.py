@@ -105,7 +105,7 @@ def _on_values(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _untyped_storage(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """Return the deferred tensor's own storage, which is empty, to PyTorch, the values' to a user.
+    """Return the tensor's own, empty storage to PyTorch, and the storage of the values to a user.
 
     PyTorch compares storages to find out which tensors share memory.
     """
@@ -137,7 +137,7 @@ def _grad_fn(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _is_view(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """Whether it is a view. A compiler is told no: it would rebuild the tensor from its base."""
+    """Whether it is a view. A compiler gets False: it would otherwise rebuild it from its base."""
     return False if is_compiler_asking() else _as_tensor(func, args, kwargs)
 
 

@@ -1,9 +1,9 @@
 """Which code makes a call: what a call means can depend on that.
 
 PyTorch has no interface for these questions, so each is answered from evidence: a frame of the
-stack, the name of an autograd node, the text of an error. The module is in this
-package because packages above and below the pass use it (`deferred`, `recipe.sharded`,
-`reporting`), and because the evidence is private to PyTorch. It is the same in torch 2.11 to 2.15.
+stack, the name of an autograd node, the text of an error. The module is in this package
+because packages above and below the pass use it (`deferred`, `recipe.sharded`, `reporting`), and
+because the evidence is private to PyTorch. The evidence is the same in torch 2.11 to 2.15.
 
 | question | evidence |
 |---|---|

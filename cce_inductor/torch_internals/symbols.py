@@ -6,7 +6,7 @@ import torch
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
-    """Return a size, at compilation if it is dynamic, or None if it depends on data."""
+    """Return a size; a dynamic one as it was at compilation, None if it depends on data."""
     if isinstance(size, int):
         return size
     hint = size.node.hint

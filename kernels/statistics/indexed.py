@@ -28,7 +28,7 @@ class Indexed(Statistic):
     """Whether there is one index for each row, so that the result is [rows]."""
 
     ignores: ClassVar[bool] = False
-    """Whether an index may be ignored, so that its row has none."""
+    """Whether an index may be ignored, so that its row has no value."""
 
     @property
     def has_template(self) -> bool:

@@ -87,7 +87,7 @@ def logits_by_descriptor(
 
 @triton.jit
 def only(x, inside, fill: tl.constexpr, EVEN: tl.constexpr):
-    """Return `x` in float32, with `fill` beyond the vocabulary; with `EVEN`, no column is there."""
+    """Return `x` in float32, with `fill` in columns beyond the vocabulary (none if `EVEN`)."""
     x = x.to(tl.float32)
     if not EVEN:
         x = tl.where(inside[None, :], x, fill)
