@@ -163,7 +163,7 @@ def operation_with_gradient(logits: DeferredTensor) -> Operation:
 
 
 def observe_gradient(logits: DeferredTensor) -> None:
-    """Note that the gradient of logits is observed, so that no loss bypasses them any more.
+    """Note that the gradient of logits is observed, so that no loss bypasses them from now on.
 
     Raises:
         RuntimeError: a loss has already bypassed it.

@@ -164,7 +164,7 @@ def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: A
     return all(like.shape == each.shape for each in logits) and 2 * largest <= like.numel()
 
 
-# The operator is made of others
+# The operator is composed of others
 
 
 def _decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -154,8 +154,7 @@ class Program:
 
     @property
     def normalizer(self) -> LogSumExp | None:
-        """The first logsumexp, of which kernels also store the part of each tile; None if there is
-        none."""
+        """The first logsumexp, whose part of each tile kernels store too; None if there is none."""
         return next((each for each in self.statistics if isinstance(each, LogSumExp)), None)
 
     @functools.cached_property

@@ -91,8 +91,8 @@ def gradient_program(
     Returns:
         A program and its operands. The program ends in a ``block`` for the logit's gradient, and
         one for each wanted operand's gradient in every entry. If a row has a gradient at indices,
-        the first block has two values: one without that gradient, which costs less, and
-        one with it.
+        the first block has two values: one without that gradient, which costs less, and one
+        with it.
 
     Raises:
         UntiledError: a value that is reduced is a constant.

@@ -79,8 +79,8 @@ def compute_statistics(
 ) -> list[Tensor]:
     """Return what `blockwise.engine.compute_statistics` does, by `tile_statistics`.
 
-    `reason_against` must return None. With ``head.skip_ignored``, rows whose indices are
-    all ignored have results of 0. An index out of bounds fails an assertion on the device.
+    `reason_against` must return None. With ``head.skip_ignored``, rows whose indices are all
+    ignored have results of 0. An index out of bounds fails an assertion on the device.
 
     Args:
         input, head: as for `blockwise.engine.compute_statistics`.
@@ -163,7 +163,7 @@ def compute_gradients(
     sums: dict[Name, list[Tensor]] = {name: [] for name in wanted_operands}
     width = _block_width(rows, vocabulary, head, len(gradient.blocks))
     blocks = range(0, vocabulary, width)
-    before: list[Tensor] = []  # the gradients from the block before
+    before: list[Tensor] = []  # the gradients from the previous block
     for start, first in zip(blocks, block_starts(weight, width, len(blocks)), strict=True):
         columns = min(width, vocabulary - start)
         if weight.dtype == head.compute_dtype:
