@@ -66,12 +66,8 @@ def run(tmp_path_factory):
 @pytest.fixture
 def other_sources(tmp_path):
     """Return a copy of the package with an added comment in a kernel."""
-    root = Path(cce_inductor.__file__).parent.parent
-    shutil.copytree(root / "cce_inductor", tmp_path / "cce_inductor")
-    for folder in ("kernels", "patterns"):
-        home = root / folder if (root / folder).exists() else root / "cce_inductor" / folder
-        shutil.copytree(home, tmp_path / "cce_inductor" / folder, dirs_exist_ok=True)
-    kernel = tmp_path / "cce_inductor" / "kernels" / "blockwise.py"
+    shutil.copytree(Path(cce_inductor.__file__).parent, tmp_path / "cce_inductor")
+    kernel = tmp_path / "cce_inductor" / "kernels" / "blockwise" / "engine.py"
     kernel.write_text(kernel.read_text() + "\n# another version\n")
     return tmp_path
 

@@ -398,7 +398,7 @@ def test_precision_of_float32_products(setting):
 import torch
 {setting}
 from fake_cuda import output_code
-from resources import PROGRAMS, statistics, tiling
+from resources import PROGRAMS, inductor, statistics
 inductor.register()
 print(output_code(*statistics(PROGRAMS["cross-entropy"], torch.float32)))
 """
