@@ -3,9 +3,9 @@
 PyTorch has no interface for these questions, so each is answered from evidence: a frame of the
 stack, the name of an autograd node, the text of an error. The module is in this package
 because packages above and below the pass use it (`deferred`, `recipe.sharded`, `reporting`), and
-because the evidence is private to PyTorch. The evidence is the same in torch 2.11 to 2.15.
+because the evidence is private to PyTorch.
 
-| question | evidence |
+| question | evidence, the same in torch 2.11 to 2.15 |
 |---|---|
 | `in_torch` | the file is below the folder of `torch` |
 | `users_frame` | the innermost frame outside of `torch` and of this package |

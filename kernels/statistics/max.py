@@ -37,7 +37,7 @@ class Max(Statistic, name="max"):
 
     def results(self, whole: Numbers, required: Sequence[Numbers], index: Tensor | None) -> Numbers:
         greatest, first = whole
-        return greatest, first.long()
+        return greatest, first.long()  # A Triton kernel stores int32.
 
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
         cotangents[self.value].add_at(upstream.grad, upstream.results[1].unsqueeze(1))
