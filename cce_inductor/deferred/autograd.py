@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.deferred.base import DeferredTensor
-from cce_inductor.recipe.operation import Operation, product, strided
+from cce_inductor.recipe.operation import Operation, project, strided
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.torch_internals.callers import is_builtin_node
 from cce_inductor.torch_internals.tensors import without_torch_function
@@ -27,7 +27,7 @@ def deferred_product(
     linear_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return `recipe.operation.product` as a deferred tensor of class `kind`."""
+    """Return `recipe.operation.project` as a deferred tensor of class `kind`."""
     made: Tensor = _Product.apply(kind, input, linear_weight, linear_bias, dtype)
     return made
 
@@ -71,7 +71,7 @@ class _Product(torch.autograd.Function):
         operands = Guarded(input, "the hidden state"), Guarded(linear_weight, "the weight"), bias
         shape = (*input.shape[:-1], linear_weight.shape[0])
         like = torch.empty(shape, dtype=dtype, device="meta")
-        return kind(like, Operation(product, (*operands, dtype), size=like.numel()), input.device)
+        return kind(like, Operation(project, (*operands, dtype), size=like.numel()), input.device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +116,7 @@ class _Plain(torch.autograd.Function):
         return grad, None
 
 
-_NODES: dict[Any, Any] = {product: _Product, strided: _Strided}
+_NODES: dict[Any, Any] = {project: _Product, strided: _Strided}
 """The functions of an `Operation` that are autograd functions of this module."""
 
 

@@ -125,5 +125,5 @@ def _logits(
     if must_compute:
         logits = output.make(arguments, results)
         return logits if strides is None else strided(logits, strides)
-    logits = output.make(arguments, results, product=defer)
+    logits = output.make(arguments, results, project=defer)
     return logits if strides is None else with_strides(logits, strides)

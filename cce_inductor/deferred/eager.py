@@ -21,7 +21,7 @@ from cce_inductor.deferred.tape import Call, Tape, add_calls
 from cce_inductor.options import Options, options_in_force
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.tables import loss, reduction
-from cce_inductor.recipe.operation import Operation, product
+from cce_inductor.recipe.operation import Operation, project
 from cce_inductor.rewriting.mutation import storage_of
 from cce_inductor.rewriting.returned import Deferral, DeferredOutput
 from cce_inductor.rewriting.rewrite import rewrite, rewrite_reductions
@@ -86,15 +86,15 @@ def few_rows(operation: Operation) -> Tensor | None:
     Returns:
         None if the pass cannot trace the rows back to rows of the hidden state.
     """
-    return from_rows(operation, product)
+    return from_rows(operation, project)
 
 
-def from_rows(operation: Operation, product: Callable[..., Tensor]) -> Tensor | None:
+def from_rows(operation: Operation, project: Callable[..., Tensor]) -> Tensor | None:
     """Return an operation's result as a function of the rows of the hidden state that it needs.
 
     Args:
         operation: the operation.
-        product: multiplies those rows by the weight, like `recipe.operation.product`.
+        project: multiplies those rows by the weight, like `recipe.operation.project`.
 
     Returns:
         None if the pass cannot trace the result back to rows of the hidden state.
@@ -105,7 +105,7 @@ def from_rows(operation: Operation, product: Callable[..., Tensor]) -> Tensor | 
     if rows is None:
         return None
     module, output = rows
-    return output.make(tape.tensors, module(*tape.tensors), product)
+    return output.make(tape.tensors, module(*tape.tensors), project)
 
 
 class _Description(NamedTuple):

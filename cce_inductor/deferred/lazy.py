@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.patterns.spellings import SPELLINGS, Spelled
-from cce_inductor.recipe.operation import Operation, product, strided
+from cce_inductor.recipe.operation import Operation, project, strided
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ def _kind(argument: Any) -> str:
 
 def depends_on_sizes(operation: Operation) -> bool:
     """Whether an operation's arguments or strides depend on the number of rows."""
-    if operation.function is product:
+    if operation.function is project:
         return not operation.args[0].tensor.is_contiguous()
     return operation.function in _DEPENDS_ON_SIZES
 
@@ -132,7 +132,7 @@ def _linear(input: Any, weight: Any, bias: Any, dtype: torch.dtype) -> Spelled:
 
 
 _OWN_SPELLINGS: dict[Any, Callable[..., Spelled]] = {
-    product: _linear,
+    project: _linear,
     strided: lambda input, strides: ("clone", (input,), {}),
     operator.getitem: lambda input, index: (operator.getitem, (input, index), {}),
 }

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from cce_inductor.deferred.lazy import spelled
 from cce_inductor.patterns.language.examples import example
-from cce_inductor.recipe.operation import Operation, product
+from cce_inductor.recipe.operation import Operation, project
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.rewriting.build import computing_examples
 from cce_inductor.rewriting.returned import ARRIVED
@@ -135,7 +135,7 @@ def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Nod
         examples = torch.fx.map_arg((args, kwargs), example)
         with computing_examples():
             node.meta["example_value"] = function(*examples[0], **examples[1])
-        if function is product:
+        if function is project:
             node.meta[ARRIVED] = True
         values[Ref("call", number)] = node
     return node

@@ -79,5 +79,5 @@ class DeferredLogits(DeferredTensor):
 def defer(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return `recipe.operation.product` as deferred logits."""
+    """Return `recipe.operation.project` as deferred logits."""
     return deferred_product(DeferredLogits, input, linear_weight, linear_bias, dtype)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from cce_inductor.recipe.stale import Guarded
 
 
-def product(
+def project(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return ``F.linear`` of operands that are cast to `dtype`, as autocast computes it."""
@@ -43,10 +43,10 @@ class Operation:
     """One operation, with references to those before it.
 
     Attributes:
-        function: an ATen overload, `product`, `strided` or ``operator.getitem``.
+        function: an ATen overload, `project`, `strided` or ``operator.getitem``.
         args, kwargs: the arguments, with `Operation` or `Guarded` in the place of tensors.
         grad_fns: the autograd nodes of those deferred arguments that require a gradient.
-        size: the number of elements of a `product`'s result.
+        size: the number of elements of the result of `project`.
         gradient_is_observed: see the glossary of `recipe`.
         gradient_is_bypassed: see the glossary of `recipe`.
         memory: returns the `deferred.memory.Memory` of the result, None if that is gone.
@@ -118,7 +118,7 @@ class Operation:
 
     def products(self) -> list[Operation]:
         """Return the projections in its history."""
-        return [operation for operation in self.history() if operation.function is product]
+        return [operation for operation in self.history() if operation.function is project]
 
     def compute(self) -> Any:
         """Return the result, without gradient.

@@ -25,7 +25,7 @@ from cce_inductor.patterns.language.expression import (
 from cce_inductor.patterns.language.logits import Call, Logits, all_logits
 from cce_inductor.patterns.language.rows import RowStatistic, is_reduced, nodes_of_projection
 from cce_inductor.recipe.formula import Formula
-from cce_inductor.recipe.operation import product
+from cce_inductor.recipe.operation import project
 from cce_inductor.recipe.sharded import is_freed_after_forward
 from cce_inductor.reporting import reasons
 from cce_inductor.reporting.reasons import Reason
@@ -67,14 +67,14 @@ class DeferredOutput:
         self,
         arguments: Sequence[Any],
         results: Sequence[Any],
-        product: Callable[..., torch.Tensor] = product,
+        project: Callable[..., torch.Tensor] = project,
     ) -> torch.Tensor:
         """Return the logits.
 
         Args:
             arguments: the arguments of the rewritten graph.
             results: what it returned.
-            product: what makes the matrix product, like `recipe.operation.product`.
+            project: multiplies input and weight, like `recipe.operation.project`.
         """
 
         def read(source: Source) -> torch.Tensor:
@@ -82,7 +82,7 @@ class DeferredOutput:
 
         bias = None if self.linear_bias is None else read(self.linear_bias)
         dtype = self.formula.product_dtype
-        made = product(read(self.input), read(self.linear_weight), bias, dtype)
+        made = project(read(self.input), read(self.linear_weight), bias, dtype)
         return self.formula(made, [read(operand) for operand in self.operands])
 
 
