@@ -79,7 +79,7 @@ class Cotangent:
         else:
             self._all[y].probabilities.append((grad, lse, self.name))
 
-    def add_product(self, grad: Tensor, other: Name) -> None:
+    def add_multiple(self, grad: Tensor, other: Name) -> None:
         """Add ``grad * other``."""
         self.factors.append((grad, other))
 

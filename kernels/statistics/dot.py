@@ -50,8 +50,8 @@ class Dot(Statistic, name="dot"):
 
     def add_cotangents(self, cotangents: Cotangents, upstream: Upstream) -> None:
         q, y = self.values
-        cotangents[q].add_product(upstream.grad, y)
-        cotangents[y].add_product(upstream.grad, q)
+        cotangents[q].add_multiple(upstream.grad, y)
+        cotangents[y].add_multiple(upstream.grad, q)
 
     def write(self, lines: TemplateLines, position: int) -> None:
         q, y = self.values
