@@ -38,10 +38,10 @@ class TopK(Statistic, name="topk"):
     def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
         (x,) = values
         greatest, where = x.topk(min(self.k, x.shape[1]), 1)
-        missing = (0, self.k - greatest.shape[1])
-        pad = torch.nn.functional.pad
-        return pad(greatest, missing, value=-math.inf), pad(
-            where + tile.start, missing, value=_BEYOND
+        missing = (x.shape[0], self.k - greatest.shape[1])
+        return (
+            torch.cat([greatest, greatest.new_full(missing, -math.inf)], 1),
+            torch.cat([where + tile.start, where.new_full(missing, _BEYOND)], 1),
         )
 
     def nothing(self, rows: int, device: torch.device, index: Tensor | None) -> Numbers:

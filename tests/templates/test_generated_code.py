@@ -96,7 +96,7 @@ def test_an_assertion_would_serialize_the_products(monkeypatch):
         source = template.source.replace(line, line + check)
         return original(dataclasses.replace(template, name="asserting", source=source))
 
-    original = lowering._triton_template.__wrapped__
+    original = lowering._triton_template
     monkeypatch.setattr(lowering, "_triton_template", asserting)
     found = compiled("statistics", CROSS_ENTROPY, BF16, 90)
     assert "C7510" in found.diagnostics[0]

@@ -417,7 +417,7 @@ def test_a_broken_kernel_is_caught(name, monkeypatch, request):
             dataclasses.replace(template, name=f"{template.name}_broken", source=source)
         )
 
-    original = lowering._triton_template.__wrapped__
+    original = lowering._triton_template
     TritonTemplate.all_templates.clear()
     monkeypatch.setattr(lowering, "_triton_template", broken)
     input, head = case(CROSS_ENTROPY, vocabulary=1300, workspace_bytes=1)
