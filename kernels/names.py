@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from typing import Any
 
+NAMESPACE = "cce_inductor"
+"""The operators are `torch.ops.cce_inductor.*`."""
+
 
 class OperandKind(enum.StrEnum):
     """The dimensions of an operand. The value is the first letter of the operand's name."""

@@ -22,13 +22,11 @@ from torch import Tensor
 
 from cce_inductor.kernels.blockwise import engine
 from cce_inductor.kernels.head import Head, Wanted, tile_count
-from cce_inductor.kernels.names import LOGIT, OperandKind
+from cce_inductor.kernels.names import LOGIT, NAMESPACE, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.operators import inductor
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
-
-NAMESPACE = "cce_inductor"
 
 
 def _without_autocast(input: Tensor) -> torch.autocast:

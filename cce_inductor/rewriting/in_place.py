@@ -196,7 +196,9 @@ class InPlaceChanges:
         """Record a consumer that gives an alias of a row view its present value."""
         made = self._row_views[alias]
         logits = self._findings.first_logits(_viewed(made))
-        self._findings.add(Consumer(alias, False, logits, self._row_of(made), after=after))
+        self._findings.add(
+            Consumer(alias, is_loss=False, logits=logits, result=self._row_of(made), after=after)
+        )
 
 
 def _viewed(view: Node) -> Node:

@@ -20,7 +20,7 @@ from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.patterns.language.examples import example
-from cce_inductor.patterns.language.expression import Apply, Leaf, Operand, leaves
+from cce_inductor.patterns.language.expression import Apply, Leaf, Operand
 from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
 from cce_inductor.patterns.language.rows import (
     AtRows,
@@ -240,9 +240,8 @@ class _Planner:
         value = torch.utils._pytree.tree_leaves(example(consumer.node))[0]
         if self._is_off(anchor) and isinstance(value, torch.Tensor) and value.requires_grad:
             return None
-        operands = [leaf for v in statistic.values for leaf in leaves(v)]
         if anchor is not consumer.place and any(
-            isinstance(leaf, Operand) and is_reduced(leaf.source) for leaf in operands
+            is_reduced(operand.source) for operand in statistic.operands
         ):
             return None
         hoisted: list[Node] = []

@@ -20,7 +20,7 @@ from cce_inductor.patterns.language.expression import (
     Operand,
     detach_expression,
     is_detached,
-    leaves,
+    operands_of,
 )
 from cce_inductor.patterns.language.logits import Call, Logits, all_logits
 from cce_inductor.patterns.language.rows import RowStatistic, is_reduced, nodes_of_projection
@@ -164,7 +164,7 @@ def _reason_to_store(node: Node, findings: Findings, deferral: Deferral) -> Reas
     if not value.dtype.is_floating_point:
         return reasons.not_floating(value.dtype)
     returned = Returned(node, logits)
-    operands = [leaf for leaf in leaves(returned.expression) if isinstance(leaf, Operand)]
+    operands = operands_of(returned.expression)
     if any(operand.kind is OperandKind.LOGIT for operand in operands):
         return reasons.COMBINED_WITH_LARGE
     if any(is_reduced(operand.source) for operand in operands):

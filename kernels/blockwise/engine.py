@@ -96,12 +96,12 @@ class _Accumulation:
             statistic: statistic.nothing(kept.count, kept.device, indices.get(statistic))
             for statistic in self.program.statistics
         }
+        self._has_aliases = schedule(self.program).has_aliases
         # Each statistic once. Those that overwrite the values come last.
         self._in_order = sorted(self._whole, key=lambda each: each.overwrites)
         self._normalizer = self.program.normalizer
-        self._of_tiles = torch.empty(
-            kept.count, tile_count(head.vocabulary), dtype=head.logit_dtype, device=kept.device
-        )
+        tiles = 0 if self._normalizer is None else tile_count(head.vocabulary)
+        self._of_tiles = torch.empty(kept.count, tiles, dtype=head.logit_dtype, device=kept.device)
 
     def add(self, values: dict[Name, Tensor], block: slice, tile: slice, number: int) -> None:
         """Add a block.
@@ -136,7 +136,7 @@ class _Accumulation:
         for name in statistic.values:
             value = values[name].expand(values[LOGIT].shape)
             is_own = name.is_block and 0 not in value.stride()
-            if statistic.overwrites and (not is_own or schedule(self.program).has_aliases):
+            if statistic.overwrites and (not is_own or self._has_aliases):
                 value = value.clone()
             read.append(value.to(self.head.logit_dtype))
         return read
@@ -190,6 +190,7 @@ def compute_gradients(
     skipped = _massless_tiles(head, by_value, kept_results[-1], kept.count)
     only = by_value.get(LOGIT) if program.is_plain else None
     overwrite = only is not None and not only.reads_values
+    backward = None if program.is_plain else derivative(program, head.operands)
 
     d_weight = d_bias = None
     if wanted.input:
@@ -213,13 +214,12 @@ def compute_gradients(
         weight = head.linear_weight[tile].to(head.compute_dtype)
         for block in workspace.row_blocks(kept.count):
             logits = workspace.logits(head, kept_input[block], weight, tile)
-            if program.is_plain:
+            if backward is None:
                 values = {LOGIT: logits}
                 dz = by_value[LOGIT].of_block(values, block, tile, overwrite=overwrite)
             else:
                 values = kept.operands(head, block, tile)
                 values[LOGIT] = logits
-                backward = derivative(program, head.operands)
                 dz = _through_program(values, program, backward, by_value, block, tile)
                 for name, gradient in d_operands.items():
                     if name in backward.gradients:

@@ -49,21 +49,22 @@ class Situation(enum.Enum):
     """Descriptors on Hopper, for a kernel with registers to spare: larger tiles read less."""
 
 
+# Rows, columns, hidden, warps, stages. The first of a situation's list is the default; no default
+# spills registers (docs/kernels.md).
+_FLOAT32 = (
+    (64, 128, 32, 8, 3),
+    (128, 128, 32, 8, 2),
+    (32, 128, 32, 4, 4),
+)
+_DESCRIPTORS = (
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (64, 128, 64, 4, 4),
+)
+
 SIZES: dict[Situation, tuple[tuple[int, int, int, int, int], ...]] = {
-    # Rows, columns, hidden, warps, stages. The first of a list is the default; no default spills
-    # registers (docs/kernels.md).
-    Situation.FLOAT32_STATISTICS: (
-        (64, 128, 32, 8, 2),
-        (64, 128, 32, 8, 3),
-        (128, 128, 32, 8, 2),
-        (32, 128, 32, 4, 4),
-    ),
-    Situation.FLOAT32_GRADIENT: (
-        (64, 128, 32, 4, 3),
-        (64, 128, 32, 8, 3),
-        (128, 128, 32, 8, 2),
-        (32, 128, 32, 4, 4),
-    ),
+    Situation.FLOAT32_STATISTICS: ((64, 128, 32, 8, 2), *_FLOAT32),
+    Situation.FLOAT32_GRADIENT: ((64, 128, 32, 4, 3), *_FLOAT32),
     Situation.POINTERS: (
         (128, 128, 32, 8, 3),
         (64, 128, 32, 4, 3),
@@ -78,24 +79,13 @@ SIZES: dict[Situation, tuple[tuple[int, int, int, int, int], ...]] = {
         (128, 128, 64, 8, 2),
         (64, 128, 64, 4, 2),
     ),
-    Situation.DESCRIPTORS: (
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (64, 128, 64, 4, 4),
-    ),
-    Situation.DESCRIPTORS_FULL: (
-        (64, 128, 64, 8, 4),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (64, 128, 64, 4, 4),
-    ),
+    Situation.DESCRIPTORS: _DESCRIPTORS,
+    Situation.DESCRIPTORS_FULL: ((64, 128, 64, 8, 4), *_DESCRIPTORS),
     Situation.HOPPER: (
         (128, 256, 64, 8, 3),
         (256, 128, 64, 8, 3),
         (128, 128, 64, 4, 3),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (64, 128, 64, 4, 4),
+        *_DESCRIPTORS,
     ),
 }
 

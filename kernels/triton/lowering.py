@@ -138,10 +138,11 @@ class _Kernel:
         ]
         more_inputs = [realize_inputs(each) for each in more_inputs]
         inputs = [*self.inputs, *more_inputs, *written]
+        kernel = _triton_template(template)
         choices: list[Any] = []
         error: NotImplementedError | None = None
         for config in self._configs():
-            why = _triton_template(template).maybe_append_choice(
+            why = kernel.maybe_append_choice(
                 choices,
                 input_nodes=inputs,
                 layout=layout,

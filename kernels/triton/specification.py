@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.names import COLUMN, LOGIT, Name
+from cce_inductor.kernels.names import COLUMN, LOGIT, NAMESPACE, Name
 from cce_inductor.kernels.program.schedule import schedule
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
 
-NAMESPACE = "cce_inductor"
 ALIGNMENT = 16
 """Bytes. The arguments of a kernel and the rows that it writes begin at multiples of this."""
 
@@ -133,7 +132,9 @@ def tile_statistics(*arguments: Any) -> list[Tensor]:
         for statistic in program.statistics:
             is_indexed = isinstance(statistic, Indexed)
             index = next(of_index).long() if is_indexed else None
-            read = [values[name].clone() for name in statistic.values]
+            read = [values[name] for name in statistic.values]
+            if statistic.overwrites:
+                read = [value.clone() for value in read]
             numbers = statistic.of_tile(read, columns, index)
             for stored, each in zip(by_statistic[statistic], numbers, strict=True):
                 if is_indexed:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.kernels.statistics.base import Statistic
-from cce_inductor.patterns.language.expression import Expression, Operand, leaves
+from cce_inductor.patterns.language.expression import Expression, Operand, operands_of
 from cce_inductor.patterns.language.logits import Call, Logits, Projection, applied
 
 
@@ -42,6 +42,11 @@ class RowStatistic:
     ignored: tuple[Node, int] | None = None
 
     @property
+    def operands(self) -> list[Operand]:
+        """The operands of the values."""
+        return [operand for value in self.values for operand in operands_of(value)]
+
+    @property
     def reads(self) -> list[tuple[Node, Node | None]]:
         """Every node that the statistic reads directly, each with its reader in the user's graph.
 
@@ -49,7 +54,7 @@ class RowStatistic:
         """
         origins = self.logits.projection.origins
         read = [(node, origin) for node in nodes_of_logits(self.logits) for origin in origins]
-        for operand in _operands(self.values):
+        for operand in self.operands:
             sources = parts(operand.source)
             read += [(part, operand.reader) for part in sources if isinstance(part, Node)]
         return [*read, *((part, None) for part in parts(self.index) if isinstance(part, Node))]
@@ -136,7 +141,7 @@ def parts(row: Any) -> list[Any]:
             elif isinstance(item, AtRows):
                 visit(item.operand.source)
             elif isinstance(item, RowStatistic):
-                visit([operand.source for operand in _operands(item.values)])
+                visit([operand.source for operand in item.operands])
                 visit(item.index)
             reached[id(item)] = item
 
@@ -152,11 +157,6 @@ def is_reduced(source: Any) -> bool:
 def is_sum(source: Any) -> bool:
     """Whether a row is computed from sums over the vocabulary, and not only from chosen logits."""
     return any(isinstance(part, RowStatistic) and part.kind.is_sum for part in parts(source))
-
-
-def _operands(expressions: tuple[Expression, ...]) -> list[Operand]:
-    reached = [leaf for each in expressions for leaf in leaves(each)]
-    return [leaf for leaf in reached if isinstance(leaf, Operand)]
 
 
 def nodes_of(row: Any) -> list[Node]:
