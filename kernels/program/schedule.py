@@ -71,7 +71,8 @@ class Schedule:
         remove, in_place = in_place, in_place and not self.has_aliases
         block = values[LOGIT]
         for step, last_used in zip(self.steps, self._last_used, strict=True):
-            args, kwargs = step.arguments(values, _scalar)
+            # A number without dimensions does not change the dtype of a block.
+            args, kwargs = step.arguments(values, torch.float64)
             first = step.args[0] if step.args else None
             writes_over = (
                 in_place
@@ -91,11 +92,6 @@ class Schedule:
                 for use in last_used:
                     if use.is_step:
                         del values[use]
-
-
-def _scalar(number: Any) -> Tensor:
-    """Return a tensor without dimensions, which does not change the dtype of a block."""
-    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
 
 
 def _in_place(target: str) -> Any:

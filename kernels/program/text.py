@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,19 +57,21 @@ class Step:
         return call_text(self.target, self.args, self.kwargs)
 
     def arguments(
-        self, values: Mapping[Any, Any], number: Callable[[Any], Any]
+        self, values: Mapping[Any, Any], dtype: torch.dtype
     ) -> tuple[list[Any], dict[str, Any]]:
         """Return the operator's arguments.
 
         Args:
             values: the values by name.
-            number: converts a number to a tensor where the operator takes a tensor.
+            dtype: the dtype of a floating-point number where the operator takes a tensor.
         """
 
         def argument(value: Any, is_tensor: bool) -> Any:
             if isinstance(value, Name):
                 return values[value]
-            return number(value) if is_tensor and value is not None else value
+            if not is_tensor or value is None:
+                return value
+            return torch.full((), value, dtype=dtype if isinstance(value, float) else None)
 
         args = [
             argument(value, is_tensor)
@@ -78,8 +80,8 @@ class Step:
         return args, {key: argument(value, False) for key, value in self.kwargs}
 
     def run(self, values: Mapping[Any, Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the result. Numbers become tensors of `dtype` where the operator takes tensors."""
-        args, kwargs = self.arguments(values, lambda number: torch.tensor(number, dtype=dtype))
+        """Return the result; the arguments are those of `arguments`."""
+        args, kwargs = self.arguments(values, dtype)
         result: Tensor = overload(self.target)(*args, **kwargs)
         return result
 

@@ -32,6 +32,15 @@ class Config:
     programs: int
 
 
+class Kind(enum.Enum):
+    """What a template computes."""
+
+    STATISTICS = enum.auto()
+    """Numbers for each row and tile of the vocabulary, in the forward."""
+    GRADIENT = enum.auto()
+    """The gradient of each logit, in the backward."""
+
+
 class Situation(enum.Enum):
     """What decides the block sizes."""
 
@@ -92,7 +101,7 @@ SIZES: dict[Situation, tuple[tuple[int, int, int, int, int], ...]] = {
 GROUPS = (8, 16)
 """The values that are tried for `Config.group`."""
 
-FEW_STEPS = {"statistics": 0, "gradient": 8}
+FEW_STEPS = {Kind.STATISTICS: 0, Kind.GRADIENT: 8}
 """Programs with at most this many steps leave registers free: cross-entropy of unmodified logits
 has that many. With more steps, a single value for each column may take all registers."""
 
@@ -105,18 +114,18 @@ REGISTERS_BESIDE_SUMS = 56
 
 
 def situation(
-    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
+    kind: Kind, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
 ) -> Situation:
     """Return what decides the block sizes; the arguments are those of `configs`."""
     if dtype == torch.float32:
-        is_statistics = kind == "statistics"
+        is_statistics = kind is Kind.STATISTICS
         return Situation.FLOAT32_STATISTICS if is_statistics else Situation.FLOAT32_GRADIENT
     has_few_steps = steps <= FEW_STEPS[kind]
-    writes_more = kind == "gradient" and results > 1
+    writes_more = kind is Kind.GRADIENT and results > 1
     if not by_descriptor:
         return Situation.POINTERS_FULL if writes_more else Situation.POINTERS
     capability = torch.cuda.get_device_capability(device)[0]
-    if writes_more or (kind == "gradient" and capability > 9 and not has_few_steps):
+    if writes_more or (kind is Kind.GRADIENT and capability > 9 and not has_few_steps):
         return Situation.DESCRIPTORS_FULL
     if capability == 9 and has_few_steps:
         return Situation.HOPPER
@@ -124,12 +133,12 @@ def situation(
 
 
 def configs(
-    kind: str, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
+    kind: Kind, dtype: torch.dtype, device: Any, *, by_descriptor: bool, steps: int, results: int
 ) -> list[Config]:
     """Return the configurations that are tried, the default first.
 
     Args:
-        kind: "statistics" or "gradient".
+        kind: what the kernel computes.
         dtype: the dtype of the products' operands.
         device: the device that the kernel runs on.
         by_descriptor: whether TMA descriptors read the operands.

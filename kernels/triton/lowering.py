@@ -35,7 +35,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cce_inductor.kernels.names import COLUMN, LOGIT, Name
 from cce_inductor.kernels.program.text import Program, overload
 from cce_inductor.kernels.triton import specification
-from cce_inductor.kernels.triton.configs import Config, configs, reads_by_descriptor
+from cce_inductor.kernels.triton.configs import Config, Kind, configs, reads_by_descriptor
 from cce_inductor.kernels.triton.source import (
     Template,
     gradient_template,
@@ -68,7 +68,7 @@ class _Kernel:
     """One call of a template.
 
     Args:
-        kind: "statistics" or "gradient", for the choice of configurations.
+        kind: what the template computes, for the choice of configurations.
         call: the arguments of the operator, as IR.
         program: what is computed.
         width: the total number of columns.
@@ -76,7 +76,7 @@ class _Kernel:
 
     def __init__(
         self,
-        kind: str,
+        kind: Kind,
         call: specification.StatisticsCall | specification.GradientCall,
         program: Program,
         width: Any,
@@ -224,7 +224,7 @@ def _scalar_function(
                 operand = torch.ops.aten.index.Tensor(operand, places)
             values[name] = operand.float() if operand.is_floating_point() else operand
         for step in Program.parse(program).steps:
-            args, kwargs = step.arguments(values, _scalar)
+            args, kwargs = step.arguments(values, torch.float32)
             operator = _OPS.multiply_add if step.target == "addcmul" else overload(step.target)
             result = operator(*args, **kwargs)
             values[step.name] = result.float() if result.is_floating_point() else result
@@ -245,16 +245,11 @@ def _scalar_function(
     return graph
 
 
-def _scalar(number: Any) -> torch.Tensor:
-    dtype = torch.float32 if isinstance(number, float) else None
-    return torch.full((), number, dtype=dtype)
-
-
 def _tile_statistics(*arguments: Any) -> list[Any]:
     call = specification.StatisticsCall(*arguments)
     program = Program.parse(call.program)
     vocabulary = int(call.linear_weight.get_size()[0])
-    kernel = _Kernel("statistics", call, program, vocabulary)
+    kernel = _Kernel(Kind.STATISTICS, call, program, vocabulary)
     widths = tuple(int(index.get_size()[1]) for index in call.indices)
     template = statistics_template(
         program, widths, kernel.has_bias, call.skip_ignored, kernel.by_descriptor
@@ -278,7 +273,7 @@ def _tile_statistics(*arguments: Any) -> list[Any]:
 def _logit_gradient(*arguments: Any) -> list[Any]:
     call = specification.GradientCall(*arguments)
     program, width = Program.parse(call.program), call.width
-    kernel = _Kernel("gradient", call, program, width)
+    kernel = _Kernel(Kind.GRADIENT, call, program, width)
     # Inductor stores two-dimensional tiles through a descriptor, not those of a single column.
     stores_by_descriptor = kernel.by_descriptor and width > 1
     template = gradient_template(
