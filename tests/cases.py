@@ -107,6 +107,37 @@ STATISTICS = {
     "index": "index(z, r2); logsumexp(z)",
     "target": "target(z, r0, -100); logsumexp(z)",
 }
+"""A program for each statistic. The Triton templates need at least one that is not a gather."""
+
+
+def unusual_values(vocabulary):
+    """Return logits of one row that need care: equal ones, and those that are not finite."""
+    ties, infinite, nan = (random(vocabulary) for _ in range(3))
+    ties = ties.round()
+    infinite[1::3] = -torch.inf
+    nan[3 % vocabulary :: 7] = torch.inf
+    nan[4 % vocabulary :: 5] = torch.nan
+    return {"ties": ties, "minus infinity": infinite, "nan after infinity": nan}
+
+
+# PyTorch's topk does not say which of several equal values comes first.
+UNUSUAL = [(name, kind) for name in STATISTICS if name != "topk" for kind in unusual_values(1)]
+"""Each statistic with each kind of unusual values."""
+
+
+def unusual_case(text, values, rows=ROWS, dtype=torch.float64, **fields):
+    """Return an input and a head whose rows of logits all have the same values."""
+    (vocabulary,) = values.shape
+    weight = torch.zeros(vocabulary, HIDDEN, dtype=dtype)
+    operands = [
+        operand.to(dtype) if operand.is_floating_point() else operand
+        for operand in operands_of(vocabulary, rows)
+    ]
+    return random(rows, HIDDEN).to(dtype), head_of(
+        weight, values.to(dtype), operands, text, **fields
+    )
+
+
 """A program for each statistic."""
 
 

@@ -96,7 +96,7 @@ def reason_against(fn: Callable[..., Any], *args: Any, **compile_args: Any) -> s
 def assert_used_by(reason: str | None, name: str, why: str) -> None:
     """Assert that a reason blames the operation `name`, with the sentence `why`."""
     assert reason is not None
-    assert reason.startswith(f"the logits are used by {name} at ")
+    assert reason.startswith(f"{reasons.USED_BY} {name} at ")
     assert reason.endswith(f": {why}")
 
 

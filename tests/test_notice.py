@@ -21,7 +21,7 @@ INPUT = torch.randn(1024, 8)
 WEIGHT = torch.randn(4096, 8)
 TARGET = torch.randint(4096, (1024,))
 DROPPED = (
-    f"the logits are used by dropout at {{}}: {reasons.RANDOM.sentence}. "
+    f"{reasons.USED_BY} dropout at {{}}: {reasons.RANDOM.sentence}. "
     f"To change that: {reasons.RANDOM.advice}"
 )
 

@@ -108,7 +108,7 @@ def test_a_loss_without_a_rule_is_named(name):
     assert report.loss.split(" > ")[-1] == name
     assert report.logits_shape == (6, 50)
     assert report.reason == (
-        f"the logits are used by {name} at {report.location}: {reasons.LOSS_WITHOUT_RULE.sentence}"
+        f"{reasons.USED_BY} {name} at {report.location}: {reasons.LOSS_WITHOUT_RULE.sentence}"
     )
 
 
@@ -155,7 +155,7 @@ def test_a_loss_in_an_autograd_function():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by autograd_function_apply at {place(fn, 'apply')}: "
+        f"{reasons.USED_BY} autograd_function_apply at {place(fn, 'apply')}: "
         + reasons.NOT_FOLLOWED.sentence
     )
     assert report.logits_shape == (6, 50)
@@ -234,11 +234,11 @@ def several(x, w, y):
 @pytest.mark.parametrize(
     ("fn", "use"),
     [
-        (squared, "the logits are used by mse_loss at {}: it is not a pointwise function"),
+        (squared, f"{reasons.USED_BY} mse_loss at {{}}: {reasons.not_pointwise('')}"),
         (focal, "it is read by mean at {}, without a softmax over its columns"),
         (few_classes, "a hand-written softmax over 50 classes"),
         (returned, "the function returns a tensor that is computed from it"),
-        (several, "the logits are used by cumsum at {}: it is not a pointwise function"),
+        (several, f"{reasons.USED_BY} cumsum at {{}}: {reasons.not_pointwise('')}"),
     ],
 )
 def test_an_explanation_without_losses_says_what_was_seen(fn, use):

@@ -9,6 +9,7 @@ from torch import nn
 
 import cce_inductor
 from cce_inductor import backends
+from cce_inductor.reporting import reasons
 from cce_inductor.testing import (
     assert_matches_eager,
     assert_not_rewritten,
@@ -110,8 +111,8 @@ def test_rewritten_fails_for_a_loss_left_alone(inputs):
         "left alone: linear > cross_entropy\n"
         f"  at {__file__}:{line}\n"
         "  logits: 6x50 float32\n"
-        f"  because the logits are used by cumsum at {__file__}:{line}: it is not a pointwise "
-        "function (aten.cumsum.default)"
+        f"  because {reasons.USED_BY} cumsum at {__file__}:{line}: "
+        f"{reasons.not_pointwise('aten.cumsum.default')}"
     )
 
 
@@ -135,7 +136,7 @@ def test_not_rewritten(inputs):
 def test_not_rewritten_fails_for_another_reason(inputs):
     with pytest.raises(AssertionError, match="left alone because of 'argmax'") as failure:
         assert_not_rewritten(sums_logits, *inputs, reason="argmax")
-    assert "the logits are used by cumsum" in str(failure.value)
+    assert f"{reasons.USED_BY} cumsum" in str(failure.value)
 
 
 def test_not_rewritten_fails_without_a_loss_that_could_have_the_reason(inputs):

@@ -24,7 +24,8 @@ from cce_inductor.reporting.sizes import format_bytes
 class Reason:
     """Why a loss is left alone, or why logits are stored.
 
-    ``str(reason)`` is the whole sentence of the report, with the place and the cause.
+    ``str(reason)`` is the whole sentence of the report, with the place and the cause. A report puts
+    it after "because", so sentence and advice begin in lower case and end without a full stop.
 
     Attributes:
         sentence: what is wrong; ``{at}`` stands where the place belongs.
@@ -57,14 +58,21 @@ class Reason:
 # Reasons that name one operation of the graph
 
 
+USED_BY = "the logits are used by"
+"""What comes before the name of the operation in the reasons that `used_by` makes."""
+
+
 def used_by(node: Node, cause: Reason | None = None) -> Reason:
-    """The logits are used by an operation that cannot be followed."""
-    return _of(node, f"the logits are used by {operation(node)}{{at}}", cause)
+    """The logits are used by an operation that cannot be followed.
+
+    The causes that rules raise share this sentence, so each cause has its own advice.
+    """
+    return _of(node, f"{USED_BY} {operation(node)}{{at}}", cause)
 
 
 def used_with_other_logits(node: Node) -> Reason:
     """The operation reads these logits together with those of another projection, as a tensor."""
-    return _of(node, f"the logits are used by {operation(node)}{{at}} with other logits")
+    return _of(node, f"{USED_BY} {operation(node)}{{at}} with other logits")
 
 
 def changed_through_view(node: Node) -> Reason:

@@ -113,18 +113,25 @@ class _Walker:
         try:
             logits: ProjectionResult = self.findings.site(node).apply(rule)
         except UnsupportedError as error:
-            reason = reasons.projection_unsupported(node, error.reason)
-            self.escapes.add(node, reason, size_hint(example(node).shape[-1]))
+            self._escape_projection(node, reasons.projection_unsupported(node, error.reason))
             return
         if logits is None:
             return
         if self.regions.reason is not None:
             reason = reasons.projection_not_followed(node, self.regions.reason)
-            self.escapes.add(node, reason, size_hint(example(node).shape[-1]))
+            self._escape_projection(node, reason)
             return
         if not had_gradient(node) and trains(logits):
             logits = logits.replace(expression=detach_expression(logits.expression))
         self.values[node] = logits.replace(path=(describe(node),))
+
+    def _escape_projection(self, node: Node, reason: Reason) -> None:
+        """Record why the result of a projection is not followed."""
+        shape = example(node).shape
+        if (
+            shape
+        ):  # The product of two vectors has no dimensions, so no loss can be computed from it.
+            self.escapes.add(node, reason, size_hint(shape[-1]))
 
     def _visit_use(self, node: Node, arguments: list[Node]) -> None:
         """Visit a reduction, a transform, or an escape.

@@ -141,12 +141,16 @@ def greater(top, where_top, x, first_column):
     """Return each row's greatest value and its column, after the block `x`; nan is the greatest."""
     is_nan = x != x
     here, where = tl.max(
-        tl.where(is_nan, float("inf"), x),
+        tl.where(is_nan, float("-inf"), x),
         1,
         return_indices=True,
         return_indices_tie_break_left=True,
     )
-    here = tl.where(tl.max(is_nan.to(tl.int32), 1) > 0, float("nan"), here)
+    any_nan, first_nan = tl.max(
+        is_nan.to(tl.int32), 1, return_indices=True, return_indices_tie_break_left=True
+    )
+    here = tl.where(any_nan > 0, float("nan"), here)
+    where = tl.where(any_nan > 0, first_nan, where)
     better = (here > top) | ((here != here) & (top == top))
     return tl.where(better, here, top), tl.where(better, first_column + where, where_top)
 

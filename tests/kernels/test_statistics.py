@@ -8,7 +8,17 @@ import itertools
 
 import pytest
 import torch
-from cases import ROWS, STATISTICS, assert_agrees, case, gradients_of, random
+from cases import (
+    ROWS,
+    STATISTICS,
+    UNUSUAL,
+    assert_agrees,
+    case,
+    gradients_of,
+    random,
+    unusual_case,
+    unusual_values,
+)
 
 from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.blockwise import engine
@@ -44,6 +54,15 @@ def test_tiles_of_a_template(name):
         assert_agrees(TILED, input, head, rtol=2e-4, atol=1e-3)
     else:
         assert tiled.reason_against(head) == f"{name} has no template"
+
+
+@pytest.mark.parametrize("vocabulary", [5, VOCABULARY])
+@pytest.mark.parametrize(("name", "kind"), UNUSUAL)
+def test_unusual_values(name, kind, vocabulary):
+    values = unusual_values(vocabulary)[kind]
+    assert_agrees(BLOCKWISE, *unusual_case(STATISTICS[name], values))
+    narrow = unusual_case(STATISTICS[name], values, dtype=torch.float32)
+    assert_agrees(TILED, *narrow, rtol=2e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", STATISTICS)

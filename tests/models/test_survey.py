@@ -7,6 +7,8 @@ import pytest
 import survey
 import torch
 
+from cce_inductor.reporting import reasons
+
 CHAINS = {
     "LlamaForCausalLM": "linear > float > view",
     "Gemma2ForCausalLM": "a softcap",
@@ -58,7 +60,7 @@ def test_variant(name, variant):
 
 
 RETURNED = {
-    "MusicgenForCausalLM": "the logits are used by reshape",  # which is what it returns
+    "MusicgenForCausalLM": f"{reasons.USED_BY} reshape",  # which is what it returns
     "GPT2LMHeadModel": "its logits come into this graph from outside",
 }
 

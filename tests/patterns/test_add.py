@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from checks import assert_as_accurate_as_eager, reason_against, reports_of, rewritten_graph
 from expecttest import assert_expected_inline
 
+from cce_inductor.reporting import reasons
+
 torch.manual_seed(0)
 INPUT = torch.randn(2, 3, 8, requires_grad=True)
 WEIGHT = torch.randn(50, 8, requires_grad=True)
@@ -211,5 +213,5 @@ def test_left_alone(add, why):
         return F.cross_entropy(add(F.linear(input, weight), bias).reshape(-1, 50), target)
 
     reason = reason_against(fn, INPUT, WEIGHT, BIAS, TARGET)
-    assert reason.startswith("the logits are used by add at ")
+    assert reason.startswith(f"{reasons.USED_BY} add at ")
     assert reason.endswith(why)

@@ -111,7 +111,7 @@ LEFT_ALONE = {
 @pytest.mark.parametrize(("copy", "name"), LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_left_alone(copy, name):
     reason = reason_against(loss_after(copy), INPUT, WEIGHT, TARGET)
-    assert reason.startswith(f"the logits are used by {name} at ")
+    assert reason.startswith(f"{reasons.USED_BY} {name} at ")
     assert name != "dropout" or reason.endswith(f": {reasons.RANDOM.sentence}")
 
 

@@ -429,4 +429,4 @@ def test_other_loss_is_left_alone():
 
     margin, cross_entropy = reports_of(fn, INPUT, WEIGHT, TARGET.abs() % 50)
     assert margin.loss == "linear > multi_margin_loss"
-    assert cross_entropy.reason.startswith("the logits are used by multi_margin_loss at ")
+    assert cross_entropy.reason.startswith(f"{reasons.USED_BY} multi_margin_loss at ")

@@ -83,7 +83,7 @@ LEFT_ALONE = {
     "logcumsumexp": (
         lambda x, t: x.logcumsumexp(-1),
         "logcumsumexp",
-        "it is not a pointwise function (aten.logcumsumexp.default)",
+        str(reasons.not_pointwise("aten.logcumsumexp.default")),
     ),
 }
 

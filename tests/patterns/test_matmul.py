@@ -251,3 +251,15 @@ def test_vector_of_logits_is_left_alone():
 
     reason = reason_against(fn, INPUT[0].detach(), WEIGHT, torch.tensor(3))
     assert reason.endswith("which is not a known projection")
+
+
+def test_product_of_two_vectors_beside_a_loss():
+    """Its result, a single number, has no vocabulary; the rule refuses only the argument `out`."""
+
+    def fn(input, weight, target):
+        square = torch.matmul(input[0].detach(), input[0].detach(), out=torch.empty(()))
+        return F.cross_entropy(F.linear(input, weight), target) + square
+
+    (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
+    assert report.rewritten
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)

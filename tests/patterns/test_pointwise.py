@@ -343,7 +343,7 @@ def test_numbers_with_an_operand_as_large_as_the_logits():
     assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET, torch.rand(6, 50))
 
 
-NO_FUNCTION = "it is not a pointwise function"
+NO_FUNCTION = str(reasons.not_pointwise(""))
 LEFT_ALONE = {
     "cat": (lambda x: torch.cat([x, x * 2]), "cat", reasons.JOINS_SEVERAL_WEIGHTS.sentence),
     "other rows": (
@@ -381,13 +381,13 @@ def test_left_alone(change, name, why):
         return F.cross_entropy(change(F.linear(input, weight))[:6, :50], target)
 
     reason = reason_against(fn, INPUT, WEIGHT, TARGET)
-    assert reason.startswith(f"the logits are used by {name} at ")
+    assert reason.startswith(f"{reasons.USED_BY} {name} at ")
     assert f": {NO_FUNCTION if why is None else why}" in reason
 
 
 def test_custom_function_is_left_alone():
     reason = reason_against(loss_after(Tripled.apply), INPUT, WEIGHT, TARGET)
-    assert reason.startswith("the logits are used by autograd_function_apply at ")
+    assert reason.startswith(f"{reasons.USED_BY} autograd_function_apply at ")
 
 
 def test_operand_as_large_as_the_logits_with_a_gradient_is_left_alone():
@@ -423,7 +423,7 @@ def test_function_with_a_detach():
 
 def test_function_of_a_matrix_is_left_alone():
     reason = reason_against(loss_after(first_entry), INPUT, WEIGHT, TARGET)
-    assert reason.endswith(": it is not a pointwise function")
+    assert reason.endswith(f": {reasons.not_pointwise('')}")
 
 
 @pytest.mark.parametrize("error", [NameError, RuntimeError, KeyError])

@@ -86,8 +86,8 @@ def test_logits_used_by_an_operation():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by argsort at {place(fn, 'argsort')}: "
-        "it is not a pointwise function (aten.sort.default)"
+        f"{reasons.USED_BY} argsort at {place(fn, 'argsort')}: "
+        f"{reasons.not_pointwise('aten.sort.default')}"
     )
     assert report.location == place(fn, "cross_entropy")
     assert report.loss == "linear > cross_entropy"
@@ -102,8 +102,7 @@ def test_logits_used_by_an_operation_in_an_unsupported_form():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by getitem at {place(fn, '::2')}: "
-        + reasons.SELECTS_SOME_ENTRIES.sentence
+        f"{reasons.USED_BY} getitem at {place(fn, '::2')}: {reasons.SELECTS_SOME_ENTRIES}"
     )
 
 
@@ -116,8 +115,8 @@ def test_first_of_two_uses_is_named():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by prod at {place(fn, 'prod')}: "
-        "it is not a pointwise function (aten.prod.dim_int)"
+        f"{reasons.USED_BY} prod at {place(fn, 'prod')}: "
+        f"{reasons.not_pointwise('aten.prod.dim_int')}"
     )
 
 
@@ -128,7 +127,7 @@ def test_a_loss_of_logits_joined_with_their_own_entries_does_not_vanish():
         others = logits.scatter(1, index, -1e9)
         return F.cross_entropy(torch.cat([logits.gather(1, index), others], 1), target * 0)
 
-    assert "the logits are used by cat" in reason_against(fn, INPUT, WEIGHT, TARGET)
+    assert f"{reasons.USED_BY} cat" in reason_against(fn, INPUT, WEIGHT, TARGET)
 
 
 def test_use_after_the_loss_is_named():
@@ -139,8 +138,8 @@ def test_use_after_the_loss_is_named():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by amin at {place(fn, 'amin')}: "
-        "it is not a pointwise function (aten.amin.default)"
+        f"{reasons.USED_BY} amin at {place(fn, 'amin')}: "
+        f"{reasons.not_pointwise('aten.amin.default')}"
     )
 
 
@@ -153,8 +152,8 @@ def test_operation_between_is_named_and_not_what_follows_it():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by cumsum at {place(fn, 'cumsum')}: "
-        "it is not a pointwise function (aten.cumsum.default)"
+        f"{reasons.USED_BY} cumsum at {place(fn, 'cumsum')}: "
+        f"{reasons.not_pointwise('aten.cumsum.default')}"
     )
 
 
@@ -167,7 +166,7 @@ def test_operation_of_a_module_is_located_in_the_user_code():
 
     (report,) = reports_of(fn, INPUT, WEIGHT, TARGET)
     assert report.reason == (
-        f"the logits are used by dropout at {place(fn, 'activation(')}: {reasons.RANDOM.sentence}"
+        f"{reasons.USED_BY} dropout at {place(fn, 'activation(')}: {reasons.RANDOM.sentence}"
     )
     assert report.location == place(fn, "CrossEntropyLoss")
 

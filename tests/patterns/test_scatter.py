@@ -171,7 +171,7 @@ LEFT_ALONE = {
     "scatter_add": (
         lambda x: x.scatter_add(-1, INDEX, torch.ones(2, 3, 1)),
         "scatter_add",
-        "it is not a pointwise function (aten.scatter_add.default)",
+        str(reasons.not_pointwise("aten.scatter_add.default")),
     ),
 }
 

@@ -283,8 +283,8 @@ def test_left_alone(change, name, why):
         return F.cross_entropy(logits, torch.zeros(logits.shape[0], dtype=torch.int64))
 
     reason = reason_against(fn, INPUT, WEIGHT)
-    assert reason.startswith(f"the logits are used by {name} at ")
-    assert reason.endswith(f": {why}") if why else ": it is not a pointwise function" in reason
+    assert reason.startswith(f"{reasons.USED_BY} {name} at ")
+    assert reason.endswith(f": {why}") if why else f": {reasons.not_pointwise('')}" in reason
 
 
 def test_another_attribute_is_left_alone():

@@ -94,12 +94,12 @@ LEFT_ALONE = {
     "prod": (
         lambda x, t: x.prod(-1),
         "prod",
-        "it is not a pointwise function (aten.prod.dim_int)",
+        str(reasons.not_pointwise("aten.prod.dim_int")),
     ),
     "var": (
         lambda x, t: x.var(-1, unbiased=False),
         "var",
-        "it is not a pointwise function (aten.var.correction)",
+        str(reasons.not_pointwise("aten.var.correction")),
     ),
 }
 

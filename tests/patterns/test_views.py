@@ -269,11 +269,11 @@ def view_in_a_list(z, diagonal, margin):
 
 
 NOT_FOLLOWED = {
-    in_a_list: "it is not a pointwise function (aten._foreach_mul_.Scalar)",
+    in_a_list: str(reasons.not_pointwise("aten._foreach_mul_.Scalar")),
     in_a_list_with_another: reasons.CHANGES_ANOTHER_TENSOR.sentence,
-    view_in_a_list: "it is not a pointwise function (aten._foreach_neg_.default)",
+    view_in_a_list: str(reasons.not_pointwise("aten._foreach_neg_.default")),
     view_of_a_view: reasons.ALSO_READ_AS_VIEW.sentence,
-    by_another_view: "it is not a pointwise function (aten.as_strided.default)",
+    by_another_view: str(reasons.not_pointwise("aten.as_strided.default")),
     sub_matrix: reasons.CHANGES_PART.sentence,
     hidden_from_the_gradient: reasons.HIDDEN_FROM_GRADIENT.sentence,
     through_detach: reasons.ALSO_READ_AS_VIEW.sentence,
