@@ -107,17 +107,20 @@ STATISTICS = {
     "index": "index(z, r2); logsumexp(z)",
     "target": "target(z, r0, -100); logsumexp(z)",
 }
-"""A program for each statistic. The Triton templates need at least one that is not a gather."""
+"""A program for each statistic. The Triton templates need at least one that is not a gather. The
+programs above combine statistics; a new one need not be added there."""
 
 
 def unusual_values(vocabulary):
     """Return logits of one row that need care: equal ones, and those that are not finite."""
-    ties, infinite, nan = (random(vocabulary) for _ in range(3))
-    ties = ties.round()
-    infinite[1::3] = -torch.inf
-    nan[3 % vocabulary :: 7] = torch.inf
-    nan[4 % vocabulary :: 5] = torch.nan
-    return {"ties": ties, "minus infinity": infinite, "nan after infinity": nan}
+    masked = random(vocabulary)
+    masked[1::3] = -torch.inf
+    kinds = {"ties": random(vocabulary).round(), "masked": masked}
+    for kind, infinity in (("nan after infinity", torch.inf), ("nan after -infinity", -torch.inf)):
+        kinds[kind] = random(vocabulary)
+        kinds[kind][3 % vocabulary :: 7] = infinity
+        kinds[kind][4 % vocabulary :: 5] = torch.nan
+    return kinds
 
 
 # PyTorch's topk does not say which of several equal values comes first.
@@ -136,9 +139,6 @@ def unusual_case(text, values, rows=ROWS, dtype=torch.float64, **fields):
     return random(rows, HIDDEN).to(dtype), head_of(
         weight, values.to(dtype), operands, text, **fields
     )
-
-
-"""A program for each statistic."""
 
 
 def head_of(weight, bias, operands, text, **fields):

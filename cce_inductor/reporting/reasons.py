@@ -264,6 +264,14 @@ RANDOM = Reason(
 
 
 def not_pointwise(detail: str) -> Reason:
+    """The pass cannot write the operation as a function of one element.
+
+    This is the reason for reductions and sorts, for functions of lists, and for functions with
+    several results, if they have no rule.
+
+    Args:
+        detail: the operator, or what prevents it; empty if there is nothing to add.
+    """
     return Reason("it is not a pointwise function" + (f" ({detail})" if detail else ""))
 
 

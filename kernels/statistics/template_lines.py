@@ -65,12 +65,19 @@ class TemplateLines:
         self._sums: dict[Name, tuple[str, str]] = {}
 
     def begin(self, name: str, value: str, dtype: str = "float32") -> str:
-        """Declare a variable of one number per row; return its name."""
+        """Declare a variable of one number per row; return its name.
+
+        Args:
+            name: the variable.
+            value: its first value as Triton source, `MINUS_INFINITY` or "0.0" for example.
+            dtype: its dtype in Triton.
+        """
         self.before.append(f"{name} = tl.full([BLOCK_M], {value}, tl.{dtype})")
         return name
 
     def inside(self, value: Name, fill: str) -> str:
-        """Return the expression of a value in float32, with `fill` beyond the vocabulary."""
+        """Return the expression of a value in float32, with `fill` beyond the vocabulary: the
+        Triton source of a number that does not change the statistic."""
         return f"device.only({self._values[value]}, inside, {fill}, EVEN_V)"
 
     def store(self, variable: str) -> None:
