@@ -58,8 +58,8 @@ class Situation(enum.Enum):
     """Descriptors on Hopper, for a kernel with registers to spare: larger tiles read less."""
 
 
-# Rows, columns, hidden, warps, stages. The first of a situation's list is the default; no default
-# spills registers (docs/kernels.md).
+# Rows, columns, hidden, warps, stages. The first of a situation's list is the default. With it,
+# no kernel in docs/kernels.md spills registers.
 _FLOAT32 = (
     (64, 128, 32, 8, 3),
     (128, 128, 32, 8, 2),
@@ -105,6 +105,10 @@ FEW_STEPS = {Kind.STATISTICS: 0, Kind.GRADIENT: 8}
 """Programs with at most this many steps leave registers free: cross-entropy of unmodified logits
 has that many. With more steps, a single value for each column may take all registers."""
 
+FEW_NUMBERS = 3
+"""Kernels of statistics that keep at most this many numbers of each row leave registers free. The
+logsumexp, the target and the sum of cross-entropy with label smoothing are that many."""
+
 SHARED_MEMORY_OF_SYSTEM = 1024
 """Bytes of shared memory that CUDA takes for each block of threads."""
 
@@ -127,7 +131,8 @@ def situation(
     capability = torch.cuda.get_device_capability(device)[0]
     if writes_more or (kind is Kind.GRADIENT and capability > 9 and not has_few_steps):
         return Situation.DESCRIPTORS_FULL
-    if capability == 9 and has_few_steps:
+    keeps_more = kind is Kind.STATISTICS and results > FEW_NUMBERS
+    if capability == 9 and has_few_steps and not keeps_more:
         return Situation.HOPPER
     return Situation.DESCRIPTORS
 
@@ -143,7 +148,8 @@ def configs(
         device: the device that the kernel runs on.
         by_descriptor: whether TMA descriptors read the operands.
         steps: the number of steps that are applied to each logit; they need registers, too.
-        results: the number of values of each logit that are reduced or written.
+        results: the numbers of each row that a kernel of statistics keeps, or the values of each
+            logit that a kernel of gradients writes.
     """
     chosen = situation(
         kind, dtype, device, by_descriptor=by_descriptor, steps=steps, results=results

@@ -119,6 +119,7 @@ class _Kernel:
         template: Template,
         more_inputs: Sequence[Any],
         outputs: Sequence[ir.FixedLayout],
+        results: int,
         constants: Callable[[Config], dict[str, Any]],
         **options: Any,
     ) -> list[Any]:
@@ -128,6 +129,7 @@ class _Kernel:
             template: the template to call.
             more_inputs: the inputs after input, weight and bias.
             outputs: the layouts of the results, in the template's order.
+            results: as for `configs`.
             constants: returns the template's constants for a configuration.
             **options: options of Inductor's `maybe_append_choice`.
         """
@@ -141,7 +143,7 @@ class _Kernel:
         kernel = _triton_template(template)
         choices: list[Any] = []
         error: NotImplementedError | None = None
-        for config in self._configs():
+        for config in self._configs(results):
             why = kernel.maybe_append_choice(
                 choices,
                 input_nodes=inputs,
@@ -180,14 +182,14 @@ class _Kernel:
         V.graph.no_fuse_buffer_names.add(result.get_name())
         return [result, *written]
 
-    def _configs(self) -> list[Config]:
+    def _configs(self, results: int) -> list[Config]:
         every = configs(
             self.kind,
             self.dtype,
             self.device,
             by_descriptor=self.by_descriptor,
             steps=len(self.program.steps),
-            results=len(self.program.outputs),
+            results=results,
         )
         config = torch._inductor.config
         tuned = config.max_autotune or config.max_autotune_gemm
@@ -266,7 +268,8 @@ def _tile_statistics(*arguments: Any) -> list[Any]:
             "EVEN_V": vocabulary % config.block_v == 0,
         }
 
-    primary, *others = kernel(template, call.indices, ordered, constants)
+    results = sum(1 if each.is_of_tiles else int(each.shape[1]) for each in stored)
+    primary, *others = kernel(template, call.indices, ordered, results, constants)
     return [*others[:first], primary, *others[first:]]
 
 
@@ -293,7 +296,12 @@ def _logit_gradient(*arguments: Any) -> list[Any]:
     ]
     with _after(call.after):
         return kernel(
-            template, inputs, layouts, lambda _: {"WIDTH": width}, tma_store=stores_by_descriptor
+            template,
+            inputs,
+            layouts,
+            len(layouts),
+            lambda _: {"WIDTH": width},
+            tma_store=stores_by_descriptor,
         )
 
 

@@ -154,10 +154,10 @@ They were compiled ahead of time by Triton {triton.__version__} with the options
 {torch.__version__.split("+")[0]} passes; none of these devices was present.
 
 The configuration marked as default is used unless `mode="max-autotune"` is set, which tries all and
-keeps the fastest. A kernel that spills registers to memory is slower; no default does. The last two
-columns count the instructions that each warp executes for a tile besides the matrix product, for a
-tile without the target of any row and for a tile with targets. During these instructions, the tensor
-cores may be idle.
+keeps the fastest. A kernel that spills registers to memory is slower; none of the defaults below
+does. The last two columns count the instructions that each warp executes for a tile besides the
+matrix product, for a tile without the target of any row and for a tile with targets. During these
+instructions, the tensor cores may be idle.
 
 To update this page, run `python tests/templates/resources.py --output docs/kernels.md`. It takes some
 minutes and needs no GPU.
