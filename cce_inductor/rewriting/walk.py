@@ -126,11 +126,10 @@ class _Walker:
         self.values[node] = logits.replace(path=(describe(node),))
 
     def _escape_projection(self, node: Node, reason: Reason) -> None:
-        """Record why the result of a projection is not followed."""
+        """Record why the result of a projection is not followed, unless it has no vocabulary: the
+        product of two vectors is a single number."""
         shape = example(node).shape
-        if (
-            shape
-        ):  # The product of two vectors has no dimensions, so no loss can be computed from it.
+        if shape:
             self.escapes.add(node, reason, size_hint(shape[-1]))
 
     def _visit_use(self, node: Node, arguments: list[Node]) -> None:
