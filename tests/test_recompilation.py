@@ -136,6 +136,10 @@ REWRITTEN = {
     "dimension": of_logits(
         lambda z, t, n: -z.log_softmax(n).gather(n, t.clamp(min=0)[:, None]).mean(), (1, -1)
     ),
+    "dimension of the weight": (
+        lambda x, w, t, n: F.cross_entropy(x @ w.transpose(0, n), t),
+        [(INPUT, WEIGHT, TARGET, number) for number in (1, -1)],
+    ),
     "dimension in a tuple": of_logits(
         lambda z, t, n: F.cross_entropy(z.view(2, 3, 50).permute((0, 1, n)).flatten(0, 1), t),
         (2, -1),

@@ -101,6 +101,15 @@ def with_fixed_number(node: Node) -> Any:
     return value if isinstance(value, (int, float)) else node
 
 
+def arguments_of(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a node's arguments, positional and by name.
+
+    A number that Dynamo has fixed by a guard may still be a node; the number itself is returned.
+    """
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), with_fixed_number)
+    return args, kwargs
+
+
 def constant(argument: Any) -> float:
     """Return a Python number that is the same in every call.
 

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.examples import is_tensor, same_size, tensor_example
+from cce_inductor.patterns.language.examples import (
+    arguments_of,
+    is_tensor,
+    same_size,
+    tensor_example,
+)
 from cce_inductor.patterns.language.logits import Call, Logits
 from cce_inductor.patterns.language.rows import call, size_of, vocabulary_of
 from cce_inductor.patterns.language.site import Site
@@ -58,8 +63,8 @@ def is_arange(site: Site, index: Any, size: Any) -> bool:
         return is_integer_tensor(index) and is_arange(site, index.args[0], size)
     if index.target is not torch.arange or not is_integer_tensor(index):
         return False
-    named = [index.kwargs[k] for k in ("start", "end", "step") if k in index.kwargs]
-    bounds = (*index.args, *named)
+    args, kwargs = arguments_of(index)
+    bounds = (*args, *(kwargs[name] for name in ("start", "end", "step") if name in kwargs))
     start, _, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
     if isinstance(start, Node) or isinstance(step, Node) or (start, step) != (0, 1):
         return False

@@ -9,7 +9,12 @@ import torch
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cce_inductor.patterns.language.examples import is_tensor, same_size, tensor_example
+from cce_inductor.patterns.language.examples import (
+    arguments_of,
+    is_tensor,
+    same_size,
+    tensor_example,
+)
 from cce_inductor.patterns.language.expression import LOGIT
 from cce_inductor.patterns.language.logits import HERE, Logits, Projection, TensorOperation, applied
 from cce_inductor.patterns.language.site import Site
@@ -143,8 +148,8 @@ def _transpose_of(node: Node) -> Node | None:
     """Return the matrix that a node transposes, in any spelling."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
-    source, *arguments = node.args
-    if not isinstance(source, Node) or not is_tensor(source) or node.kwargs:
+    (source, *arguments), named = arguments_of(node)
+    if not isinstance(source, Node) or not is_tensor(source) or named:
         return None
     if tensor_example(source).dim() != 2:
         return None
@@ -157,6 +162,8 @@ def _transpose_of(node: Node) -> Node | None:
     if node.target in ("t", torch.t, "adjoint", torch.adjoint) and not arguments:
         return source
     swaps = ("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
+    if not all(isinstance(argument, int) for argument in arguments):
+        return None
     if node.target in swaps and sorted(d % 2 for d in arguments) == [0, 1]:
         return source
     if node.target in ("permute", torch.permute) and [d % 2 for d in arguments] == [1, 0]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.examples import dimension, tensor_example, with_fixed_number
+from cce_inductor.patterns.language.examples import arguments_of, dimension, tensor_example
 from cce_inductor.patterns.language.expression import Expression, operands_of
 from cce_inductor.patterns.language.logits import Logits, Stack, Value
 from cce_inductor.patterns.language.rows import RowStatistic, parts
@@ -75,15 +75,13 @@ class Site:
         return Site(self.node, {**self._values, argument: logits}, self._is_late, self.is_changed)
 
     def apply(self, rule: Rule, *first: Any) -> Any:
-        """Call `rule` with `first` and the node's arguments.
-
-        A number that Dynamo has fixed by a guard may still be a node; the rule gets the number.
+        """Call `rule` with `first` and the node's arguments (see `arguments_of`).
 
         Raises:
             UnsupportedError: the rule's own, or the arguments do not fit its signature.
         """
         signature = inspect.signature(rule)
-        args, kwargs = torch.fx.map_arg((self.node.args, self.node.kwargs), with_fixed_number)
+        args, kwargs = arguments_of(self.node)
         named = {
             name if name in signature.parameters else _NUMPY_NAMES.get(name, name): value
             for name, value in kwargs.items()
