@@ -121,12 +121,17 @@ def linear_cross_entropy(
 
 
 def _accepts(unfused: Callable[[Tensor, Tensor], Tensor], input: Tensor, target: Tensor) -> bool:
-    """Whether PyTorch accepts the arguments. They are tried without rows, which costs nothing."""
+    """Whether PyTorch accepts the arguments.
+
+    They are tried without rows, which costs nothing. torch 2.11 checks the dtype of the target only
+    if there are rows, so a loss of one row and one class is tried as well.
+    """
     if target.shape != input.shape[:-1]:
         return False
     try:
         with torch.no_grad():
             unfused(input.reshape(-1, input.shape[-1])[:0], target.reshape(-1)[:0])
+            torch.ops.aten.nll_loss_nd(input.new_zeros(1, 1), target.new_zeros(1))
     except Exception:
         return False
     return True

@@ -385,7 +385,7 @@ def negative_log_likelihood_with_temperature_per_call(x, weight, ids, loss_mask,
     return -(token_log_probs[:, :-1] * loss_mask[:, 1:]).sum() / loss_mask[:, 1:].sum()
 
 
-@rewritten(hidden(), weight(), labels(), number([1.0, -1.0]))
+@rewritten(hidden(), weight(), labels(), number([1.0, -1.0]), graphs=None)
 def grpo_of_uncertain_tokens(x, weight, ids, advantages):
     """TRL's top-entropy quantile: only tokens whose entropy is high count."""
     logits = F.linear(x, weight)[:, :-1] / 0.9

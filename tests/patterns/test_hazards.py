@@ -1250,6 +1250,12 @@ def double(gradient):
     return gradient * 2
 
 
+# Dynamo of torch 2.11 captures a hook as an autograd.Function.
+HOOKS = tuple(
+    f"{reasons.USED_BY} {name} at " for name in ("register_hook", "autograd_function_apply")
+)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hook_on_logits_is_left_alone(when):
     def fn(input, weight, target):
@@ -1261,8 +1267,7 @@ def test_hook_on_logits_is_left_alone(when):
             logits.register_hook(double)
         return loss
 
-    reason = reason_with_same_numbers(fn, INPUT, WEIGHT, TARGET)
-    assert reason.startswith(f"{reasons.USED_BY} register_hook at ")
+    assert reason_with_same_numbers(fn, INPUT, WEIGHT, TARGET).startswith(HOOKS)
 
 
 def test_hook_on_an_alias_of_logits_is_left_alone():
@@ -1271,8 +1276,11 @@ def test_hook_on_an_alias_of_logits_is_left_alone():
         logits.float().register_hook(double)
         return F.cross_entropy(logits * 2, target)
 
-    reason = reason_with_same_numbers(fn, INPUT, WEIGHT, TARGET)
-    assert reason.startswith(f"{reasons.USED_BY} register_hook at ")
+    # Dynamo of torch 2.11 does not take the hook for one of the logits, with any backend.
+    without_us = value_and_gradients(torch.compile(fn, backend="eager"), INPUT, WEIGHT, TARGET)
+    with_us = value_and_gradients(compiled(fn), INPUT, WEIGHT, TARGET)
+    torch.testing.assert_close(with_us, without_us)
+    assert reason_against(fn, INPUT, WEIGHT, TARGET).startswith(HOOKS)
 
 
 def test_hook_on_the_loss():

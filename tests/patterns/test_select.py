@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from checks import (
     assert_as_accurate_as_eager,
     assert_used_by,
+    capture,
     reason_against,
     reports_of,
     rewritten_graph,
@@ -341,4 +342,6 @@ def test_rows_by_a_mask(logits):
         return F.cross_entropy(logits(input, weight, mask), target[mask])
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        if not any("cross_entropy" in module.code for module in capture(fn, INPUT, WEIGHT, TARGET)):
+            pytest.skip("this version of Dynamo leaves the loss out of the graph")
         assert_as_accurate_as_eager(fn, INPUT, WEIGHT, TARGET)
