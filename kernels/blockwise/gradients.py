@@ -65,8 +65,10 @@ class InputGradient:
         self._tiles = 0
 
     def result(self) -> Tensor:
-        """Return the sum of all tiles."""
-        return self._total + self._group if self._tiles else self._total
+        """Return the sum of all tiles, in the memory of the running sum."""
+        if self._tiles:
+            self._end_group()
+        return self._total
 
 
 class WeightGradient:

@@ -668,3 +668,15 @@ def test_memory_stays_within_the_workspace(name, dtype, backward):
     columns = sum(result.numel() for result in results) // rows
     row_values = 8 * rows * (12 * columns + 4 * HIDDEN)
     assert peak <= workspace_bytes + row_values + 8 * 2 * TILE * (HIDDEN + 8)
+
+
+def test_the_gradient_of_the_input_takes_two_sums():
+    """That of a group of tiles, and that of all."""
+    rows, hidden = 256, 1024
+    head = head_of(random(2 * TILE, hidden), None, [], "logsumexp(z)", workspace_bytes=1)
+    input = random(rows, hidden)
+    results = engine.compute_statistics(input, head)
+    upstream = [random(rows), None]
+    wanted = Wanted(True, False, False, [])
+    peak = peak_bytes(lambda: engine.compute_gradients(upstream, results, input, head, wanted))
+    assert peak < 2.2 * input.numel() * input.itemsize
