@@ -54,6 +54,9 @@ TOLERANCE = dict.fromkeys(VARIANTS, 1e-4) | {"bf16": 5e-2, "autocast": 5e-2}
 # coefficients of hyper-connections): its error is measured against this part of the largest one.
 NEGLIGIBLE = 1e-2
 
+INSTALLED = f"{Path(transformers.__file__).parents[1]}{os.sep}"
+"""The folder of installed packages, which the page does not show."""
+
 PROJECTIONS = {getattr(spelling, "__name__", spelling) for spelling, _ in projection.items()}
 LOSSES = {"cross_entropy", "nll_loss", "log_softmax", "logsumexp", "linear_cross_entropy"}
 
@@ -393,7 +396,7 @@ def explained(result: Result) -> list[str]:
         return [result.failure]
     counts = {chain: result.chains.count(chain) for chain in result.chains}
     texts = [f"`{chain}`" + (f" x {count}" if count > 1 else "") for chain, count in counts.items()]
-    texts += dict.fromkeys(result.reasons)
+    texts += dict.fromkeys(reason.replace(INSTALLED, "") for reason in result.reasons)
     if not result.all_rewritten:
         texts += [f"graph break: {reason}" for reason in result.breaks]
     return texts or ["no loss in any graph"]

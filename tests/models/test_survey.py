@@ -74,6 +74,7 @@ def test_class_with_a_graph_break(name, reason):
     assert result.rewritten == 0
     assert result.breaks
     assert all(reason in said for said in result.reasons)
+    assert not any(survey.INSTALLED in text for text in survey.explained(result))
 
 
 def test_a_wrong_gradient_is_noticed():
