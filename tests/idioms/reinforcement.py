@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from .corpus import (
     BATCH,
@@ -22,6 +23,8 @@ from .corpus import (
 
 PAIRS = (4, TIME)  # two chosen sequences, then two rejected ones
 BFLOAT16 = {"dtype": torch.bfloat16}
+# Dynamo of torch 2.11 breaks the graph at `torch.quantile`.
+QUANTILE_GRAPHS = 2 if TorchVersion(torch.__version__) < (2, 12) else 1
 
 
 def log_probability(*shape):
@@ -385,7 +388,7 @@ def negative_log_likelihood_with_temperature_per_call(x, weight, ids, loss_mask,
     return -(token_log_probs[:, :-1] * loss_mask[:, 1:]).sum() / loss_mask[:, 1:].sum()
 
 
-@rewritten(hidden(), weight(), labels(), number([1.0, -1.0]), graphs=None)
+@rewritten(hidden(), weight(), labels(), number([1.0, -1.0]), graphs=QUANTILE_GRAPHS)
 def grpo_of_uncertain_tokens(x, weight, ids, advantages):
     """TRL's top-entropy quantile: only tokens whose entropy is high count."""
     logits = F.linear(x, weight)[:, :-1] / 0.9

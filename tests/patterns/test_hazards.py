@@ -14,6 +14,7 @@ from checks import (
     value_and_gradients,
 )
 from expecttest import assert_expected_inline
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -1250,10 +1251,9 @@ def double(gradient):
     return gradient * 2
 
 
+IS_OLD = TorchVersion(torch.__version__) < (2, 12)
 # Dynamo of torch 2.11 captures a hook as an autograd.Function.
-HOOKS = tuple(
-    f"{reasons.USED_BY} {name} at " for name in ("register_hook", "autograd_function_apply")
-)
+HOOK = f"{reasons.USED_BY} {'autograd_function_apply' if IS_OLD else 'register_hook'} at "
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -1267,7 +1267,7 @@ def test_hook_on_logits_is_left_alone(when):
             logits.register_hook(double)
         return loss
 
-    assert reason_with_same_numbers(fn, INPUT, WEIGHT, TARGET).startswith(HOOKS)
+    assert reason_with_same_numbers(fn, INPUT, WEIGHT, TARGET).startswith(HOOK)
 
 
 def test_hook_on_an_alias_of_logits_is_left_alone():
@@ -1276,11 +1276,13 @@ def test_hook_on_an_alias_of_logits_is_left_alone():
         logits.float().register_hook(double)
         return F.cross_entropy(logits * 2, target)
 
-    # Dynamo of torch 2.11 does not take the hook for one of the logits, with any backend.
-    without_us = value_and_gradients(torch.compile(fn, backend="eager"), INPUT, WEIGHT, TARGET)
-    with_us = value_and_gradients(compiled(fn), INPUT, WEIGHT, TARGET)
-    torch.testing.assert_close(with_us, without_us)
-    assert reason_against(fn, INPUT, WEIGHT, TARGET).startswith(HOOKS)
+    if IS_OLD:  # Dynamo of torch 2.11 does not take the hook for one of the logits.
+        without_us = value_and_gradients(torch.compile(fn, backend="eager"), INPUT, WEIGHT, TARGET)
+        with_us = value_and_gradients(compiled(fn), INPUT, WEIGHT, TARGET)
+        torch.testing.assert_close(with_us, without_us)
+        assert reason_against(fn, INPUT, WEIGHT, TARGET).startswith(HOOK)
+    else:
+        assert reason_with_same_numbers(fn, INPUT, WEIGHT, TARGET).startswith(HOOK)
 
 
 def test_hook_on_the_loss():
