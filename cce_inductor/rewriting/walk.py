@@ -11,7 +11,7 @@ import math
 
 from torch.fx import Graph, Node
 
-from cce_inductor.patterns.language.examples import example, had_gradient
+from cce_inductor.patterns.language.examples import arguments_of, example, had_gradient
 from cce_inductor.patterns.language.expression import detach_expression
 from cce_inductor.patterns.language.logits import Logits, Value, each_logits
 from cce_inductor.patterns.language.pointwise import pointwise
@@ -196,7 +196,8 @@ class _Walker:
 
     def _pointwise(self, site: Site) -> Logits:
         node = site.node
-        value = pointwise(site, site.function, *node.args, **node.kwargs)
+        args, kwargs = arguments_of(node)
+        value = pointwise(site, site.function, *args, **kwargs)
         for argument in node.all_input_nodes:
             before = self.values.get(argument)
             unchanged = isinstance(before, Logits) and value.expression is before.expression

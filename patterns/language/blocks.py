@@ -10,6 +10,7 @@ from torch.fx import Node
 from cce_inductor.kernels.names import OperandKind
 from cce_inductor.patterns.language.capture import captured
 from cce_inductor.patterns.language.examples import (
+    arguments_of,
     had_gradient,
     requires_grad,
     same_shape,
@@ -112,7 +113,8 @@ def _pointwise_block(site: Site, logits: Logits, shape: tuple[Any, ...]) -> Expr
                 site.unsupported(reasons.MADE_OF_LARGE)
         return made, tensor_example(argument).dtype
 
-    expression = captured(site, function, node.args, node.kwargs, logits, meaning)
+    args, kwargs = arguments_of(node)
+    expression = captured(site, function, args, kwargs, logits, meaning)
     if not isinstance(expression, (Apply, Operand)):
         site.unsupported(reasons.CONSTANT)
     return _simplified(expression)

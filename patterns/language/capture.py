@@ -22,7 +22,7 @@ from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Program, Step
 from cce_inductor.kernels.program.tracing import NotPointwiseError, RandomError, record
 from cce_inductor.kernels.statistics.sum import Sum
-from cce_inductor.patterns.language.examples import is_symbol, with_fixed_number
+from cce_inductor.patterns.language.examples import is_symbol
 from cce_inductor.patterns.language.expression import Apply
 from cce_inductor.patterns.language.logits import Logits
 from cce_inductor.patterns.language.operands import number_operand
@@ -96,7 +96,6 @@ def captured(
     Raises:
         UnsupportedError: the function is not pointwise.
     """
-    args, kwargs = torch.fx.map_arg((args, kwargs), with_fixed_number)
     numbers: list[Node] = []
 
     def operand_of(node: Node) -> tuple[Any, torch.dtype]:

@@ -16,7 +16,12 @@ from torch.fx import Node
 from cce_inductor.kernels.names import OperandKind
 from cce_inductor.kernels.statistics.index import Index
 from cce_inductor.patterns.language.capture import captured
-from cce_inductor.patterns.language.examples import is_symbol, same_shape, tensor_example
+from cce_inductor.patterns.language.examples import (
+    arguments_of,
+    is_symbol,
+    same_shape,
+    tensor_example,
+)
 from cce_inductor.patterns.language.expression import where
 from cce_inductor.patterns.language.logits import Logits
 from cce_inductor.patterns.language.masks import target_mask
@@ -69,9 +74,10 @@ def _new_value(
     site: Site, logits: Logits, meaning: Callable[[Node], tuple[Any, torch.dtype]]
 ) -> Any:
     node = site.node
+    args, kwargs = arguments_of(node)
     if node.target is not operator.setitem:
-        return captured(site, site.function, node.args, node.kwargs, logits, meaning)
-    _, index, value = node.args
+        return captured(site, site.function, args, kwargs, logits, meaning)
+    _, index, value = args
     if index not in (slice(None), Ellipsis):
         site.unsupported(reasons.ASSIGNS_SOME_ROWS)
     if is_symbol(value):
