@@ -105,9 +105,9 @@ FEW_STEPS = {Kind.STATISTICS: 0, Kind.GRADIENT: 8}
 """Programs with at most this many steps leave registers free: cross-entropy of unmodified logits
 has that many. With more steps, a single value for each column may take all registers."""
 
-FEW_NUMBERS = 3
-"""Kernels of statistics that keep at most this many numbers of each row leave registers free. The
-logsumexp, the target and the sum of cross-entropy with label smoothing are that many."""
+FEW_RESULTS = {Kind.STATISTICS: 3, Kind.GRADIENT: 1}
+"""Programs with at most this many results leave registers free. Cross-entropy with label smoothing
+keeps three numbers of each row: the logsumexp, the target and the sum."""
 
 SHARED_MEMORY_OF_SYSTEM = 1024
 """Bytes of shared memory that CUDA takes for each block of threads."""
@@ -125,14 +125,14 @@ def situation(
         is_statistics = kind is Kind.STATISTICS
         return Situation.FLOAT32_STATISTICS if is_statistics else Situation.FLOAT32_GRADIENT
     has_few_steps = steps <= FEW_STEPS[kind]
-    writes_more = kind is Kind.GRADIENT and results > 1
+    has_few_results = results <= FEW_RESULTS[kind]
+    writes_more = kind is Kind.GRADIENT and not has_few_results
     if not by_descriptor:
         return Situation.POINTERS_FULL if writes_more else Situation.POINTERS
     capability = torch.cuda.get_device_capability(device)[0]
     if writes_more or (kind is Kind.GRADIENT and capability > 9 and not has_few_steps):
         return Situation.DESCRIPTORS_FULL
-    keeps_more = kind is Kind.STATISTICS and results > FEW_NUMBERS
-    if capability == 9 and has_few_steps and not keeps_more:
+    if capability == 9 and has_few_steps and has_few_results:
         return Situation.HOPPER
     return Situation.DESCRIPTORS
 

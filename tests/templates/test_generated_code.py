@@ -251,10 +251,7 @@ def test_shapes(name, kind, caplog):
 OTHER_PROGRAMS = {
     "label smoothing": ("logsumexp(z); target(z, r0, -100); sum(z)", False),
     "z-loss and argmax": ("logsumexp(z); target(z, r0, -100); max(z)", False),
-    "entropy and argmax": (
-        "logsumexp(z); target(z, r0, -100); max(z); mean(z, z)",
-        False,
-    ),
+    "entropy and argmax": ("logsumexp(z); target(z, r0, -100); max(z); mean(z, z)", False),
     "a learned scale a column": (
         "t0 = mul.Tensor(z, c1); logsumexp(t0); target(t0, r0, -100)",
         True,
