@@ -124,14 +124,15 @@ def _accepts(unfused: Callable[[Tensor, Tensor], Tensor], input: Tensor, target:
     """Whether PyTorch accepts the arguments.
 
     They are tried without rows, which costs nothing. torch 2.11 checks the dtype of the target only
-    if there are rows, so a loss of one row and one class is tried as well.
+    if there are rows, so an unusual dtype is tried with one row and one class as well.
     """
     if target.shape != input.shape[:-1]:
         return False
     try:
         with torch.no_grad():
             unfused(input.reshape(-1, input.shape[-1])[:0], target.reshape(-1)[:0])
-            torch.ops.aten.nll_loss_nd(input.new_zeros(1, 1), target.new_zeros(1))
+            if target.dtype != torch.int64:
+                torch.ops.aten.nll_loss_nd(input.new_zeros(1, 1), target.new_zeros(1))
     except Exception:
         return False
     return True
