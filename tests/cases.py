@@ -26,12 +26,15 @@ def spread(vocabulary, rows=ROWS):
     return torch.tensor((edges * rows)[:rows], dtype=torch.int64)
 
 
-def operands_of(vocabulary, rows=ROWS):
-    """Return operands of every kind; the comments show their names in programs."""
+def operands_of(vocabulary, rows=ROWS, dtype=torch.float64):
+    """Return operands of every kind; the comments show their names in programs.
+
+    `dtype` is that of the operands that are not indices or masks.
+    """
     index = spread(vocabulary, rows)
     target = index.clone()
     target[::5] = IGNORED
-    return [
+    operands = [
         target,  # r0
         torch.stack([index, index.flip(0), index], 1),  # r1, with the same index twice
         torch.where(torch.arange(rows) % 2 == 0, index, index - vocabulary),  # r2
@@ -45,6 +48,7 @@ def operands_of(vocabulary, rows=ROWS):
         torch.tensor(3),  # s10
         torch.where(torch.arange(rows) % 3 == 0, -1, index.flip(0)),  # r11
     ]
+    return [each.to(dtype) if each.is_floating_point() else each for each in operands]
 
 
 PROGRAMS = {
@@ -131,14 +135,9 @@ UNUSUAL = [(name, kind) for name in STATISTICS if name != "topk" for kind in unu
 def unusual_case(text, values, rows=ROWS, dtype=torch.float64, **fields):
     """Return an input and a head whose rows of logits all have the same values."""
     (vocabulary,) = values.shape
-    weight = torch.zeros(vocabulary, HIDDEN, dtype=dtype)
-    operands = [
-        operand.to(dtype) if operand.is_floating_point() else operand
-        for operand in operands_of(vocabulary, rows)
-    ]
-    return random(rows, HIDDEN).to(dtype), head_of(
-        weight, values.to(dtype), operands, text, **fields
-    )
+    weight, operands = torch.zeros(vocabulary, HIDDEN), operands_of(vocabulary, rows, dtype)
+    head = head_of(weight.to(dtype), values.to(dtype), operands, text, **fields)
+    return random(rows, HIDDEN).to(dtype), head
 
 
 def head_of(weight, bias, operands, text, **fields):
@@ -154,9 +153,8 @@ def head_of(weight, bias, operands, text, **fields):
 
 def case(text, vocabulary=TILE + 300, rows=ROWS, dtype=torch.float64, bias=True, **fields):
     """Return a random input and a head for a program."""
-    floating = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
     weight, biases = random(vocabulary, HIDDEN).to(dtype), random(vocabulary).to(dtype)
-    operands = [floating(operand) for operand in operands_of(vocabulary, rows)]
+    operands = operands_of(vocabulary, rows, dtype)
     head = head_of(weight, biases if bias else None, operands, text, **fields)
     return random(rows, HIDDEN).to(dtype), head
 

@@ -106,10 +106,7 @@ def test_a_step_in_another_thread():
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_program(name):
     rows, vocabulary, hidden, dtype = 70, 300, 40, torch.float32
-    operands = [
-        operand.to(dtype) if operand.is_floating_point() else operand
-        for operand in operands_of(vocabulary, rows)
-    ]
+    operands = operands_of(vocabulary, rows, dtype)
     head = head_of(
         random(vocabulary, hidden).to(dtype),
         random(vocabulary).to(dtype),
