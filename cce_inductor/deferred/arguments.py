@@ -8,24 +8,28 @@ where the pass finds them like any others.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from cce_inductor.deferred import eager
 from cce_inductor.deferred.autograd import to_plain
-from cce_inductor.deferred.flatten import PREFIX, operation_for_graph
+from cce_inductor.deferred.connection import Connection
+from cce_inductor.deferred.flatten import (
+    PREFIX,
+    depends_on_sizes,
+    operation_for_graph,
+    over_rows,
+)
 from cce_inductor.deferred.tape import Call, Tape, add_calls
 from cce_inductor.deferred.tensor import DeferredLogits
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.recipe.operation import Operation
 from cce_inductor.recipe.stale import StaleLogitsError
-from cce_inductor.rewriting.mutation import mutated_storages, storage_of
+from cce_inductor.rewriting.mutation import is_random, mutated_storages, storage_of
 from cce_inductor.rewriting.returned import ARRIVED
 from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.inputs import (
@@ -135,27 +139,31 @@ class _Operands:
         values: the arguments that are not deferred, in order, then the operands of those that are,
             each once.
         written: how each deferred argument is computed.
-        operations: the operation of each deferred argument itself.
         count: the number of arguments that are not deferred.
     """
 
     values: list[Any]
     written: list[_Written]
-    operations: list[Operation]
     count: int
 
     @classmethod
-    def of(cls, arguments: Sequence[Any]) -> _Operands:
+    def of(cls, arguments: Sequence[Any], connected: Mapping[int, Operation]) -> _Operands:
+        """Return the operands of some arguments.
+
+        Args:
+            arguments: the arguments.
+            connected: in the place of the operation of some deferred arguments, by their identity.
+        """
         deferred: list[tuple[int, Operation]] = []
-        operations: list[Operation] = []
         values: list[Any] = []
         for position, value in enumerate(arguments):
-            operation = operation_for_graph(value) if isinstance(value, DeferredLogits) else None
+            operation = None
+            if isinstance(value, DeferredLogits):
+                operation = connected.get(id(value)) or operation_for_graph(value)
             if operation is None:
                 values.append(_plain(value))
             else:
                 deferred.append((position, operation))
-                operations.append(value._operation)
         count = len(values)
         places = {id(value): place for place, value in enumerate(values)}
         written = []
@@ -168,7 +176,7 @@ class _Operands:
                     values.append(tensor)
             read = tuple(places[id(tensor)] for tensor in tape.tensors)
             written.append(_Written(position, tuple(tape.calls), read))
-        return cls(values, written, operations, count)
+        return cls(values, written, count)
 
 
 def compile_for_operands(
@@ -190,8 +198,15 @@ def compile_for_operands(
             "them"
         )
         return _TakesDeferred(module)
+    if any(map(is_random, module.graph.nodes)):
+        _log.info(
+            "a graph of deferred logits runs without being compiled: it draws random numbers, and "
+            "a second call, which computes the gradient of the logits, would draw others"
+        )
+        return _TakesDeferred(module)
     try:
-        operands = _Operands.of(example_inputs)
+        changed = _changed_arguments(module)
+        operands = _Operands.of(example_inputs, {})
         inner = _graph_of_operands(module, example_inputs, operands)
     except StaleLogitsError:
         return _TakesDeferred(module)  # raises the error if it needs the values
@@ -201,13 +216,12 @@ def compile_for_operands(
     compiled = compiler(inner, operands.values)
     fakes = [example(node) for node in inner.graph.find_nodes(op="placeholder")]
     written = operands.written
-    placeholders = module.graph.find_nodes(op="placeholder")
-    bypasses = [_has_results_with_gradient(placeholders[each.position]) for each in written]
-    del operands, example_inputs, placeholders  # the compiled function must not keep them alive
+    del operands, example_inputs  # the compiled function must not keep them alive
 
     def call(*arguments: Any) -> Any:
         try:
-            given = _Operands.of(arguments)
+            connection, connected = _connect(arguments)
+            given = _Operands.of(arguments, connected)
         except StaleLogitsError:
             return module(*arguments)  # raises the error if it needs the values
         new = range(given.count, len(given.values))
@@ -215,29 +229,51 @@ def compile_for_operands(
             _fits(given.values[place], fakes[place]) for place in new
         ):
             return module(*arguments)  # Dynamo has no guards for these, so it runs uncompiled
+        if connection is None:
+            return compiled(*given.values)
+        before = [each.clone() if at in changed else each for at, each in enumerate(arguments)]
         results = compiled(*given.values)
-        eager.mark_bypassed(list(itertools.compress(given.operations, bypasses)), results)
+        connection.watch(results, module, before, {})
         return results
 
     return _TakesDeferred(call)
 
 
-def _has_results_with_gradient(node: Node) -> bool:
-    """Whether a result of the graph has a gradient with respect to `node`."""
-    reached, pending = {node}, [node]
-    while pending:
-        for user in pending.pop().users:
-            if user.op == "output":
-                return True
-            if user not in reached and _may_have_gradient(user):
-                reached.add(user)
-                pending.append(user)
-    return False
+def _changed_arguments(module: GraphModule) -> set[int]:
+    """Return the positions of the arguments that a graph changes in place."""
+    changed = {storage for node in module.graph.nodes for storage in mutated_storages(node)}
+    placeholders = enumerate(module.graph.find_nodes(op="placeholder"))
+    return {
+        at
+        for at, node in placeholders
+        if isinstance(example(node), Tensor) and storage_of(node) in changed
+    }
 
 
-def _may_have_gradient(node: Node) -> bool:
-    value = example(node)
-    return not isinstance(value, Tensor) or value.requires_grad
+def _connect(arguments: Sequence[Any]) -> tuple[Connection | None, dict[int, Operation]]:
+    """Connect the deferred arguments that require a gradient with what is computed from them.
+
+    Returns:
+        The operations of such arguments in terms of aliases, by the identity of the argument.
+    """
+    trained = [
+        each
+        for each in {id(each): each for each in arguments}.values()
+        if isinstance(each, DeferredLogits)
+        and (operation := operation_for_graph(each)) is not None
+        and operation.requires_grad
+    ]
+    if not trained:
+        return None, {}
+    connection, connected = Connection(trained), {}
+    with torch.enable_grad():  # the function may enable gradients itself
+        for each, operation in zip(trained, connection.aliased(trained), strict=True):
+            if depends_on_sizes(operation):
+                by_rows = over_rows(type(each), operation)
+                assert by_rows is not None, "operation_for_graph has returned one"
+                operation = by_rows
+            connected[id(each)] = operation
+    return connection, connected
 
 
 def _fits(tensor: Tensor, fake: Tensor) -> bool:

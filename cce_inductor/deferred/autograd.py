@@ -1,8 +1,8 @@
-"""Deferred logits in autograd: the functions that make them, and what becomes of their gradient.
+"""Deferred logits in autograd: the functions that make them, and what they do with a gradient.
 
-Autograd records deferred logits as it does any tensor. The gradient of a fused loss bypasses them:
-it goes directly to the hidden state and the weight. That is only right if no hook and no function
-of the user's observes the gradient of the logits on its way. `fusable_operation` decides that.
+Autograd records deferred logits as it does any tensor. The gradient that reaches the projection is
+plain, or it is a `gradient.GradientTensor`; then the projection returns what the fused losses have
+computed, if nothing has interfered with the gradient on its way.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from cce_inductor.deferred.base import DeferredTensor
+from cce_inductor.deferred.gradient import Gradients, GradientTensor, added, fused_gradients
 from cce_inductor.recipe.operation import Operation, project, strided
 from cce_inductor.recipe.stale import Guarded
-from cce_inductor.torch_internals.callers import is_builtin_node
-from cce_inductor.torch_internals.tensors import without_torch_function
+from cce_inductor.torch_internals.tensors import (
+    compiles_backwards,
+    keeps_graph,
+    without_torch_function,
+)
 
 
 def deferred_product(
@@ -64,6 +68,7 @@ class _Product(torch.autograd.Function):
         linear_bias: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, linear_weight)
         ctx.dtype = dtype
         ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
@@ -71,32 +76,50 @@ class _Product(torch.autograd.Function):
         operands = Guarded(input, "the hidden state"), Guarded(linear_weight, "the weight"), bias
         shape = (*input.shape[:-1], linear_weight.shape[0])
         like = torch.empty(shape, dtype=dtype, device="meta")
-        return kind(like, Operation(project, (*operands, dtype), size=like.numel()), input.device)
+        ctx.operation = Operation(project, (*operands, dtype), size=like.numel())
+        return kind(like, ctx.operation, input.device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, linear_weight = ctx.saved_tensors
-        _, need_input, need_weight, need_bias, _ = ctx.needs_input_grad
-        count = math.prod(grad.shape[:-1])
-        rows = grad.reshape(count, grad.shape[-1])
-        d_input = d_weight = d_bias = None
-        with torch.autocast(grad.device.type, enabled=False):
-            if need_input:
-                d_input = (rows @ linear_weight.to(ctx.dtype)).view(input.shape).to(input.dtype)
-            if need_weight:
-                flat = input.reshape(count, input.shape[-1]).to(ctx.dtype)
-                d_weight = (rows.t() @ flat).to(linear_weight.dtype)
-            if need_bias:
-                d_bias = rows.sum(0).to(ctx.bias_dtype)
-        return None, d_input, d_weight, d_bias, None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        operation = ctx.operation
+        if not keeps_graph():
+            ctx.operation = None  # it keeps the hidden state alive
+        if not isinstance(grad, GradientTensor):
+            return None, *_gradients(ctx, grad), None
+        fused = fused_gradients(grad, operation)
+        if fused is None:
+            return None, *_gradients(ctx, to_plain(grad)), None
+        gradients, rest = fused
+        if rest is not None:
+            gradients = Gradients(*map(added, gradients, _gradients(ctx, rest)))
+        return None, *gradients, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Gradients:
+    """Return the gradients of a projection, from that of its result."""
+    input, linear_weight = ctx.saved_tensors
+    _, need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+    count = math.prod(grad.shape[:-1])
+    rows = grad.reshape(count, grad.shape[-1])
+    d_input = d_weight = d_bias = None
+    with torch.autocast(grad.device.type, enabled=False):
+        if need_input:
+            d_input = (rows @ linear_weight.to(ctx.dtype)).view(input.shape).to(input.dtype)
+        if need_weight:
+            flat = input.reshape(count, input.shape[-1]).to(ctx.dtype)
+            d_weight = (rows.t() @ flat).to(linear_weight.dtype)
+        if need_bias:
+            d_bias = rows.sum(0).to(ctx.bias_dtype)
+    return Gradients(d_input, d_weight, d_bias)
 
 
 class _Strided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: DeferredTensor, strides: tuple[int, ...]) -> Tensor:
         like = torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device="meta")
-        argument = operation_with_gradient(logits)
-        operation = Operation(strided, (argument, strides), grad_fns=grad_fns_of([logits]))
+        operation = Operation(strided, (operation_with_gradient(logits), strides))
         return type(logits)(like, operation, logits.device)
 
     @staticmethod
@@ -116,10 +139,6 @@ class _Plain(torch.autograd.Function):
         return grad, None
 
 
-_NODES: dict[Any, Any] = {project: _Product, strided: _Strided}
-"""The functions of an `Operation` that are autograd functions of this module."""
-
-
 def fusable_operation(logits: DeferredTensor, *, needs_gradient: bool) -> Operation | None:
     """Return how logits are computed, for a reduction that does not compute them.
 
@@ -129,58 +148,65 @@ def fusable_operation(logits: DeferredTensor, *, needs_gradient: bool) -> Operat
 
     Returns:
         None if the reduction must compute them: they have been computed already, a tensor that
-        they are computed from is not plain, or their gradient is observed.
+        they are computed from is not plain, they are a leaf, whose gradient ends there, or the
+        backward will be compiled ("compiled autograd"), in which no gradient can be deferred.
     """
     if not logits.is_deferred or not logits._operation.is_plain:
         return None
+    if isinstance(logits, GradientTensor):
+        return None
     if not logits.requires_grad or not needs_gradient:
         return logits._operation.without_gradient
+    if compiles_backwards():
+        return None
     operation = operation_with_gradient(logits)
-    is_observed = any(each.gradient_is_observed for each in operation.history())
-    return None if is_observed else operation
+    return operation if operation.requires_grad else None
 
 
 def operation_with_gradient(logits: DeferredTensor) -> Operation:
-    """Return how logits are computed, if their gradient is needed.
+    """Return how logits are computed, with a gradient if they require one.
 
-    Autograd may have recorded something else: a user's autograd function has returned these logits
-    as its own, or they are a leaf, like a view that was taken under ``no_grad``. Then their
-    gradient counts as observed, so that it is computed.
+    An autograd function of the user's, or of a library like DistributedDataParallel, that returns
+    its argument runs without gradients, and its result requires one. The operation is then that of
+    the projection that autograd has recorded before it. If the function changes the gradient, the
+    projection will notice.
+
+    Returns:
+        An operation that does not require a gradient, too, if the logits are a leaf.
     """
-    operation = logits._operation
     if not logits.requires_grad:
-        return operation.without_gradient
-    node = _grad_fn(logits)
-    if operation.function in _NODES:
-        is_recorded = type(node) is _NODES[operation.function]._backward_cls
-    else:
-        is_recorded = is_builtin_node(node)
-    if is_recorded and operation.grad_fns:
-        before = [function for function, _ in node.next_functions]
-        is_recorded = all(any(each is one for one in before) for each in operation.grad_fns)
-    operation.gradient_is_observed |= not is_recorded
-    return operation
+        return logits._operation.without_gradient
+    if not logits._operation.requires_grad:
+        projections = {
+            id(each.without_gradient): each for each in _projections_before(_grad_fn(logits))
+        }
+        made = {
+            id(each): projections[id(each)]
+            for each in logits._operation.products()
+            if id(each) in projections
+        }
+        if made:
+            logits._operation = logits._operation.with_tensors({}, made)
+    return logits._operation
 
 
-def observe_gradient(logits: DeferredTensor) -> None:
-    """Note that the gradient of logits is observed, so that no loss bypasses them from now on.
-
-    Raises:
-        RuntimeError: a loss has already bypassed it.
-    """
-    if logits._operation.gradient_is_bypassed and logits._version == 0:
-        raise RuntimeError(
-            "cce_inductor: the gradient of these logits is requested, but a loss of them has "
-            "already been fused with their projection, so that it has no gradient with respect to "
-            "them. Request it (retain_grad, register_hook) before the loss is computed, or pass "
-            'defer_logits="never".'
-        )
-    logits._operation.gradient_is_observed = True
+_MOST_NODES = 100
+"""How many nodes `_projections_before` visits. Few operators are applied to logits."""
 
 
-def grad_fns_of(tensors: list[DeferredTensor]) -> tuple[Any, ...]:
-    """Return the autograd nodes of those tensors that require a gradient."""
-    return tuple(_grad_fn(logits) for logits in tensors if logits.requires_grad)
+def _projections_before(node: Any) -> list[Operation]:
+    """Return the nearest projections that autograd has recorded before a node."""
+    found: list[Operation] = []
+    seen = pending = [node]
+    while pending and len(seen) < _MOST_NODES:
+        node, *pending = pending
+        if isinstance(node, _Product._backward_cls):
+            found += [] if node.operation is None else [node.operation]
+        elif node is not None:
+            before = [function for function, _ in node.next_functions]
+            new = [each for each in before if not any(each is one for one in seen)]
+            seen, pending = seen + new, pending + new
+    return found
 
 
 def _grad_fn(logits: DeferredTensor) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,9 +28,15 @@ class DeferredTensor(Tensor):
         view_of: None if it is not a view of another deferred tensor.
     """
 
+    _gradient_kind: ClassVar[type[Any]]
+    """The class of its gradient, a `gradient.GradientTensor`."""
+
+    _WHAT: ClassVar[str] = "deferred logits"
+    """What warnings and texts call the values, in the plural."""
+
     _operation: Operation
     _memory: Memory
-    _over_rows: dict[bool, Tensor | None]
+    _over_rows: dict[bool, Operation | None]
     """A cache for `flatten.operation_for_graph`; the key is whether a gradient is required."""
 
     @staticmethod
@@ -52,7 +58,9 @@ class DeferredTensor(Tensor):
         )
         forbid_memory(self)
         self._operation = operation
-        self._memory = Memory(like, operation.without_gradient, self.is_inference(), view_of)
+        self._memory = Memory(
+            like, operation.without_gradient, self.is_inference(), cls._WHAT, view_of
+        )
         self._over_rows = {}
         operation.keep_result_in(self._memory)
         return self
@@ -61,6 +69,11 @@ class DeferredTensor(Tensor):
     def is_deferred(self) -> bool:
         """Whether the values have not been computed yet."""
         return self._memory.is_deferred
+
+    @property
+    def _is_as_recorded(self) -> bool:
+        """Whether the operation still says what the values are. They may have been computed."""
+        return not (self._memory.is_materialized or self._memory.root.is_materialized)
 
     def _values(self) -> Tensor:
         """Return the values as a plain tensor without gradient, which must not be modified."""

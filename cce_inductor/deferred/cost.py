@@ -15,11 +15,12 @@ _warned: set[tuple[str, int]] = set()
 """The lines that were warned about. It is emptied when it has `_MOST_LINES`."""
 
 
-def warn_of_cost(logits: Tensor) -> None:
+def warn_of_cost(logits: Tensor, what: str) -> None:
     """Warn that logits are computed, if they are large and the user's line is new.
 
     Args:
         logits: a tensor with their shape and dtype.
+        what: what the warning calls them, in the plural.
     """
     if logits.nbytes < DEFAULT_MIN_LOGITS_BYTES:
         return
@@ -31,7 +32,7 @@ def warn_of_cost(logits: Tensor) -> None:
         _warned.clear()
     _warned.add(place)
     warnings.warn_explicit(
-        f"deferred logits are computed here: {format_tensor(logits.shape, logits.dtype)}, "
+        f"{what} are computed here: {format_tensor(logits.shape, logits.dtype)}, "
         f"{format_bytes(logits.nbytes)}. Single rows, reductions over the vocabulary and losses do "
         "not need that memory. With cce_inductor.install(defer_logits='never') the compiled "
         "function returns computed logits.",

@@ -17,7 +17,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cce_inductor.deferred import lazy
-from cce_inductor.deferred.autograd import grad_fns_of, operation_with_gradient
+from cce_inductor.deferred.autograd import operation_with_gradient
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
 from cce_inductor.deferred.eager import PYTORCH_ERRORS
 from cce_inductor.recipe.operation import Operation
@@ -33,7 +33,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = _deferred(func, args, kwargs)
     if result is NotImplemented and isinstance(func, torch._ops.OpOverload):
         result = _decomposed(func, args, kwargs)
-    return _computed(func, args, kwargs) if result is NotImplemented else result
+    return computed(func, args, kwargs) if result is NotImplemented else result
 
 
 # The result is deferred
@@ -51,7 +51,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return NotImplemented
         if func is aten.index.Tensor:
             args = (args[0], _masks_as_indices(args[1]))
-    like_args, like_kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+    like_args, like_kwargs = tree_map_only(Tensor, on_meta, (args, kwargs))
     try:
         like = func(*like_args, **like_kwargs)
     except PYTORCH_ERRORS:
@@ -68,7 +68,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
     elif args[0] is not logits[0] or len(logits) > 1:
         return NotImplemented
-    operation = _operation(func, args, kwargs, logits)
+    operation = _operation(func, args, kwargs)
     if lazy.is_view(func):
         return _views(func, args, kwargs, like, operation)
     return type(logits[0])(like, operation, logits[0].device)
@@ -77,15 +77,8 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 _BY_INDEX = (aten.index.Tensor, aten.index_select.default)
 
 
-def _operation(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], logits: list[DeferredTensor]
-) -> Operation:
-    """Return a call as an operation, with a gradient if autograd records the call.
-
-    Args:
-        func, args, kwargs: the call.
-        logits: the deferred tensors among its arguments.
-    """
+def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
+    """Return a call as an operation, with a gradient if autograd records the call."""
     has_gradient = torch.is_grad_enabled() and func is not aten.detach.default
 
     def operand(tensor: Tensor) -> Operation | Guarded:
@@ -93,12 +86,12 @@ def _operation(
             if has_gradient:
                 return operation_with_gradient(tensor)
             return tensor._operation.without_gradient
+        if tensor.requires_grad:
+            return Guarded(tensor, "an operand")
         # A tensor without gradient may be modified before it is read, so it is copied. It is small.
-        return Guarded(tensor if tensor.requires_grad else tensor.clone(), "an operand")
+        return Guarded(tensor.clone(), "an operand", copy_of=tensor)
 
-    operands, named = tree_map_only(Tensor, operand, (args, kwargs))
-    grad_fns = grad_fns_of(logits) if has_gradient else ()
-    return Operation(func, operands, named, grad_fns)
+    return Operation(func, *tree_map_only(Tensor, operand, (args, kwargs)))
 
 
 def _views(
@@ -115,7 +108,7 @@ def _views(
     return [
         logits._view(
             part,
-            Operation(operator.getitem, (operation, number), grad_fns=operation.grad_fns),
+            Operation(operator.getitem, (operation, number)),
             functools.partial(part_of, number=number),
         )
         for number, part in enumerate(like)
@@ -207,7 +200,7 @@ class _Aliases(NamedTuple):
         return cls(shared, modified)
 
 
-def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the result of an operator on values, which are kept."""
     aliases = _Aliases.of(func, args, kwargs)
 
@@ -249,7 +242,8 @@ def _with_modified(func: Any, result: Any, modified: dict[str, DeferredTensor]) 
 # Tensors that stand for deferred logits
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor on the meta device with the same shape, strides and dtype."""
     return _uninitialized(tensor, "meta")
 
 

@@ -48,9 +48,7 @@ def compute_reduction(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     Returns:
         NotImplemented if the pass cannot rewrite it.
     """
-    leaves = tree_leaves((args, kwargs))
-    operations = [each for each in leaves if isinstance(each, Operation)]
-    others = [each for each in leaves if isinstance(each, Tensor)]
+    others = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     if not all(each.is_floating_point() or each.dtype in _INDEX_DTYPES for each in others):
         return NotImplemented
     tape = Tape()
@@ -63,21 +61,11 @@ def compute_reduction(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     fused = _reduction(calls, _Situation.now(tape))
     if fused is None:
         return NotImplemented
-    result = fused(*tape.tensors)
-    mark_bypassed(operations, result)
-    return result
+    return fused(*tape.tensors)
 
 
 _INDEX_DTYPES = (torch.int64, torch.bool)
 """Dtypes that every function accepts as indices or masks. Functions differ in the others."""
-
-
-def mark_bypassed(operations: list[Operation], results: Any) -> None:
-    """Note that the gradients of `results`, if any, bypass the logits of `operations`."""
-    if any(each.requires_grad for each in tree_leaves(results) if isinstance(each, Tensor)):
-        for operation in operations:
-            for each in operation.history():
-                each.gradient_is_bypassed = True
 
 
 def few_rows(operation: Operation) -> Tensor | None:

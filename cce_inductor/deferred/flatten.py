@@ -14,7 +14,7 @@ from torch import Tensor
 from cce_inductor.deferred import eager, lazy
 from cce_inductor.deferred.autograd import deferred_product, fusable_operation
 from cce_inductor.deferred.base import DeferredTensor
-from cce_inductor.deferred.tape import Call, Tape, replay
+from cce_inductor.deferred.tape import Call, Ref, Tape, replay
 from cce_inductor.recipe.operation import Operation
 from cce_inductor.recipe.stale import StaleLogitsError
 
@@ -36,15 +36,28 @@ def operation_for_graph(logits: DeferredTensor) -> Operation | None:
     """
     # The function may enable gradients itself, so the operation has them in any case.
     operation = fusable_operation(logits, needs_gradient=True)
-    if operation is None or not any(map(lazy.depends_on_sizes, operation.history())):
+    if operation is None or not depends_on_sizes(operation):
         return operation
     if operation.requires_grad not in logits._over_rows:
-        logits._over_rows[operation.requires_grad] = eager.from_rows(
-            operation,
-            lambda input, *others: deferred_product(type(logits), input.contiguous(), *others),
-        )
-    over_rows = logits._over_rows[operation.requires_grad]
-    return over_rows._operation if isinstance(over_rows, DeferredTensor) else None
+        logits._over_rows[operation.requires_grad] = over_rows(type(logits), operation)
+    return logits._over_rows[operation.requires_grad]
+
+
+def depends_on_sizes(operation: Operation) -> bool:
+    """Whether the calls of an operation and those before it depend on the number of rows."""
+    return any(map(lazy.depends_on_sizes, operation.history()))
+
+
+def over_rows(kind: type[DeferredTensor], operation: Operation) -> Operation | None:
+    """Return an operation as a function of the rows of the hidden state that it needs.
+
+    Returns:
+        None if the pass cannot trace the result back to rows of the hidden state.
+    """
+    made = eager.from_rows(
+        operation, lambda input, *others: deferred_product(kind, input.contiguous(), *others)
+    )
+    return made._operation if isinstance(made, DeferredTensor) else None
 
 
 def flatten(logits: DeferredTensor) -> tuple[list[str], tuple[Call, ...] | None]:
@@ -76,7 +89,9 @@ def unflatten(
 ) -> Tensor:
     """Return logits that are computed from other tensors in the same way."""
     tensors = [tensor.detach() for tensor in inner.values()]
-    made: Tensor = tensors[0] if calls is None else replay(calls, tensors)
+    made: Tensor = tensors[0]
+    if calls is not None:
+        made = replay(calls, tensors)[Ref("call", len(calls) - 1)]
     if made.stride() != tuple(outer_stride) and made.shape == outer_size:
         made = made.new_empty_strided(outer_size, outer_stride)
     return made

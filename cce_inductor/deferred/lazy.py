@@ -19,7 +19,7 @@ aten = torch.ops.aten
 def stays_deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator's result on deferred logits can be deferred as well."""
     if func is aten._to_copy.default:
-        return _only_casts(args[0], **kwargs)
+        return only_casts(args[0], **kwargs)
     return func in SPELLINGS or is_pointwise(func)
 
 
@@ -32,11 +32,14 @@ def is_pointwise(func: torch._ops.OpOverload) -> bool:
     schema = func._schema
     return (
         func not in SPELLINGS
-        and torch.Tag.pointwise in func.tags
+        and (torch.Tag.pointwise in func.tags or func in _POINTWISE_WITHOUT_TAG)
         and torch.Tag.nondeterministic_seeded not in func.tags
         and not schema.is_mutable
         and [str(result.type) for result in schema.returns] == ["Tensor"]
     )
+
+
+_POINTWISE_WITHOUT_TAG = (aten.masked_fill.Tensor, aten.rsub.Tensor)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -112,7 +115,8 @@ _DEPENDS_ON_SIZES = {
 }
 
 
-def _only_casts(input: Tensor, *, dtype: Any = None, device: Any = None, **others: Any) -> bool:
+def only_casts(input: Tensor, *, dtype: Any = None, device: Any = None, **others: Any) -> bool:
+    """Whether ``_to_copy`` with these arguments changes nothing but the dtype."""
     moves = device is not None and torch.device(device) != input.device
     memory_format = others.pop("memory_format", None)
     kept = memory_format in (None, torch.preserve_format)

@@ -41,9 +41,11 @@ class Memory:
         like: a tensor on the meta device with the same shape, strides and dtype.
         operation: computes the values.
         is_inference: whether they are a tensor of inference mode.
+        what: what a warning calls the values, in the plural.
         view_of: None if this is not the memory of a view.
 
     Attributes:
+        like: see above.
         stored: the values, None if they have not been computed.
         view_base: the values that views taken earlier refer to, if the tensor has been given
             others since, or another shape in place. None otherwise.
@@ -56,14 +58,16 @@ class Memory:
         like: Tensor,
         operation: Operation,
         is_inference: bool,
+        what: str,
         view_of: ViewOf | None = None,
     ):
         self.operation = operation
         self.stored: Tensor | None = None
         self.view_base: Tensor | None = None
         self.is_materialized = False
-        self._like = like
+        self.like = like
         self._is_inference = is_inference
+        self._what = what
         self._view_of = view_of
         self._lock = threading.RLock()
 
@@ -82,9 +86,11 @@ class Memory:
     def is_partial(self) -> bool:
         """Whether these are some of the logits of a projection that has not been computed."""
         history = self.operation.history()
+        if not all(source.is_plain for each in history for source in each.sources):
+            return False
         memories = [operation.memory() for operation in history[:-1]]
         known = any(memory is not None and not memory.is_deferred for memory in memories)
-        return not known and self._like.numel() < history[0].size
+        return not known and self.like.numel() < history[0].size
 
     def values(self) -> Tensor:
         """Return the values as a plain tensor without gradient, which must not be modified."""
@@ -101,7 +107,7 @@ class Memory:
     def _is_read_from(self, view_of: ViewOf) -> bool:
         """Whether the values are taken from the parent's, rather than computed without the rest."""
         parent = view_of.parent
-        is_whole = self._like.numel() == parent._like.numel()
+        is_whole = self.like.numel() == parent.like.numel()
         return is_whole or not parent.is_deferred or parent.is_materialized
 
     def materialize(self) -> Tensor:
@@ -126,10 +132,10 @@ class Memory:
         self.stored = values
 
     def _compute(self) -> Tensor:
-        warn_of_cost(self._like)
+        warn_of_cost(self.like, self._what)
         computed = few_rows(self.operation) if self.is_partial else None
         if computed is None:
             computed = self.operation.compute()
-        if computed.stride() != self._like.stride():
-            computed = strided(computed, self._like.stride())
+        if computed.stride() != self.like.stride():
+            computed = strided(computed, self.like.stride())
         return computed

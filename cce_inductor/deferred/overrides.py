@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from cce_inductor.deferred import eager
-from cce_inductor.deferred.autograd import fusable_operation, observe_gradient, to_plain
+from cce_inductor.deferred.autograd import fusable_operation, to_plain
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
+from cce_inductor.deferred.connection import Connection
+from cce_inductor.recipe.operation import Operation
 from cce_inductor.torch_internals.callers import (
     is_about_memory,
     is_compiler_asking,
@@ -36,28 +38,40 @@ def override(func: Function, args: Args, kwargs: Kwargs) -> Any:
         return _OVERRIDES[func](func, args, kwargs)
     target = eager.spelling(func)
     if target is not None:
-        result = _fused(target, args, kwargs)
+        result = _fused(func, target, args, kwargs)
         if result is not NotImplemented:
             return result
     return _as_tensor(func, args, kwargs)
 
 
-def _fused(target: Any, args: Args, kwargs: Kwargs) -> Any:
+def _fused(func: Function, target: Any, args: Args, kwargs: Kwargs) -> Any:
     """Return a reduction that does not compute the logits, NotImplemented if it must."""
     if is_tracing_transform():
         return NotImplemented
+    logits = list({id(each): each for each in deferred_among((args, kwargs))}.values())
     with torch.set_grad_enabled(torch.is_grad_enabled() and target not in _WITHOUT_GRADIENT):
-        needs_gradient = torch.is_grad_enabled()
         operations = {
-            id(logits): fusable_operation(logits, needs_gradient=needs_gradient)
-            for logits in deferred_among((args, kwargs))
+            id(each): fusable_operation(each, needs_gradient=torch.is_grad_enabled())
+            for each in logits
         }
-        if not operations or None in operations.values():
+        if not logits or None in operations.values():
             return NotImplemented
-        return eager.compute_reduction(
+        trained = [each for each in logits if _requires_grad(operations[id(each)])]
+        connection = Connection(trained) if trained else None
+        if connection is not None:
+            aliased = connection.aliased(trained)
+            operations.update(zip(map(id, trained), aliased, strict=True))
+        result = eager.compute_reduction(
             target,
             *tree_map_only(DeferredTensor, lambda each: operations[id(each)], (args, kwargs)),
         )
+        if connection is not None and result is not NotImplemented:
+            connection.watch(result, func, args, kwargs)
+        return result
+
+
+def _requires_grad(operation: Operation | None) -> bool:
+    return operation is not None and operation.requires_grad
 
 
 _WITHOUT_GRADIENT = (torch.argmax, "argmax", torch.argmin, "argmin")
@@ -129,24 +143,71 @@ def _set_data(func: Function, args: Args, kwargs: Kwargs) -> None:
     logits._memory.replace(plain.detach())
 
 
-def _grad_fn(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """Return ``grad_fn``. A user may register a hook on the node; a compiler does not."""
-    if not is_compiler_asking():
-        args[0]._operation.gradient_is_observed = True
-    return _as_tensor(func, args, kwargs)
-
-
 def _is_view(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Whether it is a view. A compiler gets False: it would otherwise rebuild it from its base."""
     return False if is_compiler_asking() else _as_tensor(func, args, kwargs)
 
 
-def _observing_gradient(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    """Call a function that asks for the gradient of the logits."""
-    wanted = kwargs.get("inputs", args[1:2]) if func is torch.autograd.grad else (args, kwargs)
-    for each in deferred_among(wanted):
-        observe_gradient(each)
+def _getitem(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Index with the positions that a mask selects, so that autograd keeps those, too."""
+    logits, index = args
+    entries = index if isinstance(index, tuple) else (index,)
+    if not isinstance(logits, DeferredTensor) or not any(map(_is_mask, entries)):
+        return _as_tensor(func, args, kwargs)
+    dim, positions = 0, []
+    for entry in entries:
+        if entry is Ellipsis or (
+            _is_mask(entry) and entry.shape != logits.shape[dim:][: entry.dim()]
+        ):
+            return _as_tensor(func, args, kwargs)
+        if _is_mask(entry):
+            dim += entry.dim()
+            positions += entry.nonzero().unbind(1)
+        else:
+            dim += entry is not None
+            positions.append(entry)
+    return _as_tensor(func, (logits, tuple(positions)), kwargs)
+
+
+def _is_mask(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype == torch.bool and entry.dim() > 0
+
+
+def _split(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Return the parts as slices: the gradient of one part then needs no zeros for the others."""
+    logits, *others = args
+    with torch.no_grad():
+        parts = func(torch.empty(logits.shape, device="meta"), *others, **kwargs)
+    dim = kwargs.get("dim", others[1] if len(others) > 1 else 0)
+    start, slices = 0, []
+    for part in parts:
+        slices.append(logits.narrow(dim, start, part.shape[dim]))
+        start += part.shape[dim]
+    return tuple(slices)
+
+
+def _unbind(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Return the parts as single selections, as `_split` does."""
+    logits = args[0]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return tuple(logits.select(dim, number) for number in range(logits.shape[dim]))
+
+
+def _iterate(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    return iter(args[0].unbind(0)) if args[0].dim() else func(to_plain(args[0]))
+
+
+def _clamp(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Call with bounds that are tensors, as an operation keeps them: the derivative differs."""
+    logits, *bounds = args
+    if isinstance(logits, DeferredTensor) and logits.is_floating_point():
+        args = (logits, *map(_as_bound, bounds))
+        kwargs = {name: _as_bound(value) for name, value in kwargs.items()}
     return _as_tensor(func, args, kwargs)
+
+
+def _as_bound(value: Any) -> Any:
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
 
 
 def _text(func: Function, args: Args, kwargs: Kwargs) -> str:
@@ -157,7 +218,7 @@ def _text(func: Function, args: Args, kwargs: Kwargs) -> str:
         return object.__format__(logits, *args[1:], **kwargs)  # the same text; refuses a format
     grad = ", requires_grad=True" if logits.requires_grad else ""
     return (
-        f"DeferredLogits(shape={tuple(logits.shape)}, dtype={logits.dtype}, "
+        f"{type(logits).__name__}(shape={tuple(logits.shape)}, dtype={logits.dtype}, "
         f"device='{logits.device}'{grad}, not computed)"
     )
 
@@ -186,13 +247,18 @@ _OVERRIDES: dict[Any, Callable[[Function, Args, Kwargs], Any]] = {
     Tensor.__dlpack__: _on_copy,
     Tensor.pin_memory: _on_copy,
     Tensor.tolist: _on_values,
-    # Gradients
-    Tensor.grad_fn.__get__: _grad_fn,
-    Tensor.register_hook: _observing_gradient,
-    Tensor.retain_grad: _observing_gradient,
-    Tensor.register_post_accumulate_grad_hook: _observing_gradient,
-    Tensor.requires_grad_: _observing_gradient,
-    Tensor.requires_grad.__set__: _observing_gradient,
-    torch.autograd.grad: _observing_gradient,
+    # Derivatives
+    **dict.fromkeys(
+        (
+            *(torch.clamp, torch.clip, torch.clamp_min, torch.clamp_max),
+            *(Tensor.clamp, Tensor.clip, Tensor.clamp_min, Tensor.clamp_max),
+        ),
+        _clamp,
+    ),
+    # Parts
+    Tensor.__getitem__: _getitem,
+    **dict.fromkeys((Tensor.split, torch.split, Tensor.chunk, torch.chunk), _split),
+    **dict.fromkeys((Tensor.unbind, torch.unbind), _unbind),
+    Tensor.__iter__: _iterate,
 }
 """Functions that are neither reductions nor ATen operators, and the override of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +85,10 @@ class Tape:
             return self._refs[id(value)]
         return Number(value, repr(value)) if isinstance(value, (int, float)) else value
 
+    def ref_of(self, operation: Operation) -> Ref | None:
+        """Return the result of an operation on the tape, None if it is not there."""
+        return self._refs.get(id(operation))
+
     def _record_history(self, last: Operation) -> None:
         """Record an operation and those before it.
 
@@ -104,13 +109,24 @@ class Tape:
                 )
 
 
-def replay(calls: tuple[Call, ...], tensors: list[Tensor]) -> Any:
-    """Run the calls and return the result of the last one."""
+def replay(
+    calls: tuple[Call, ...],
+    tensors: list[Tensor],
+    functions: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+) -> dict[Ref, Any]:
+    """Run the calls and return all results.
+
+    Args:
+        calls: the calls of a tape.
+        tensors: the tensors that they read.
+        functions: what is called in the place of some of the functions.
+    """
     values = {Ref("tensor", number): tensor for number, tensor in enumerate(tensors)}
     for number, call in enumerate(calls):
         args, kwargs = _filled((call.args, dict(call.kwargs)), values)
-        values[Ref("call", number)] = _function(call)(*args, **kwargs)
-    return values[Ref("call", len(calls) - 1)]
+        function = functions.get(call.function) or _function(call)
+        values[Ref("call", number)] = function(*args, **kwargs)
+    return values
 
 
 def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Node:

@@ -13,6 +13,8 @@ from cce_inductor.deferred.autograd import deferred_product, to_plain
 from cce_inductor.deferred.base import DeferredTensor
 from cce_inductor.deferred.dispatch import dispatch
 from cce_inductor.deferred.flatten import PREFIX, flatten, unflatten
+from cce_inductor.deferred.gradient import GradientTensor
+from cce_inductor.deferred.gradient_dispatch import dispatch_gradient
 from cce_inductor.deferred.overrides import override
 from cce_inductor.deferred.tape import Call
 
@@ -74,6 +76,27 @@ class DeferredLogits(DeferredTensor):
             if name in self.__dict__:
                 return self.__dict__[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class DeferredGradient(GradientTensor, DeferredLogits):
+    """The gradient of deferred logits, which is computed when it is first used, or never.
+
+    It is what hooks, ``retain_grad`` and `torch.autograd.grad` get. See `gradient`.
+    """
+
+    @classmethod
+    @torch._dynamo.disable
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return dispatch_gradient(func, args, kwargs or {})
+
+
+DeferredLogits._gradient_kind = DeferredGradient
 
 
 def defer(

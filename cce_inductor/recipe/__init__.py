@@ -14,8 +14,4 @@ Glossary:
 - *Guarded tensor*: a tensor that will be read later, with enough evidence to notice a change.
 - *Stale*: changed, moved or freed since.
 - *History*: all operations that an operation depends on, in order of execution, itself included.
-- *Observed gradient*: a gradient that a hook, `retain_grad` or a user's `torch.autograd.Function`
-  reads or replaces on its way. It must be computed.
-- *Bypassed gradient*: a gradient that was never computed, because a fused loss sends its gradient
-  directly to the hidden state and the weight.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,10 +45,7 @@ class Operation:
     Attributes:
         function: an ATen overload, `project`, `strided` or ``operator.getitem``.
         args, kwargs: the arguments, with `Operation` or `Guarded` in the place of tensors.
-        grad_fns: the autograd nodes of those deferred arguments that require a gradient.
         size: the number of elements of the result of `project`.
-        gradient_is_observed: see the glossary of `recipe`.
-        gradient_is_bypassed: see the glossary of `recipe`.
         memory: returns the `deferred.memory.Memory` of the result, None if that is gone.
         with_gradient: if this is the `without_gradient` of an operation, returns that operation.
     """
@@ -56,10 +53,7 @@ class Operation:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    grad_fns: tuple[Any, ...] = ()
     size: int = 0
-    gradient_is_observed: bool = False
-    gradient_is_bypassed: bool = False
     memory: Callable[[], Any] = lambda: None
     with_gradient: Callable[[], Operation | None] = lambda: None
 
@@ -99,6 +93,11 @@ class Operation:
             a for a in tree_leaves((self.args, self.kwargs)) if isinstance(a, Operation | Guarded)
         ]
 
+    @property
+    def sources(self) -> list[Guarded]:
+        """The arguments that are tensors and no results of operations."""
+        return [argument for argument in self.arguments if isinstance(argument, Guarded)]
+
     def history(self, ends: Callable[[Operation], bool] = lambda _: False) -> list[Operation]:
         """Return all operations up to this one, each after those that it reads.
 
@@ -115,6 +114,34 @@ class Operation:
             if not missing:
                 found[id(pending.pop())] = operation
         return list(found.values())
+
+    def with_tensors(self, tensors: Mapping[int, Tensor], made: dict[int, Operation]) -> Operation:
+        """Return the same operation on other tensors, which share the memory of the present ones.
+
+        Args:
+            tensors: by the identity of the `Guarded` that is replaced.
+            made: the operations that have been made, by the identity of the present one. Given to
+                several calls, it makes them share operations as the present ones do.
+        """
+
+        def replaced(argument: Operation | Guarded) -> Operation | Guarded:
+            if isinstance(argument, Operation):
+                return made[id(argument)]
+            tensor = tensors.get(id(argument))
+            return argument if tensor is None else argument.with_tensor(tensor)
+
+        history = self.history(lambda each: id(each) in made)
+        for each in history:
+            if id(each) not in made:
+                args, kwargs = tree_map_only(
+                    (Operation, Guarded), replaced, (each.args, each.kwargs)
+                )
+                made[id(each)] = Operation(each.function, args, kwargs, size=each.size)
+        for each in history:
+            with_gradient = made.get(id(each.with_gradient()))
+            if with_gradient is not None:
+                made[id(each)].with_gradient = weakref.ref(with_gradient)
+        return made[id(self)]
 
     def products(self) -> list[Operation]:
         """Return the projections in its history."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,20 @@ class StaleLogitsError(RuntimeError):
     """The values of deferred logits are needed, but a tensor they are computed from has changed."""
 
 
+class Origin(NamedTuple):
+    """Which memory a tensor is, so that two tensors can be compared without their elements."""
+
+    pointer: int | None
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Origin:
+        pointer = tensor.data_ptr() if is_plain(tensor) else None
+        return cls(pointer, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
 class Guarded:
     """A tensor that is read later, with evidence that it has not changed.
 
@@ -28,16 +43,28 @@ class Guarded:
     Args:
         tensor: the tensor.
         name: what the error calls it.
+        copy_of: the user's tensor, if `tensor` is a copy of it.
 
     Attributes:
         is_plain: see the glossary of `recipe`.
+        origin: describes the user's tensor, see `Origin`.
         requires_grad: whether the tensor required a gradient when this was created.
     """
 
-    __slots__ = ("_pointer", "_sample", "_tensor", "_version", "is_plain", "name", "requires_grad")
+    __slots__ = (
+        "_pointer",
+        "_sample",
+        "_tensor",
+        "_version",
+        "is_plain",
+        "name",
+        "origin",
+        "requires_grad",
+    )
 
-    def __init__(self, tensor: Tensor, name: str):
+    def __init__(self, tensor: Tensor, name: str, copy_of: Tensor | None = None):
         self._tensor = tensor
+        self.origin = Origin.of(tensor if copy_of is None else copy_of)
         self.name = name
         self.requires_grad = tensor.requires_grad
         self.is_plain = is_plain(tensor)
@@ -53,6 +80,12 @@ class Guarded:
             return self
         other = copy.copy(self)
         other._tensor, other.requires_grad = detached(self._tensor), False
+        return other
+
+    def with_tensor(self, tensor: Tensor) -> Guarded:
+        """The same evidence for another tensor, which shares the memory of this one."""
+        other = copy.copy(self)
+        other._tensor = tensor
         return other
 
     @property

@@ -1,4 +1,4 @@
-"""Which tensors a graph node changes in place, observed by running it on fake tensors.
+"""What a graph node changes in place, and whether it is random: observed on fake tensors.
 
 The graph before autograd is not functional: ``add_``, ``+=``, ``x[i] = v``, ``out=`` and the
 running statistics of a batch norm change tensors that other nodes hold. A read must not move past
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,27 +57,64 @@ def mutated_storages(node: Node, *, grad_enabled: bool = True) -> frozenset[obje
         node: the node.
         grad_enabled: whether gradients are enabled at the node.
     """
-    if node.op not in ("call_function", "call_method", "call_module"):
+    if node.op not in _CALLS:
         return frozenset()
     arguments = torch.fx.map_arg((node.args, dict(node.kwargs)), example)
     tensors = _tensors(arguments)
     if not tensors:
         return frozenset()
-    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+    if _calls_graphs(node):
         return _mutated_by_subgraphs(node, tensors)
+    effects = _effects(node, arguments, grad_enabled)
+    return frozenset(storage_key(tensors[at]) for at in effects.written)
+
+
+def is_random(node: Node) -> bool:
+    """Return whether a node draws random numbers. A call that cannot be run is taken to do so."""
+    if node.op not in _CALLS:
+        return False
+    if _calls_graphs(node):
+        graphs = called_graphs(node)
+        return not graphs or any(
+            is_random(inner) for graph in graphs for inner in graph.graph.nodes
+        )
+    arguments = torch.fx.map_arg((node.args, dict(node.kwargs)), example)
+    return _effects(node, arguments, grad_enabled=True).is_random
+
+
+_CALLS = ("call_function", "call_method", "call_module")
+
+
+def _calls_graphs(node: Node) -> bool:
+    return node.op == "call_module" or isinstance(node.target, HigherOrderOperator)
+
+
+class _Effects(NamedTuple):
+    """What a call does besides returning a result.
+
+    Attributes:
+        written: the positions of the tensors that it changes among all its tensors.
+        is_random: whether it draws random numbers.
+    """
+
+    written: frozenset[int]
+    is_random: bool
+
+
+def _effects(node: Node, arguments: Any, grad_enabled: bool) -> _Effects:
     kind = (_kind(node, arguments), grad_enabled)
-    positions = _observed.get(kind)
-    if positions is None:
+    effects = _observed.get(kind)
+    if effects is None:
         with torch.set_grad_enabled(grad_enabled):
-            positions = _mutated_positions(_function(node), arguments)
+            effects = _observe(_function(node), arguments)
         if len(_observed) >= _MOST_KINDS:
             _observed.clear()
-        _observed[kind] = positions
-    return frozenset(storage_key(tensors[at]) for at in positions)
+        _observed[kind] = effects
+    return effects
 
 
-_observed: dict[object, frozenset[int]] = {}
-"""For each kind of call, the positions of the tensors that it changes among all its tensors."""
+_observed: dict[object, _Effects] = {}
+"""The effects of each kind of call."""
 
 _MOST_KINDS = 4096
 """The kinds that are remembered. When there are more, all are forgotten."""
@@ -119,12 +156,12 @@ def _function(node: Node) -> Callable[..., Any]:
     return node.target
 
 
-def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozenset[int]:
-    """Return the positions of the tensors that a function changes among its tensor arguments."""
+def _observe(function: Callable[..., Any], arguments: Any) -> _Effects:
+    """Return the effects of a call, found by making it with fake tensors."""
     tensors = _tensors(arguments)
     fake = next((tensor for tensor in tensors if isinstance(tensor, FakeTensor)), None)
     mode = ThreadFakeTensorMode() if fake is None else fake.fake_mode
-    writes = _Writes()
+    operators = _Operators()
     with contextlib.ExitStack() as stack:
         if mode.shape_env is not None:  # the call may make symbols that nothing will use
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
@@ -135,11 +172,12 @@ def _mutated_positions(function: Callable[..., Any], arguments: Any) -> frozense
             # The call may change the shape of a tensor, which must not reach the graph's examples.
             aliases: dict[int, Tensor] = {id(tensor): _alias(tensor) for tensor in tensors}
             args, kwargs = tree_map_only(Tensor, lambda t: aliases[id(t)], arguments)
-            with in_this_thread(writes):
+            with in_this_thread(operators):
                 function(*args, **kwargs)
         except Exception:  # of any kind: what the call writes is not known
-            return frozenset(range(len(tensors)))
-    return frozenset(at for at, tensor in enumerate(tensors) if writes.reach(aliases[id(tensor)]))
+            return _Effects(frozenset(range(len(tensors))), is_random=True)
+    written = (at for at, each in enumerate(tensors) if operators.write(aliases[id(each)]))
+    return _Effects(frozenset(written), operators.are_random)
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -151,14 +189,15 @@ def _alias(tensor: Tensor) -> Tensor:
     )
 
 
-class _Writes(TorchDispatchMode):
-    """Records the tensors that operators change while the mode is active."""
+class _Operators(TorchDispatchMode):
+    """Records the effects of operators while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self._changed: list[Tensor] = []
+        self.are_random = False
 
-    def reach(self, tensor: Tensor) -> bool:
+    def write(self, tensor: Tensor) -> bool:
         """Return whether the tensor, or one that may share its memory, was changed."""
         storage = _plain_storage(tensor)
         for changed in self._changed:
@@ -178,6 +217,7 @@ class _Writes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self._changed += _written_arguments(func, args, kwargs)
+        self.are_random |= torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **kwargs)
 
 

@@ -12,7 +12,6 @@ because the evidence is private to PyTorch.
 | `is_torch_asking` | the innermost frame outside of this package is in `torch` |
 | `is_compiler_asking` | that frame is in a folder of the compiler, or an expression it evaluates |
 | `is_tracing_transform` | functorch has an interpreter on its stack |
-| `is_builtin_node` | the node is named ``ViewBackward0``: autograd's own have a number |
 | `is_about_memory` | the text of the error |
 | `guarded_dictionaries` | the frame of ``OutputGraph.call_user_compiler``, and its guards |
 | `is_whole_graph` | DistributedDataParallel's optimizer is off, and Dynamo has marked the module |
@@ -25,7 +24,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,18 +77,6 @@ def is_compiler_asking() -> bool:
 def is_tracing_transform() -> bool:
     """Whether a transform of `torch.func` (grad, vmap) is in progress."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def is_builtin_node(node: Any) -> bool:
-    """Whether an autograd node belongs to an operator of PyTorch.
-
-    Nodes of a user's `torch.autograd.Function` are named after it, without a number:
-    ``ReversedBackward``.
-    """
-    return node is not None and _BUILTIN_NODE.fullmatch(node.name()) is not None
-
-
-_BUILTIN_NODE = re.compile(r"\w+Backward\d+")
 
 
 _ABOUT_MEMORY = (

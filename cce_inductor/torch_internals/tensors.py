@@ -27,6 +27,30 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
+def keeps_graph() -> bool:
+    """Whether the backward that is in progress was called with ``retain_graph=True``."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def compiles_backwards() -> bool:
+    """Whether a backward that starts now would be compiled ("compiled autograd")."""
+    from torch._dynamo import compiled_autograd
+
+    return torch._dynamo.config.compiled_autograd or compiled_autograd.compiled_autograd_enabled
+
+
+def in_compiled_backward() -> bool:
+    """Whether the backward that is in progress is a compiled one."""
+    from torch._dynamo import compiled_autograd
+
+    return bool(compiled_autograd.in_compiled_autograd_region)
+
+
+def number_of_backward() -> int:
+    """Return a number that no other backward has had, or has, than the one in progress."""
+    return int(torch._C._current_graph_task_id())
+
+
 def without_torch_function() -> Any:
     """Return a context in which ``__torch_function__`` of tensor subclasses is not called."""
     return torch._C.DisableTorchFunctionSubclass()

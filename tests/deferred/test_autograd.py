@@ -41,31 +41,6 @@ def test_strides():
     assert_as_accurate(lambda z: with_strides(z, strides).cumsum(-1), computed=True)
 
 
-def test_retained_gradient():
-    head = Head()
-    logits = head.deferred()
-    logits.retain_grad()
-    F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
-    theirs = Head().plain()
-    theirs.retain_grad()
-    F.cross_entropy(theirs.flatten(0, 1), TARGET.flatten()).backward()
-    torch.testing.assert_close(logits.grad, theirs.grad)
-
-
-def test_hook():
-    head = Head()
-    logits = head.deferred()
-    seen = []
-    logits.register_hook(lambda grad: seen.append(grad.shape) or grad * 2)
-    F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
-    assert seen == [logits.shape]
-
-    def twice(other):
-        (2 * F.cross_entropy(other.plain().flatten(0, 1), TARGET.flatten())).backward()
-
-    assert_same_gradients(head, twice)
-
-
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
 def test_hooks_of_modules():
     for register in ("register_full_backward_hook", "register_backward_hook"):
@@ -81,35 +56,6 @@ def test_hooks_of_modules():
         logits = module(head.hidden, head.deferred())
         F.cross_entropy(logits.flatten(0, 1), TARGET.flatten()).backward()
         assert seen == [logits.shape]
-
-
-def test_gradient_of_the_logits():
-    head = Head()
-    logits = head.deferred()
-    logits.retain_grad()
-    loss = F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
-    (gradient,) = torch.autograd.grad(loss, logits)
-    theirs = head.plain()
-    expected = torch.autograd.grad(F.cross_entropy(theirs.flatten(0, 1), TARGET.flatten()), theirs)[
-        0
-    ]
-    torch.testing.assert_close(gradient, expected)
-
-
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda logits, loss: torch.autograd.grad(loss, logits),
-        lambda logits, loss: torch.autograd.grad(loss, inputs=[logits], allow_unused=True),
-        lambda logits, loss: logits.retain_grad(),
-        lambda logits, loss: logits.register_hook(print),
-    ],
-)
-def test_gradient_that_a_loss_has_bypassed(ask):
-    logits = Head().deferred()
-    loss = F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
-    with pytest.raises(RuntimeError, match=r'defer_logits="never"'):
-        ask(logits, loss)
 
 
 def test_a_leaf_made_of_them_gets_its_gradient():

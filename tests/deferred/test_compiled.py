@@ -855,13 +855,6 @@ def test_a_compiled_function_reads_their_data(backend):
     torch.testing.assert_close(mine, torch.autograd.grad(expected, args), rtol=1e-4, atol=1e-5)
 
 
-def test_a_gradient_that_a_compiled_loss_has_skipped_is_an_error():
-    logits, _, _ = deferred_and_plain()
-    compiled(loss_of)(logits, TARGET)
-    with pytest.raises(RuntimeError, match='defer_logits="never"'):
-        logits.retain_grad()
-
-
 def test_a_compiled_function_changes_them():
     def fn(logits):
         logits.mul_(2)

@@ -1,0 +1,240 @@
+"""Deferred gradients below autograd: ATen operators, as they reach ``__torch_dispatch__``.
+
+The result of an operator that is linear in a deferred gradient is a deferred gradient, too. These
+are the operators of which autograd's nodes for views, casts and pointwise functions consist. For
+any other operator the values are computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from cce_inductor.deferred import lazy
+from cce_inductor.deferred.base import DeferredTensor, deferred_among
+from cce_inductor.deferred.dispatch import computed, on_meta
+from cce_inductor.deferred.eager import PYTORCH_ERRORS
+from cce_inductor.deferred.gradient import (
+    IDENTITIES,
+    FusedBackward,
+    GradientTensor,
+    Recorder,
+    added,
+    as_term,
+    terms_by_source,
+)
+from cce_inductor.recipe.operation import Operation
+from cce_inductor.recipe.stale import Guarded
+
+aten = torch.ops.aten
+
+
+def dispatch_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return ``func(*args, **kwargs)`` where a deferred gradient is among the arguments."""
+    gradients = [e for e in deferred_among((args, kwargs)) if isinstance(e, GradientTensor)]
+    result = NotImplemented
+    if all(each._is_as_recorded for each in gradients):
+        if func is aten.add.Tensor and not kwargs:
+            result = _sum_of(*args)
+        elif func is aten.new_zeros.default:
+            result = _zeros(*args, **kwargs)
+        elif func in _SUMS:
+            result = _summed(func, args, kwargs)
+        elif func in _INTO_ZEROS:
+            result = _into_zeros(func, args, kwargs)
+        elif _is_linear(func, args, kwargs) and len(gradients) == 1:
+            result = _linear(func, args, kwargs, gradients[0])
+    return computed(func, args, kwargs) if result is NotImplemented else result
+
+
+def _sum_of(one: Tensor, other: Any) -> Any:
+    """Return the sum of two gradients, one of which may have values."""
+    same = isinstance(other, Tensor) and (one.shape, one.dtype, one.device) == (
+        (other.shape, other.dtype, other.device)
+    )
+    if not same:
+        return NotImplemented
+    terms: list[Operation] = []
+    for each in (one, other):
+        terms += each._terms if isinstance(each, GradientTensor) else (as_term(each),)
+    gradient = one if isinstance(one, GradientTensor) else other
+    return type(gradient)._of(_like(gradient), terms, gradient.device)
+
+
+def _zeros(
+    gradient: GradientTensor, size: Any, *, dtype: Any = None, device: Any = None, **others: Any
+) -> Any:
+    if others.pop("layout", None) not in (None, torch.strided) or any(others.values()):
+        return NotImplemented
+    like = torch.empty(size, dtype=dtype or gradient.dtype, device="meta")
+    return type(gradient)._of(like, (), torch.device(device or gradient.device))
+
+
+_SUMS = (aten.sum.default, aten.sum.dim_IntList)
+
+
+def _summed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the gradient of an operand that autograd sums over rows and columns."""
+    gradient = args[0]
+    terms = [Operation(func, (term, *args[1:]), kwargs) for term in gradient._terms]
+    like = func(on_meta(gradient), *args[1:], **kwargs)
+    by_source = terms_by_source(terms)
+    if any(isinstance(source, Recorder) for source in by_source):
+        return type(gradient)._of(like, terms, gradient.device)
+    total = None
+    for source, its_terms in by_source.items():
+        part = source.of_operand(its_terms) if isinstance(source, FusedBackward) else None
+        if part is None:
+            return NotImplemented
+        total = added(total, part)
+    return NotImplemented if total is None else total.reshape(like.shape)
+
+
+_INTO_ZEROS = {
+    aten.index_put.default: 2,
+    aten.index_add_.default: 3,
+}
+"""Operators that write a gradient into zeros, with its position among the arguments."""
+
+
+def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    zeros, position = args[0], _INTO_ZEROS[func]
+    gradient = args[position]
+    if not isinstance(zeros, GradientTensor) or zeros._terms or kwargs:
+        return NotImplemented
+    if not isinstance(gradient, GradientTensor):
+        return NotImplemented
+    shape, dtype, device = tuple(zeros.shape), zeros.dtype, zeros.device
+    functional = aten.index_add.default if func is aten.index_add_.default else func
+    arguments = [None if n in (0, position) else _operand(a) for n, a in enumerate(args)]
+    terms = []
+    for term in gradient._terms:
+        arguments[0] = Operation(torch.zeros, (shape,), {"dtype": dtype, "device": device})
+        arguments[position] = term
+        terms.append(Operation(functional, tuple(arguments)))
+    made = type(zeros)._of(_like(zeros), terms, device)
+    if func is aten.index_add_.default:
+        zeros._become(made)
+        return zeros
+    return made
+
+
+def _linear(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: GradientTensor
+) -> Any:
+    """Return a function of a gradient that is linear in it."""
+    if func is aten._to_copy.default:
+        if not lazy.only_casts(gradient, **kwargs):
+            return NotImplemented
+        kwargs = {"dtype": kwargs["dtype"]}
+    try:
+        like = func(*tree_map_only(Tensor, on_meta, args), **tree_map_only(Tensor, on_meta, kwargs))
+    except PYTORCH_ERRORS:
+        return NotImplemented
+    func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
+    operands, named = _operands(args, gradient), _operands(kwargs, gradient)
+
+    def after(term: Operation) -> Operation:
+        if func in _COPIES or (func in _RESHAPES and like.shape == gradient.shape):
+            return term
+        placed = tree_map_only(_Place, lambda _: term, (operands, named))
+        return Operation(func, *placed)
+
+    terms = map(after, gradient._terms)
+    if lazy.is_view(func):
+        others = args[1:]
+        return gradient._part(like, terms, lambda parent: func(parent, *others, **kwargs))
+    return type(gradient)._of(like, terms, gradient.device)
+
+
+class _Place:
+    """Stands for the gradient among the arguments of an operator."""
+
+
+def _operands(arguments: Any, gradient: GradientTensor) -> Any:
+    def operand(tensor: Tensor) -> Any:
+        return _Place() if tensor is gradient else _operand(tensor)
+
+    return tree_map_only(Tensor, operand, arguments)
+
+
+def _operand(value: Any) -> Any:
+    """Return an argument as an operation has it."""
+    if isinstance(value, DeferredTensor) and not value._is_as_recorded:
+        value = value._values()
+    if isinstance(value, DeferredTensor):
+        return value._operation.without_gradient
+    if isinstance(value, Tensor):
+        return Guarded(value.detach(), "a tensor of the backward")
+    return [_operand(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _like(gradient: Tensor) -> Tensor:
+    return on_meta(gradient)
+
+
+def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator is linear in the gradient among its arguments."""
+    if not isinstance(func, torch._ops.OpOverload) or not args:
+        return False
+    if func in _LINEAR_IN_BOTH:
+        return True
+    if func in _LINEAR_WITH_ZERO:
+        return isinstance(args[0], GradientTensor) and args[2] == 0
+    if func is aten.where.self:
+        return _is_zero(args[1]) or _is_zero(args[2])
+    first = isinstance(args[0], GradientTensor)
+    return first and (func in _LINEAR_IN_FIRST or _is_backward(func))
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a tensor without dimensions is zero."""
+    plain = isinstance(value, Tensor) and not isinstance(value, DeferredTensor)
+    return plain and value.dim() == 0 and value.device.type == "cpu" and bool(value == 0)
+
+
+def _is_backward(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator is the derivative of a pointwise one, linear in its first argument."""
+    arguments = func._schema.arguments
+    return (
+        torch.Tag.pointwise in func.tags
+        and arguments[0].name == "grad_output"
+        and not func._schema.is_mutable
+    )
+
+
+_COPIES = (*IDENTITIES, aten.clone.default)
+_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
+_LINEAR_IN_BOTH = (aten.mul.Tensor,)
+_LINEAR_WITH_ZERO = (aten.masked_fill.Scalar,)
+_LINEAR_IN_FIRST = {
+    aten.div.Tensor,
+    aten.neg.default,
+    # Views and their derivatives
+    aten.view.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.expand.default,
+    aten.select_backward.default,
+    aten.slice_backward.default,
+    # Copies
+    aten._unsafe_view.default,
+    aten.clone.default,
+    aten._to_copy.default,
+    # Derivatives
+    aten._softmax_backward_data.default,
+    aten._log_softmax_backward_data.default,
+    aten.tanh_backward.default,
+    aten.sigmoid_backward.default,
+}
+"""Operators that are linear in their first argument, if the others are given."""
