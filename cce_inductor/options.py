@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from cce_inductor.surprise import OnError
 
-DeferLogits = Literal["with_loss", "always", "never"]
+DeferLogits = Literal["auto", "with_loss", "always", "never"]
+StaleLogits = Literal["raise", "keep"]
 
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
 DEFAULT_MIN_LOGITS_BYTES = 16 * 2**20
@@ -27,8 +28,14 @@ class Options:
             sum of the input's gradient, which would cost the most if blocks were narrow.
         defer_logits: which logits that a compiled function returns are computed only when they are
             used (`DeferredLogits`). ``"with_loss"``: those with a loss that is rewritten.
-            ``"always"``: all that have at least `min_logits_bytes`. ``"never"``: none, so their
-            losses are left alone.
+            ``"auto"``: also those that a loss is expected to follow, because they require a
+            gradient or a graph break separates them from the rest of the function.
+            ``"always"``: all. ``"never"``: none, so their losses are left alone. Without a loss,
+            only logits of at least `min_logits_bytes` are deferred.
+        stale_logits: what happens if deferred logits are used after an optimizer has changed the
+            weight that they are computed with. ``"raise"``: a `StaleLogitsError`. ``"keep"``: the
+            weight is copied before the step, if such logits still exist, and the copy is freed with
+            them.
         on_error: what an unexpected exception in this package does. ``"warn"`` logs it once with
             its traceback and continues without the part that failed: the graph is compiled as it
             was, or deferred logits are computed. ``"raise"`` raises it, for debugging.
@@ -40,13 +47,15 @@ class Options:
 
     min_logits_bytes: int = DEFAULT_MIN_LOGITS_BYTES
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    defer_logits: DeferLogits = "with_loss"
+    defer_logits: DeferLogits = "auto"
+    stale_logits: StaleLogits = "raise"
     on_error: OnError = "warn"
 
     def __post_init__(self) -> None:
         _check_bytes("min_logits_bytes", self.min_logits_bytes, at_least=0)
         _check_bytes("workspace_bytes", self.workspace_bytes, at_least=1)
         _check_choice("defer_logits", self.defer_logits, get_args(DeferLogits))
+        _check_choice("stale_logits", self.stale_logits, get_args(StaleLogits))
         _check_choice("on_error", self.on_error, get_args(OnError))
 
     @classmethod

@@ -24,13 +24,15 @@ from cce_inductor.deferred.arguments import (
     with_plain_arguments,
 )
 from cce_inductor.deferred.autograd import with_strides
+from cce_inductor.deferred.base import DeferredTensor
+from cce_inductor.deferred.kept import keep
 from cce_inductor.deferred.tensor import defer
 from cce_inductor.deferred.type_tables import join_type_tables
 from cce_inductor.recipe.operation import strided
 from cce_inductor.recipe.sharded import is_freed_after_forward, is_sharded
 from cce_inductor.reporting import reasons
 from cce_inductor.rewriting.returned import Deferral, DeferredOutput
-from cce_inductor.torch_internals.callers import is_whole_graph
+from cce_inductor.torch_internals.callers import ends_in_break, is_whole_graph
 from cce_inductor.torch_internals.patches import wrap_backends
 from cce_inductor.torch_internals.versions import saves_compiled
 
@@ -77,7 +79,7 @@ def compile_with_deferral(
 def _compile_with_results(
     compiler: Compiler, module: GraphModule, example_inputs: Sequence[Any]
 ) -> Compiled:
-    deferral = Deferral(arguments=example_inputs)
+    deferral = Deferral(arguments=example_inputs, ends_in_break=ends_in_break(module))
     if saves_compiled():
         deferral.why_not = reasons.FUNCTION_IS_SAVED
     _compilations.open.append((module, deferral))
@@ -90,7 +92,7 @@ def _compile_with_results(
         return compiled
     join_type_tables()
     _wrap_backends()
-    return _with_deferred_results(compiled, deferral.outputs, is_sharded(example_inputs))
+    return _with_deferred_results(compiled, deferral, may_be_freed=is_sharded(example_inputs))
 
 
 @functools.cache
@@ -100,30 +102,46 @@ def _wrap_backends() -> None:
 
 
 def _with_deferred_results(
-    compiled: Compiled, outputs: list[int | DeferredOutput], may_be_freed: bool
+    compiled: Compiled, deferral: Deferral, *, may_be_freed: bool
 ) -> Compiled:
+    outputs, keeps_stale = deferral.outputs, deferral.keeps_stale
+    assert outputs is not None, "the graph returns what it did"
+
     def call(*arguments: Any) -> tuple[Any, ...]:
         results = compiled(*arguments)
+        if any(isinstance(value, FakeTensor) for value in results):
+            make = _computed  # a compiler runs the function for the shapes
         # The configuration of FSDP may change, and Dynamo does not guard it.
-        is_freed = may_be_freed and is_freed_after_forward(arguments)
+        elif may_be_freed and is_freed_after_forward(arguments):
+            make = _computed_with_strides
+        else:
+            make = _kept if keeps_stale else _deferred
         return tuple(
-            results[output]
-            if isinstance(output, int)
-            else _logits(output, arguments, results, must_compute=is_freed)
+            results[output] if isinstance(output, int) else make(output, arguments, results)
             for output in outputs
         )
 
     return call
 
 
-def _logits(
-    output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any], *, must_compute: bool
+def _computed(output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any]) -> Tensor:
+    return output.make(arguments, results)
+
+
+def _computed_with_strides(
+    output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any]
 ) -> Tensor:
-    strides = output.formula.strides
-    if any(isinstance(value, FakeTensor) for value in results):
-        return output.make(arguments, results)  # a compiler runs the function for the shapes
-    if must_compute:
-        logits = output.make(arguments, results)
-        return logits if strides is None else strided(logits, strides)
-    logits = output.make(arguments, results, project=defer)
+    logits, strides = output.make(arguments, results), output.formula.strides
+    return logits if strides is None else strided(logits, strides)
+
+
+def _deferred(output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any]) -> Tensor:
+    logits, strides = output.make(arguments, results, project=defer), output.formula.strides
     return logits if strides is None else with_strides(logits, strides)
+
+
+def _kept(output: DeferredOutput, arguments: Sequence[Any], results: Sequence[Any]) -> Tensor:
+    logits = _deferred(output, arguments, results)
+    if isinstance(logits, DeferredTensor):
+        keep(logits)
+    return logits

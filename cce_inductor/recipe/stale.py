@@ -63,9 +63,12 @@ class Guarded:
     )
 
     def __init__(self, tensor: Tensor, name: str, copy_of: Tensor | None = None):
-        self._tensor = tensor
         self.origin = Origin.of(tensor if copy_of is None else copy_of)
         self.name = name
+        self._read_from(tensor)
+
+    def _read_from(self, tensor: Tensor) -> None:
+        self._tensor = tensor
         self.requires_grad = tensor.requires_grad
         self.is_plain = is_plain(tensor)
         self._version = None if tensor.is_inference() else tensor._version
@@ -88,6 +91,24 @@ class Guarded:
         other._tensor = tensor
         return other
 
+    def keep(self, changing: set[int], copies: dict[Origin, Tensor]) -> None:
+        """Read a copy from now on, if the tensor is about to change.
+
+        A tensor that requires a gradient is not copied: its gradient could not reach the original.
+
+        Args:
+            changing: the addresses of the storages that are about to change.
+            copies: those that have been made, by their origin. One that is made is added.
+        """
+        tensor = self._tensor
+        if self.requires_grad or not self.is_plain or self._change() is not None:
+            return
+        if tensor.untyped_storage().data_ptr() in changing:
+            origin = Origin.of(tensor)
+            if origin not in copies:
+                copies[origin] = tensor.detach().clone()
+            self._read_from(copies[origin])
+
     @property
     def tensor(self) -> Tensor:
         """The tensor as it is now. It requires a gradient if it did at first."""
@@ -106,8 +127,8 @@ class Guarded:
             raise StaleLogitsError(
                 "cce_inductor: these logits were returned by a compiled function without having "
                 f"been computed, and {self.name}, which they are computed from, {how} since. Read "
-                "them before that, or have the compiled function compute them: "
-                'defer_logits="never".'
+                'them before that, or pass stale_logits="keep", which copies what an optimizer '
+                'changes, or defer_logits="never", with which the compiled function computes them.'
             )
         return self.tensor
 

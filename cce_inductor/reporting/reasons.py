@@ -143,14 +143,14 @@ class LogitsFromOutside(Reason):
         )
         if logits_bytes is not None and logits_bytes < options.min_logits_bytes:
             return f"{together}, and lower min_logits_bytes: the logits are smaller than that"
-        if options.defer_logits == "always":
+        if options.defer_logits in ("always", "auto"):
             return (
-                f'{together}: defer_logits="always" is in force, so either no compiled function '
-                "made the logits, or they could not be deferred and the report of that function "
+                f"{together}; if the head is not compiled, cce_inductor.defer(head) defers its "
+                "logits; if it is, they could not be deferred and the report of that function "
                 "says why"
             )
         return (
-            f'{together}; or, if a compiled function returns them, pass defer_logits="always" '
+            f'{together}; or, if a compiled function returns them, pass defer_logits="auto" '
             "(this does not help where FSDP frees the weight of the head after its forward)"
         )
 
@@ -227,7 +227,7 @@ _RETURN_LOSS_ONLY = (
 RETURNED = Reason(_STORED, _RETURN_LOSS_ONLY)
 RETURNED_WITHOUT_DEFERRAL = Reason(
     f'{_STORED}, as defer_logits is "never"',
-    'pass defer_logits="with_loss": the logits are then computed only if they are used',
+    'pass defer_logits="auto": the logits are then computed only if they are used',
 )
 
 

@@ -67,7 +67,7 @@ def _deferred(
     """Return the logits that the graph stops returning.
 
     Nothing else may keep them. They were deferred when the function got them, or a loss of them is
-    rewritten, or they are large and the options ask for it.
+    rewritten, or they are large and the options ask for it, or for those before a loss.
     """
     with_loss = {
         origin
@@ -84,13 +84,20 @@ def _deferred(
             not with_loss.isdisjoint(logits.projection.origins)
             or are_deferred_already(logits)
             or (
-                options.defer_logits == "always"
+                _asks_for(returned, options)
                 and is_worth_deferring(logits)
                 and _reason_against_logits(logits, options) is None
             )
         ):
             deferred.append(returned)
     return deferred
+
+
+def _asks_for(returned: Returned, options: Options) -> bool:
+    """Whether the options ask for logits to be deferred that have no loss in the graph."""
+    if options.defer_logits == "auto":
+        return returned.precedes_loss
+    return options.defer_logits == "always"
 
 
 def _not_differentiable(groups: list[Group]) -> tuple[Logits, Reason] | None:

@@ -93,21 +93,32 @@ class Deferral:
     Attributes:
         why_not: why it takes none, None if it does.
         arguments: examples of the graph's arguments.
+        ends_in_break: whether a graph break follows, so that the function goes on after it.
+        keeps_stale: whether the logits survive a change of the weight (``stale_logits="keep"``).
         outputs: for each result of the user's graph its position among the results of the rewritten
             graph, or how to compute it. None if the graph returns what it did.
     """
 
     why_not: Reason | None = None
     arguments: Sequence[Any] = ()
+    ends_in_break: bool = False
+    keeps_stale: bool = False
     outputs: list[int | DeferredOutput] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Returned:
-    """Logits that a graph returns and need not compute."""
+    """Logits that a graph returns and need not compute.
+
+    Attributes:
+        node: the result.
+        logits: what it holds.
+        precedes_loss: whether a loss is expected to follow in code that the graph does not contain.
+    """
 
     node: Node
     logits: Logits
+    precedes_loss: bool = False
 
     @property
     def output(self) -> Node:
@@ -150,7 +161,8 @@ def returned_logits(
         elif deferral is not None:
             why = deferral.why_not or _reason_to_store(node, findings, deferral)
             if why is None:
-                deferrable.append(Returned(node, findings.first_logits(node)))
+                precedes_loss = deferral.ends_in_break or example(node).requires_grad
+                deferrable.append(Returned(node, findings.first_logits(node), precedes_loss))
                 continue
             reason = reasons.not_deferred(why)
         stored += [(logits, reason) for logits in all_logits(value)]

@@ -109,6 +109,7 @@ def _rewrite_graph(
             outputs = replace(module.graph, decision, findings, options)
             if deferral is not None and decision.deferred:
                 deferral.outputs = outputs
+                deferral.keeps_stale = options.stale_logits == "keep"
             module.graph.lint()
             module.recompile()
         return reports

@@ -15,6 +15,7 @@ because the evidence is private to PyTorch.
 | `is_about_memory` | the text of the error |
 | `guarded_dictionaries` | the frame of ``OutputGraph.call_user_compiler``, and its guards |
 | `is_whole_graph` | DistributedDataParallel's optimizer is off, and Dynamo has marked the module |
+| `ends_in_break` | Dynamo's mark on the module |
 | `frees_after_forward` | the frame of ``FullyShardedDataParallel.forward`` (FSDP1) |
 
 `tests/deferred/test_callers.py` has a test for each.
@@ -120,6 +121,12 @@ def is_whole_graph(module: torch.fx.GraphModule) -> bool:
     return getattr(context, "ddp_optimizer_ctx", None) is None and hasattr(
         module, "compile_subgraph_reason"
     )
+
+
+def ends_in_break(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph break follows a graph, rather than the end of the user's function."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
 
 
 def frees_after_forward(flat_parameter: Any) -> bool:
