@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cce_inductor.deferred.tensor import DeferredLogits
     from cce_inductor.explanation import Explanation, explain
     from cce_inductor.functional import linear_cross_entropy
+    from cce_inductor.heads import defer, undefer
     from cce_inductor.installation import install, installed, is_installed, uninstall
     from cce_inductor.options import Options
     from cce_inductor.recipe.stale import StaleLogitsError
@@ -30,12 +31,14 @@ _HOME = {
     "Options": "options",
     "StaleLogitsError": "recipe.stale",
     "clear_reports": "reporting.log",
+    "defer": "heads",
     "explain": "explanation",
     "install": "installation",
     "installed": "installation",
     "is_installed": "installation",
     "linear_cross_entropy": "functional",
     "reports": "reporting.log",
+    "undefer": "heads",
     "uninstall": "installation",
 }
 
@@ -46,12 +49,14 @@ __all__ = [
     "Options",
     "StaleLogitsError",
     "clear_reports",
+    "defer",
     "explain",
     "install",
     "installed",
     "is_installed",
     "linear_cross_entropy",
     "reports",
+    "undefer",
     "uninstall",
 ]
 

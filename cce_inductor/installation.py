@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule
 
 from cce_inductor import surprise
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
+from cce_inductor.heads import defer_all
 from cce_inductor.operators.fingerprint import fingerprint, tagged
 from cce_inductor.options import Options, is_in_force, options_in_force, put_in_force
 from cce_inductor.reporting import reasons
@@ -114,6 +115,8 @@ class _Installation:
             set_config(torch.compiler.config, "cache_key_tag", tag),
             surprise.set_default(options.on_error),
         ]
+        if options.eager_heads:
+            self.undo_options.append(defer_all())
 
     def _forget_options(self) -> None:
         for undo in self.undo_options:

@@ -36,6 +36,9 @@ class Options:
             weight that they are computed with. ``"raise"``: a `StaleLogitsError`. ``"keep"``: the
             weight is copied before the step, if such logits still exist, and the copy is freed with
             them.
+        eager_heads: whether every `torch.nn.Linear` with more outputs than inputs, and at least
+            `min_logits_bytes` of them, returns deferred logits in code that is not compiled, as
+            after `defer`. Only for `install`.
         on_error: what an unexpected exception in this package does. ``"warn"`` logs it once with
             its traceback and continues without the part that failed: the graph is compiled as it
             was, or deferred logits are computed. ``"raise"`` raises it, for debugging.
@@ -49,6 +52,7 @@ class Options:
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     defer_logits: DeferLogits = "auto"
     stale_logits: StaleLogits = "raise"
+    eager_heads: bool = False
     on_error: OnError = "warn"
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class Options:
         _check_bytes("workspace_bytes", self.workspace_bytes, at_least=1)
         _check_choice("defer_logits", self.defer_logits, get_args(DeferLogits))
         _check_choice("stale_logits", self.stale_logits, get_args(StaleLogits))
+        if not isinstance(self.eager_heads, bool):
+            raise TypeError(f"eager_heads must be a bool, got {self.eager_heads!r}")
         _check_choice("on_error", self.on_error, get_args(OnError))
 
     @classmethod

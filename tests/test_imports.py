@@ -25,6 +25,7 @@ LAYERS = (
     ("functional", "patterns", "recipe"),
     ("rewriting",),
     ("deferred",),
+    ("heads",),
     ("installation",),
     ("backends", "explanation"),
     ("__main__", "testing"),

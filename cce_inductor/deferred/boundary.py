@@ -91,12 +91,12 @@ def _compile_with_results(
     if deferral.outputs is None:
         return compiled
     join_type_tables()
-    _wrap_backends()
+    prepare_compilers()
     return _with_deferred_results(compiled, deferral, may_be_freed=is_sharded(example_inputs))
 
 
 @functools.cache
-def _wrap_backends() -> None:
+def prepare_compilers() -> None:
     """Prepare all backends for deferred arguments. They can occur from now on."""
     wrap_backends(compile_for_any_backend)
 
