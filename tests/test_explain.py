@@ -34,8 +34,8 @@ def _fresh():
     cce_inductor.clear_reports()
 
 
-def explain_all(fn, *args):
-    with cce_inductor.installed(min_logits_bytes=0):
+def explain_all(fn, *args, **options):
+    with cce_inductor.installed(min_logits_bytes=0, **options):
         return cce_inductor.explain(fn, *args)
 
 
@@ -73,7 +73,7 @@ def test_not_installed_uses_the_defaults():
 
 
 def test_graph_break():
-    explanation = explain_all(broken_loss, INPUT, TARGET)
+    explanation = explain_all(broken_loss, INPUT, TARGET, defer_logits="with_loss")
     (report,) = explanation.losses
     assert not report.rewritten
     assert "their projection is not in it" in report.reason
@@ -230,21 +230,38 @@ def advice_for_logits_from_outside(rows=6, **options):
     return report.advice
 
 
-def test_advice_does_not_tell_to_pass_what_is_in_force():
-    assert advice_for_logits_from_outside(min_logits_bytes=0, defer_logits="always") == (
-        "compute the logits and the loss in one compiled function, without a graph break between "
-        'them: defer_logits="always" is in force, so either no compiled function made the logits, '
-        "or they could not be deferred and the report of that function says why"
-    )
+TOGETHER = (
+    "compute the logits and the loss in one compiled function, without a graph break between them"
+)
+UNCOMPILED = "if the head is not compiled, cce_inductor.defer(head) defers its logits"
 
 
-@pytest.mark.parametrize("defer_logits", ["with_loss", "never"])
-def test_advice_says_when_an_option_helps(defer_logits):
-    assert advice_for_logits_from_outside(min_logits_bytes=0, defer_logits=defer_logits) == (
-        "compute the logits and the loss in one compiled function, without a graph break between "
-        'them; or, if a compiled function returns them, pass defer_logits="always" (this does not '
-        "help where FSDP frees the weight of the head after its forward)"
-    )
+@pytest.mark.parametrize(
+    ("defer_logits", "rest"),
+    [
+        (
+            "always",
+            f"; {UNCOMPILED}; if it is compiled, the logits could not be deferred, and the report "
+            "of its function says why",
+        ),
+        (
+            "auto",
+            f"; {UNCOMPILED}; if it is compiled and the logits require no gradient, "
+            'defer_logits="always" defers them',
+        ),
+        *(
+            (
+                weaker,
+                '; or, if a compiled function returns them, pass defer_logits="auto" (this does '
+                "not help where FSDP frees the weight of the head after its forward)",
+            )
+            for weaker in ("with_loss", "never")
+        ),
+    ],
+)
+def test_advice_depends_on_what_is_in_force(defer_logits, rest):
+    given = advice_for_logits_from_outside(min_logits_bytes=0, defer_logits=defer_logits)
+    assert given == TOGETHER + rest
 
 
 @pytest.mark.parametrize("defer_logits", ["with_loss", "always"])
@@ -269,7 +286,7 @@ def test_advice_after_a_graph_break_that_always_does_not_cross():
 
     with cce_inductor.installed(min_logits_bytes=0, defer_logits="always"):
         (report,) = explain(fn, INPUT.view(-1, 8), TARGET.view(-1)).losses
-    assert "either no compiled function made the logits" in report.advice
+    assert UNCOMPILED in report.advice
     assert "pass defer_logits" not in report.advice
 
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import cce_inductor
-from cce_inductor.deferred.connection import Connection
+from cce_inductor.deferred.gradient import FusedBackward
 
 HIDDEN, VOCABULARY = 8, 50
 IDS = torch.arange(24).view(2, 12)
@@ -62,10 +62,8 @@ def assert_same(model, expected, losses=loss_of, loose=1e-5):
 @pytest.fixture
 def computed(monkeypatch):
     found = []
-    original = Connection._compute
-    monkeypatch.setattr(
-        Connection, "_compute", lambda self, each: found.append(each) or original(self, each)
-    )
+    original = FusedBackward.values
+    monkeypatch.setattr(FusedBackward, "values", lambda self: found.append(self) or original(self))
     return found
 
 

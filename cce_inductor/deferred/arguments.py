@@ -265,9 +265,11 @@ def _connect(arguments: Sequence[Any]) -> tuple[Connection | None, dict[int, Ope
     ]
     if not trained:
         return None, {}
-    connection, connected = Connection(trained), {}
+    connected = {}
     with torch.enable_grad():  # the function may enable gradients itself
-        for each, operation in zip(trained, connection.aliased(trained), strict=True):
+        connection = Connection(trained)
+        aliased = connection.operations_on_aliases(trained)
+        for each, operation in zip(trained, aliased, strict=True):
             if depends_on_sizes(operation):
                 by_rows = over_rows(type(each), operation)
                 assert by_rows is not None, "operation_for_graph has returned one"

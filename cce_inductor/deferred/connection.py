@@ -7,13 +7,14 @@ logits, which takes the gradients of the aliases to the projection.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from cce_inductor.deferred.autograd import operation_with_gradient
 from cce_inductor.deferred.base import DeferredTensor
@@ -22,7 +23,11 @@ from cce_inductor.deferred.paths import Description, find_paths
 from cce_inductor.deferred.tape import Ref, Tape
 from cce_inductor.recipe.operation import Operation, project
 from cce_inductor.recipe.stale import Guarded
-from cce_inductor.torch_internals.tensors import in_compiled_backward, keeps_graph
+from cce_inductor.torch_internals.tensors import (
+    in_compiled_backward,
+    keeps_graph,
+    number_of_backward,
+)
 
 
 class Connection:
@@ -33,70 +38,70 @@ class Connection:
     """
 
     def __init__(self, logits: Sequence[DeferredTensor]):
-        self._operations = [operation_with_gradient(each) for each in logits]
+        self._places = {id(each): place for place, each in enumerate(logits)}
         self._likes = [torch.empty(e.shape, dtype=e.dtype, device="meta") for e in logits]
         self._kinds = type(logits[0]), logits[0]._gradient_kind
         self._device = logits[0].device
-        self._autocast = _autocast_now(self._device)
-        self._places = {id(each): place for place, each in enumerate(logits)}
-        self._gradients_of_results: dict[int, Tensor] = {}
+        self._originals = [operation_with_gradient(each) for each in logits]
+        self._call: _Call | None = None
+        self._gradients: dict[int, Tensor] = {}
+        self._number_of_backward = -1
 
-    def aliased(self, logits: Sequence[DeferredTensor]) -> list[Operation]:
-        """Return how logits are computed from aliases.
+    def operations_on_aliases(self, logits: Sequence[DeferredTensor]) -> list[Operation]:
+        """Return how logits are computed, for one call of the function.
+
+        The connection does not keep them, because the aliases refer to it.
 
         Args:
             logits: those that the connection was made for.
         """
-        history = _history_of(self._operations)
-        sources = {
-            id(source): source
-            for each in history
-            for source in each.sources
-            if source.requires_grad
-        }
-        tensors = [source.read() for source in sources.values()]
-        aliases = _Connect.apply(self, len(logits), *logits, *tensors)
-        by_source = dict(zip(sources, aliases, strict=True))
+        sources = [s for each in _history_of(self._originals) for s in each.sources]
+        trained = {id(source): source for source in sources if source.requires_grad}
+        tensors = [source.read().detach() for source in trained.values()]
+        aliases: tuple[Tensor, ...] = _Connect.apply(self, len(logits), *logits, *tensors)
         made: dict[int, Operation] = {}
-        operations = [each.with_tensors(by_source, made) for each in self._operations]
-        self._find_paths(operations, aliases, {id(e): made[id(e)] for e in history})
+        by_source = dict(zip(trained, aliases, strict=True))
+        operations = [each.with_tensors(by_source, made) for each in self._originals]
+        numbers = {id(alias): number for number, alias in enumerate(aliases)}
+        self._find_paths(operations, made, numbers)
         return operations
 
     def _find_paths(
-        self, operations: list[Operation], aliases: Sequence[Tensor], made: dict[int, Operation]
+        self, operations: Sequence[Operation], made: dict[int, Operation], aliases: dict[int, int]
     ) -> None:
-        read: dict[int, Guarded] = {}
+        """Find out what the gradients of the aliases are gradients of.
 
-        def reading(source: Guarded) -> Tensor:
+        Args:
+            operations: compute the logits from aliases.
+            made: the operations on aliases, by the identity of the original.
+            aliases: the number of each alias, by its identity.
+        """
+        sources: dict[int, Guarded] = {}
+
+        def read(source: Guarded) -> Tensor:
             tensor = source.read()
-            read[id(tensor)] = source
+            sources[id(tensor)] = source
             return tensor
 
-        tape = Tape(reading)
+        tape = Tape(read)
         ends: tuple[Ref, ...] = tuple(map(tape.argument, operations))
         places = {id(tensor): place for place, tensor in enumerate(tape.tensors)}
-        by_id = {id(each): each for each in _history_of(self._operations)}
         by_call = {
-            ref: by_id[old]
-            for old, new in made.items()
-            if new.function is project and (ref := tape.ref_of(new)) is not None
+            ref: each
+            for each in _history_of(self._originals)
+            if each.function is project and (ref := tape.ref_of(made[id(each)])) is not None
         }
         calls = sorted(by_call, key=lambda ref: ref.number)
         self._projections = [by_call[ref] for ref in calls]
         self._parts = [
             tuple(
-                places[id(part.tensor)]
-                if isinstance(part, Guarded) and part.requires_grad
-                else None
-                for part in made[id(by_call[ref])].args[:3]
+                None if part is None or not part.requires_grad else places[id(part.tensor)]
+                for part in made[id(projection)].args[:3]
             )
-            for ref in calls
+            for projection in self._projections
         ]
-        self._known = [Known.of(read[id(tensor)]) for tensor in tape.tensors]
-        self._alias_of_place = [
-            next((n for n, alias in enumerate(aliases) if alias is tensor), None)
-            for tensor in tape.tensors
-        ]
+        self._known = [Known.of(sources[id(tensor)]) for tensor in tape.tensors]
+        self._aliases = [aliases.get(id(tensor)) for tensor in tape.tensors]
         descriptions = tuple(map(Description.of, tape.tensors))
         self._paths = find_paths(self._kinds, tuple(tape.calls), descriptions, ends)
 
@@ -110,53 +115,101 @@ class Connection:
             function, args, kwargs: a call that returns the same results if the logits among its
                 arguments are computed.
         """
-        self._call = function, *tree_flatten((args, kwargs))
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [self._places.get(id(leaf)) for leaf in leaves]
+        others = [
+            None if place is not None else leaf for leaf, place in zip(leaves, places, strict=True)
+        ]
+        autocast = _autocast_now(self._device)
+        self._call = _Call(function, others, places, structure, self._originals, autocast)
+        by_node: dict[Any, dict[int, int]] = {}
         for number, result in enumerate(tree_leaves(results)):
-            if isinstance(result, Tensor) and result.requires_grad:
-                result.register_hook(functools.partial(self._note, number))
+            if isinstance(result, Tensor) and result.grad_fn is not None:
+                by_node.setdefault(result.grad_fn, {})[result.output_nr] = number
+        for node, numbers in by_node.items():
+            node.register_prehook(functools.partial(self._note, numbers))
 
-    def _note(self, number: int, gradient: Tensor) -> None:
-        self._gradients_of_results[number] = gradient
+    def _note(self, numbers: dict[int, int], gradients: Sequence[Tensor | None]) -> None:
+        """Note gradients of results.
+
+        Args:
+            numbers: the number of a result, by its number among the outputs of its node.
+            gradients: of the node's outputs.
+        """
+        if self._number_of_backward != number_of_backward():
+            self._number_of_backward = number_of_backward()
+            self._gradients = {}
+        for output, number in numbers.items():
+            gradient = gradients[output]
+            if gradient is not None:
+                self._gradients[number] = gradient
 
     def send(self, gradients_of_aliases: Sequence[Tensor | None]) -> list[GradientTensor]:
         """Return the gradients of the logits."""
+        call = self._call
+        if call is None:
+            raise RuntimeError(
+                "cce_inductor: trying to backward through deferred logits a second time; pass "
+                "retain_graph=True the first time"
+            )
         backward = FusedBackward(
             self._projections,
             self._known,
             self._paths,
-            [None if n is None else gradients_of_aliases[n] for n in self._alias_of_place],
+            [None if number is None else gradients_of_aliases[number] for number in self._aliases],
             self._parts,
-            functools.partial(self._compute, self._gradients_of_results),
+            functools.partial(call.gradients, self._gradients),
         )
-        self._gradients_of_results = {}
+        if not keeps_graph():
+            self._call = None
         return [
             self._kinds[1]._of(like, (sent_term(backward, position),), self._device)
             for position, like in enumerate(self._likes)
         ]
 
-    def _compute(self, gradients: dict[int, Tensor]) -> list[Tensor]:
-        """Return the gradients of the logits, from the unfused function of computed logits.
+
+@dataclasses.dataclass
+class _Call:
+    """The call of a function of logits, to be repeated with computed logits.
+
+    Attributes:
+        function: the function.
+        arguments: its arguments, None in the place of logits.
+        places: for each argument, its position among the logits. None if it is none of them.
+        structure: of the arguments.
+        operations: compute the logits.
+        autocast: returns a context with the state of autocast.
+    """
+
+    function: Callable[..., Any]
+    arguments: list[Any]
+    places: list[int | None]
+    structure: TreeSpec
+    operations: list[Operation]
+    autocast: Callable[[], torch.autocast]
+
+    def gradients(self, of_results: dict[int, Tensor]) -> list[Tensor]:
+        """Return the gradients of the logits.
 
         Args:
-            gradients: of the function's results.
+            of_results: the gradients of the results, by their number.
         """
-        function, arguments, structure = self._call
-        logits = [each.without_gradient.compute() for each in self._operations]
-        with torch.enable_grad(), self._autocast():
-            leaves = [each.detach().requires_grad_() for each in logits]
-            computed = [
-                leaves[self._places[id(each)]] if id(each) in self._places else each
-                for each in arguments
+        computed = [each.without_gradient.compute() for each in self.operations]
+        with torch.enable_grad(), self.autocast():
+            logits = [each.detach().requires_grad_() for each in computed]
+            given = [
+                argument if place is None else logits[place]
+                for argument, place in zip(self.arguments, self.places, strict=True)
             ]
-            args, kwargs = tree_unflatten(computed, structure)
-            results = tree_leaves(function(*args, **kwargs))
+            args, kwargs = tree_unflatten(given, self.structure)
+            results = tree_leaves(self.function(*args, **kwargs))
             found = torch.autograd.grad(
-                [results[number] for number in gradients],
-                leaves,
-                list(gradients.values()),
+                [results[number] for number in of_results],
+                logits,
+                list(of_results.values()),
                 allow_unused=True,
             )
-        pairs = zip(found, leaves, strict=True)
+        pairs = zip(found, logits, strict=True)
         return [torch.zeros_like(leaf) if each is None else each for each, leaf in pairs]
 
 
@@ -173,33 +226,19 @@ class _Connect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        connection, sources = ctx.connection, [None] * len(gradients)
-        count = len(ctx.needs_input_grad) - 2 - len(sources)
         if in_compiled_backward():
-            raise RuntimeError(_BACKWARD_IS_COMPILED)
-        if connection is None:
             raise RuntimeError(
-                "cce_inductor: a second backward through deferred logits needs retain_graph=True "
-                "in the first one, as any second backward does."
+                "cce_inductor: compiled autograd was enabled after the loss of deferred logits was "
+                "computed. Enable it before, with torch._dynamo.config.compiled_autograd = True, "
+                'or pass defer_logits="never".'
             )
-        sent: Sequence[Tensor | None]
         if all(each is None for each in gradients):
-            sent = [None] * count
-        else:
-            sent = connection.send(gradients)
-            if torch.is_grad_enabled():
-                anchor = torch.empty((), requires_grad=True)
-                sent = [_NoSecondDerivative.apply(anchor, each) for each in sent]
-        if not keeps_graph():
-            ctx.connection = None
-        return None, None, *sent, *sources
-
-
-_BACKWARD_IS_COMPILED = (
-    "cce_inductor: compiled autograd was enabled after the loss of deferred logits was computed. "
-    "Enable it before, with torch._dynamo.config.compiled_autograd = True, or pass "
-    'defer_logits="never".'
-)
+            return (None,) * len(ctx.needs_input_grad)
+        sent: Iterable[Tensor] = ctx.connection.send(gradients)
+        if torch.is_grad_enabled():
+            anchor = torch.empty((), requires_grad=True)
+            sent = (_NoSecondDerivative.apply(anchor, each) for each in sent)
+        return None, None, *sent, *(None for _ in gradients)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -215,10 +254,6 @@ class _NoSecondDerivative(torch.autograd.Function):
             "cce_inductor: the gradient of logits whose loss is fused has no second derivative; "
             'with defer_logits="never" the logits are stored, and it has one.'
         )
-
-
-def _is_trained(source: Guarded | None) -> bool:
-    return source is not None and source.requires_grad
 
 
 def _history_of(operations: Sequence[Operation]) -> list[Operation]:

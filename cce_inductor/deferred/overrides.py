@@ -59,7 +59,7 @@ def _fused(func: Function, target: Any, args: Args, kwargs: Kwargs) -> Any:
         trained = [each for each in logits if _requires_grad(operations[id(each)])]
         connection = Connection(trained) if trained else None
         if connection is not None:
-            aliased = connection.aliased(trained)
+            aliased = connection.operations_on_aliases(trained)
             operations.update(zip(map(id, trained), aliased, strict=True))
         result = eager.compute_reduction(
             target,

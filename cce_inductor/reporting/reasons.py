@@ -143,11 +143,16 @@ class LogitsFromOutside(Reason):
         )
         if logits_bytes is not None and logits_bytes < options.min_logits_bytes:
             return f"{together}, and lower min_logits_bytes: the logits are smaller than that"
-        if options.defer_logits in ("always", "auto"):
+        uncompiled = "if the head is not compiled, cce_inductor.defer(head) defers its logits"
+        if options.defer_logits == "always":
             return (
-                f"{together}; if the head is not compiled, cce_inductor.defer(head) defers its "
-                "logits; if it is, they could not be deferred and the report of that function "
-                "says why"
+                f"{together}; {uncompiled}; if it is compiled, the logits could not be deferred, "
+                "and the report of its function says why"
+            )
+        if options.defer_logits == "auto":
+            return (
+                f"{together}; {uncompiled}; if it is compiled and the logits require no gradient, "
+                'defer_logits="always" defers them'
             )
         return (
             f'{together}; or, if a compiled function returns them, pass defer_logits="auto" '

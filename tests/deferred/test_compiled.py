@@ -143,7 +143,7 @@ def test_never():
     assert type(logits) is torch.Tensor
     (report,) = cce_inductor.reports()
     assert report.reason == reasons.RETURNED_WITHOUT_DEFERRAL.sentence
-    assert "with_loss" in report.advice
+    assert 'defer_logits="auto"' in report.advice
 
 
 def head(x, w):
@@ -151,8 +151,35 @@ def head(x, w):
 
 
 def test_with_loss_leaves_a_head_alone():
-    assert type(compiled(head)(*leaves())) is torch.Tensor
+    assert type(compiled(head, defer_logits="with_loss")(*leaves())) is torch.Tensor
     assert cce_inductor.reports() == []
+
+
+def test_auto_defers_logits_that_require_a_gradient():
+    code = compiled(head)
+    assert code(*leaves()).is_deferred
+    same_numbers(head, code, leaves())
+    with torch.no_grad():
+        assert type(code(*leaves())) is torch.Tensor
+    assert type(code(*(each.detach() for each in leaves()))) is torch.Tensor
+
+
+def head_before_break(x, w):
+    logits = F.linear(x.tanh(), w)
+    torch._dynamo.graph_break()
+    return logits, logits.argmax(-1)
+
+
+def test_auto_defers_logits_before_a_graph_break():
+    """Also without a gradient, as in evaluation: a loss may follow in the same function."""
+    args = [each.detach() for each in leaves()]
+    for defer_logits, is_deferred in (("auto", True), ("with_loss", False)):
+        torch._dynamo.reset()
+        with cce_inductor.installed(min_logits_bytes=0, defer_logits=defer_logits):
+            logits, best = torch.compile(head_before_break)(*args)
+        assert hasattr(logits, "is_deferred") == is_deferred
+        assert torch.equal(best, head(*args).argmax(-1))
+        torch.testing.assert_close(logits + 0, head(*args))
 
 
 def test_always():

@@ -15,7 +15,7 @@ from deferred_logits import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from cce_inductor.deferred.connection import Connection
+from cce_inductor.deferred.gradient import FusedBackward
 from cce_inductor.deferred.tensor import DeferredGradient
 
 
@@ -27,13 +27,13 @@ def loss_of(logits):
 def computed(monkeypatch):
     """The gradients whose values are computed, a list that a test reads."""
     found = []
-    original = Connection._compute
+    original = FusedBackward.values
 
-    def compute(self, gradients):
-        found.append(gradients)
-        return original(self, gradients)
+    def values(self):
+        found.append(self)
+        return original(self)
 
-    monkeypatch.setattr(Connection, "_compute", compute)
+    monkeypatch.setattr(FusedBackward, "values", values)
     return found
 
 

@@ -573,7 +573,7 @@ NO_PYTHON_IN_CPP_WRAPPER: the operator is written in Python, and Inductor's C++ 
 RETURNED: the logits are returned by the compiled function, so they must be stored
     advice: return only the loss from the compiled function, as a training step needs no logits
 RETURNED_WITHOUT_DEFERRAL: the logits are returned by the compiled function, so they must be stored, as defer_logits is "never"
-    advice: pass defer_logits="with_loss": the logits are then computed only if they are used
+    advice: pass defer_logits="auto": the logits are then computed only if they are used
 SEVERAL_LOGITS_RETURNED: the function returns a tuple or a stack of logits
 COMBINED_WITH_LARGE: they were combined with a tensor that is as large as the logits
 COMBINED_WITH_REDUCTION: they were combined with a value that is computed from them
@@ -732,7 +732,7 @@ view at train.py:10 cannot be followed: CAUSE
 the graph takes derivatives itself at train.py:10
     advice: let the compiled function return the loss, and take its derivatives outside of it
 its logits come into this graph from outside, as 'logits', so their projection is not in it
-    advice: compute the logits and the loss in one compiled function, without a graph break between them; or, if a compiled function returns them, pass defer_logits="always" (this does not help where FSDP frees the weight of the head after its forward)
+    advice: compute the logits and the loss in one compiled function, without a graph break between them; if the head is not compiled, cce_inductor.defer(head) defers its logits; if it is compiled and the logits require no gradient, defer_logits="always" defers them
 its input is taken from the parameter 'logits', and is not a projection
 its input is made by view at train.py:10, which is not a known projection
 a hand-written softmax over 64 classes, which are no more than the 4096 hidden units, is taken for that of a router, not for a loss
