@@ -114,8 +114,7 @@ def work(connection: Connection, name: str, method: str, problem: Problem, folde
     if method == OURS:
         import cce_inductor
 
-        # GPT-2 has a graph break between its head and its loss.
-        cce_inductor.install(defer_logits="always")
+        cce_inductor.install()
     code = model if method == "eager" else torch.compile(model)
 
     def step() -> Any:

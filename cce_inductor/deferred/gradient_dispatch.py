@@ -7,6 +7,7 @@ any other operator the values are computed.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from cce_inductor.deferred.gradient import (
     as_term,
     terms_by_source,
 )
-from cce_inductor.recipe.operation import Operation
+from cce_inductor.recipe.operation import Operation, map_arguments
 from cce_inductor.recipe.stale import Guarded
 
 aten = torch.ops.aten
@@ -109,7 +110,8 @@ def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return NotImplemented
     shape, dtype, device = tuple(zeros.shape), zeros.dtype, zeros.device
     functional = aten.index_add.default if func is aten.index_add_.default else func
-    arguments = [None if n in (0, position) else _operand(a) for n, a in enumerate(args)]
+    given = (None if number in (0, position) else each for number, each in enumerate(args))
+    arguments = map_arguments(_operand, list(given))
     terms = []
     for term in gradient._terms:
         arguments[0] = Operation(torch.zeros, (shape,), {"dtype": dtype, "device": device})
@@ -130,17 +132,19 @@ def _linear(
         if not lazy.only_casts(gradient, **kwargs):
             return NotImplemented
         kwargs = {"dtype": kwargs["dtype"]}
-    try:
-        like = func(*tree_map_only(Tensor, on_meta, args), **tree_map_only(Tensor, on_meta, kwargs))
-    except PYTORCH_ERRORS:
+    like = _like_result(func, args, kwargs, gradient)
+    if like is None:
         return NotImplemented
     func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
-    operands, named = _operands(args, gradient), _operands(kwargs, gradient)
+    operands, named = map_arguments(
+        lambda a: _PLACE if a is gradient else _operand(a), (args, kwargs)
+    )
+    is_same = func in _COPIES or (func in _RESHAPES and like.shape == gradient.shape)
 
     def after(term: Operation) -> Operation:
-        if func in _COPIES or (func in _RESHAPES and like.shape == gradient.shape):
+        if is_same:
             return term
-        placed = tree_map_only(_Place, lambda _: term, (operands, named))
+        placed = map_arguments(lambda a: term if a is _PLACE else a, (operands, named))
         return Operation(func, *placed)
 
     terms = map(after, gradient._terms)
@@ -150,15 +154,44 @@ def _linear(
     return type(gradient)._of(like, terms, gradient.device)
 
 
-class _Place:
-    """Stands for the gradient among the arguments of an operator."""
+_PLACE = object()
+"""Stands for the gradient among the arguments of an operator."""
 
 
-def _operands(arguments: Any, gradient: GradientTensor) -> Any:
-    def operand(tensor: Tensor) -> Any:
-        return _Place() if tensor is gradient else _operand(tensor)
+def _like_result(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: GradientTensor
+) -> Tensor | None:
+    """Return a tensor on the meta device like the result of a call, None if it is an error."""
+    like = on_meta(gradient)
+    if all(each is gradient or not isinstance(each, Tensor) for each in args):
+        description = (like.shape, like.stride(), like.dtype)
+        others = tuple(tuple(each) if isinstance(each, list) else each for each in args[1:])
+        if args[0] is gradient:
+            return _cached_like(func, *description, others, tuple(kwargs.items()))
+    try:
+        made: Tensor = func(
+            *tree_map_only(Tensor, on_meta, args), **tree_map_only(Tensor, on_meta, kwargs)
+        )
+    except PYTORCH_ERRORS:
+        return None
+    return made
 
-    return tree_map_only(Tensor, operand, arguments)
+
+@functools.lru_cache(maxsize=1024)
+def _cached_like(
+    func: Any,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    others: tuple[Any, ...],
+    kwargs: tuple[tuple[str, Any], ...],
+) -> Tensor | None:
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    try:
+        made: Tensor = func(like, *others, **dict(kwargs))
+    except PYTORCH_ERRORS:
+        return None
+    return made
 
 
 def _operand(value: Any) -> Any:
@@ -169,7 +202,7 @@ def _operand(value: Any) -> Any:
         return value._operation.without_gradient
     if isinstance(value, Tensor):
         return Guarded(value.detach(), "a tensor of the backward")
-    return [_operand(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return value
 
 
 def _like(gradient: Tensor) -> Tensor:

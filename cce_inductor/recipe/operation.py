@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cce_inductor.recipe.stale import Guarded
 
@@ -32,6 +31,15 @@ def project(
 def strided(input: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Return a copy with other strides."""
     return input.new_empty_strided(input.shape, strides).copy_(input)
+
+
+def map_arguments(function: Callable[[Any], Any], arguments: Any) -> Any:
+    """Return arguments with `function` applied to all that are no tuples, lists or dicts."""
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)([map_arguments(function, each) for each in arguments])
+    if isinstance(arguments, dict):
+        return {name: map_arguments(function, each) for name, each in arguments.items()}
+    return function(arguments)
 
 
 _DEPTH = 25
@@ -66,8 +74,9 @@ class Operation:
         """The same operation on detached tensors, which keeps no autograd graph alive."""
         if not self.requires_grad:
             return self
-        args, kwargs = tree_map_only(
-            (Operation, Guarded), lambda a: a.without_gradient, (self.args, self.kwargs)
+        args, kwargs = map_arguments(
+            lambda a: a.without_gradient if isinstance(a, Operation | Guarded) else a,
+            (self.args, self.kwargs),
         )
         made = Operation(self.function, args, kwargs, size=self.size)
         made.with_gradient = weakref.ref(self)
@@ -89,9 +98,14 @@ class Operation:
     @functools.cached_property
     def arguments(self) -> list[Operation | Guarded]:
         """The arguments that are tensors."""
-        return [
-            a for a in tree_leaves((self.args, self.kwargs)) if isinstance(a, Operation | Guarded)
-        ]
+        found: list[Operation | Guarded] = []
+
+        def add(argument: Any) -> None:
+            if isinstance(argument, Operation | Guarded):
+                found.append(argument)
+
+        map_arguments(add, (self.args, self.kwargs))
+        return found
 
     @property
     def sources(self) -> list[Guarded]:
@@ -124,18 +138,16 @@ class Operation:
                 several calls, it makes them share operations as the present ones do.
         """
 
-        def replaced(argument: Operation | Guarded) -> Operation | Guarded:
+        def replaced(argument: Any) -> Any:
             if isinstance(argument, Operation):
                 return made[id(argument)]
-            tensor = tensors.get(id(argument))
+            tensor = tensors.get(id(argument)) if isinstance(argument, Guarded) else None
             return argument if tensor is None else argument.with_tensor(tensor)
 
         history = self.history(lambda each: id(each) in made)
         for each in history:
             if id(each) not in made:
-                args, kwargs = tree_map_only(
-                    (Operation, Guarded), replaced, (each.args, each.kwargs)
-                )
+                args, kwargs = map_arguments(replaced, (each.args, each.kwargs))
                 made[id(each)] = Operation(each.function, args, kwargs, size=each.size)
         for each in history:
             with_gradient = made.get(id(each.with_gradient()))
@@ -172,9 +184,10 @@ class Operation:
         return results[id(self)]
 
     def _run(self, results: dict[int, Any]) -> Any:
-        args, kwargs = tree_map_only(
-            (Operation, Guarded),
-            lambda a: a.read() if isinstance(a, Guarded) else results[id(a)],
-            (self.args, self.kwargs),
-        )
+        def value(argument: Any) -> Any:
+            if isinstance(argument, Operation):
+                return results[id(argument)]
+            return argument.read() if isinstance(argument, Guarded) else argument
+
+        args, kwargs = map_arguments(value, (self.args, self.kwargs))
         return self.function(*args, **kwargs)

@@ -217,7 +217,7 @@ def modernbert_sparse_prediction(x, weight, bias, labels):
     return F.cross_entropy(F.linear(x, weight, bias).float(), labels)
 
 
-@left_alone("outside|mask|used by", hidden(), weight(), labels(ignored=-100), graphs=None)
+@rewritten(hidden(), weight(), labels(ignored=-100), graphs=None)
 def masked_positions_after_the_head(x, weight, labels):
     """Logits are selected by a mask: a graph break between projection and loss."""
     logits = F.linear(x, weight)

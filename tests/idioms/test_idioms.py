@@ -160,7 +160,8 @@ def test_verdict(idiom):
         stored = [line for module in graphs for line in stored_logits(module)]
         assert len(stored) <= idiom.stored, stored
         return
-    assert not any(report.rewritten for report in reports), said
+    losses = [report for report in reports if not report.loss.endswith("> returned")]
+    assert not any(report.rewritten for report in losses), said
     if idiom.reason is not None:
         assert reports, said
         assert any(re.search(idiom.reason, str(report.reason)) for report in reports), said

@@ -1,0 +1,169 @@
+"""Train with each framework, without and with cce_inductor, and write ``docs/frameworks.md``.
+
+Each set-up of ``setups.py`` runs in processes of its own, once as it is and once after
+``cce_inductor.install()``::
+
+    pip install -e ".[test,frameworks]"
+    python tests/frameworks/run.py --output docs/frameworks.md
+
+Set-ups whose framework is not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from setups import BATCH, LENGTH, SETUPS, VOCABULARY, Setup
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@dataclasses.dataclass
+class Measured:
+    """What one run of a set-up printed."""
+
+    losses: list[float]
+    peak: int
+    seconds: float | None
+    computed: list[str]
+    reports: list[dict[str, Any]]
+    names: list[str]
+
+
+def is_available(setup: Setup) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in setup.packages)
+
+
+def measure(name: str, how: str) -> Measured:
+    """Run a set-up.
+
+    Args:
+        name: of the set-up.
+        how: "with" or "without" cce_inductor.
+
+    Raises:
+        RuntimeError: the run failed; the message contains what it wrote.
+    """
+    command = [sys.executable]
+    if "DDP" in name or "FSDP" in name:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(HERE / "child.py"), name, how]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": str(2**16),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        done = subprocess.run(
+            command, env=environment, cwd=HERE, capture_output=True, text=True, check=False
+        )
+    found = [line for line in done.stdout.splitlines() if line.startswith("MEASURED ")]
+    if done.returncode or not found:
+        raise RuntimeError(f"{name} {how}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return Measured(**json.loads(found[0].removeprefix("MEASURED ")))
+
+
+def check(setup: Setup, theirs: Measured, ours: Measured) -> None:
+    """Check that a set-up trains as before, and whether it was rewritten as it says.
+
+    Raises:
+        AssertionError: if not.
+    """
+    assert len(theirs.losses) == len(ours.losses) > 0
+    for mine, expected in zip(ours.losses, theirs.losses, strict=True):
+        assert abs(mine - expected) <= setup.loose * abs(expected), (ours.losses, theirs.losses)
+    assert not ours.computed or not setup.rewritten, ours.computed
+    if setup.rewritten:
+        logits = BATCH * LENGTH * VOCABULARY * 2  # bytes of a copy in bfloat16
+        assert theirs.peak - ours.peak > logits, (theirs.peak, ours.peak)
+
+
+def row(name: str, setup: Setup, theirs: Measured, ours: Measured) -> str:
+    arguments = ", ".join(f"{key}={value!r}" for key, value in setup.install.items())
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True))
+    time = "-"
+    if theirs.seconds and ours.seconds:
+        time = f"{ours.seconds / theirs.seconds:.2f}"
+    return (
+        f"| {name} | `install({arguments})` | {'yes' if setup.rewritten else 'no'} "
+        f"| {theirs.peak / 2**20:.0f} | {ours.peak / 2**20:.0f} | {time} | {worst:.1e} |"
+    )
+
+
+def page(rows: list[str], notes: list[str], versions: list[str]) -> str:
+    return "\n".join(
+        [
+            "# Frameworks",
+            "",
+            "What one must write for a training loop of a framework, and what one gets. Each loop",
+            "is run as its users write it, as it is and after `cce_inductor.install()`, which is",
+            f"the only change: a tiny model with a vocabulary of {VOCABULARY:,}, a batch of {BATCH}",
+            f"rows of {LENGTH} tokens in float32 (64 MiB of logits), on a CPU. Peak memory is that",
+            "of the third step, step time is the ratio of medians of the steps after it; on a",
+            "shared machine it varies by a third. Losses differ by rounding. Made by:",
+            "",
+            "```bash",
+            'pip install -e ".[test,frameworks]"',
+            "python tests/frameworks/run.py --output docs/frameworks.md",
+            "```",
+            "",
+            "| Loop | Before it | Rewritten | Peak without (MiB) | Peak with (MiB) | Step time, "
+            "with / without | Largest relative difference of a loss |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            *notes,
+            *(["", "Versions: " + ", ".join(versions) + "."] if versions else []),
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="run the set-ups whose name contains this")
+    parser.add_argument("--output", type=Path, help="write the page to this file")
+    arguments = parser.parse_args()
+    rows, notes, failed = [], [], False
+    packages: set[str] = {"torch"}
+    for name, setup in SETUPS.items():
+        if arguments.only not in name:
+            continue
+        if not is_available(setup):
+            print(f"{name}: left out, {' or '.join(setup.packages)} is not installed", flush=True)
+            continue
+        theirs, ours = measure(name, "without"), measure(name, "with")
+        try:
+            check(setup, theirs, ours)
+        except AssertionError as error:
+            failed = True
+            print(f"{name}: FAILED: {error}", *(r["text"] for r in ours.reports), sep="\n")
+        packages.update(setup.packages)
+        rows.append(row(name, setup, theirs, ours))
+        print(rows[-1], flush=True)
+        if setup.outcome:
+            notes.append(f"{name}: {setup.outcome}")
+    versions = []
+    names = importlib.metadata.packages_distributions()
+    for package in sorted(packages):
+        distribution = names[package][0]
+        versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
+    if arguments.output:
+        arguments.output.write_text(page(rows, notes, versions))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
