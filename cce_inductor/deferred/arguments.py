@@ -232,9 +232,7 @@ def compile_for_operands(
         if connection is None:
             return compiled(*given.values)
         before = [each.clone() if at in changed else each for at, each in enumerate(arguments)]
-        results = compiled(*given.values)
-        connection.watch(results, module, before, {})
-        return results
+        return connection.watched(compiled(*given.values), module, before, {})
 
     return _TakesDeferred(call)
 

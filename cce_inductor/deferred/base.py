@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from cce_inductor.deferred.memory import Memory, ViewOf
-from cce_inductor.recipe.operation import Operation
+from cce_inductor.recipe.operation import Operation, leaves_of
 from cce_inductor.torch_internals.tensors import forbid_memory
 
 
@@ -98,4 +97,4 @@ class DeferredTensor(Tensor):
 
 def deferred_among(arguments: Any) -> list[DeferredTensor]:
     """Return the deferred tensors in a nested structure."""
-    return [each for each in tree_leaves(arguments) if isinstance(each, DeferredTensor)]
+    return [each for each in leaves_of(arguments) if isinstance(each, DeferredTensor)]

@@ -14,14 +14,20 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from cce_inductor.deferred.autograd import operation_with_gradient
 from cce_inductor.deferred.base import DeferredTensor
-from cce_inductor.deferred.gradient import FusedBackward, GradientTensor, Known, sent_term
+from cce_inductor.deferred.dispatch import on_meta
+from cce_inductor.deferred.gradient import (
+    FusedBackward,
+    GradientTensor,
+    Known,
+    Paths,
+    sent_term,
+)
 from cce_inductor.deferred.paths import Description, find_paths
 from cce_inductor.deferred.tape import Ref, Tape
-from cce_inductor.recipe.operation import Operation, project
+from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, project
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.torch_internals.tensors import (
     in_compiled_backward,
@@ -39,10 +45,13 @@ class Connection:
 
     def __init__(self, logits: Sequence[DeferredTensor]):
         self._places = {id(each): place for place, each in enumerate(logits)}
-        self._likes = [torch.empty(e.shape, dtype=e.dtype, device="meta") for e in logits]
-        self._kinds = type(logits[0]), logits[0]._gradient_kind
-        self._device = logits[0].device
-        self._originals = [operation_with_gradient(each) for each in logits]
+        self._logits = _Logits(
+            kinds=(type(logits[0]), logits[0]._gradient_kind),
+            likes=[torch.empty_like(on_meta(each)) for each in logits],
+            device=logits[0].device,
+            operations=[operation_with_gradient(each) for each in logits],
+        )
+        self._aliases: _Aliases | None = None
         self._call: _Call | None = None
         self._gradients: dict[int, Tensor] = {}
         self._number_of_backward = -1
@@ -55,79 +64,56 @@ class Connection:
         Args:
             logits: those that the connection was made for.
         """
-        sources = [s for each in _history_of(self._originals) for s in each.sources]
+        originals = self._logits.operations
+        sources = [source for each in _history_of(originals) for source in each.sources]
         trained = {id(source): source for source in sources if source.requires_grad}
         tensors = [source.read().detach() for source in trained.values()]
         aliases: tuple[Tensor, ...] = _Connect.apply(self, len(logits), *logits, *tensors)
         made: dict[int, Operation] = {}
         by_source = dict(zip(trained, aliases, strict=True))
-        operations = [each.with_tensors(by_source, made) for each in self._originals]
-        numbers = {id(alias): number for number, alias in enumerate(aliases)}
-        self._find_paths(operations, made, numbers)
+        operations = [each.with_tensors(by_source, made) for each in originals]
+        self._aliases = _Aliases.of(self._logits, operations, made, aliases)
         return operations
 
-    def _find_paths(
-        self, operations: Sequence[Operation], made: dict[int, Operation], aliases: dict[int, int]
-    ) -> None:
-        """Find out what the gradients of the aliases are gradients of.
-
-        Args:
-            operations: compute the logits from aliases.
-            made: the operations on aliases, by the identity of the original.
-            aliases: the number of each alias, by its identity.
-        """
-        sources: dict[int, Guarded] = {}
-
-        def read(source: Guarded) -> Tensor:
-            tensor = source.read()
-            sources[id(tensor)] = source
-            return tensor
-
-        tape = Tape(read)
-        ends: tuple[Ref, ...] = tuple(map(tape.argument, operations))
-        places = {id(tensor): place for place, tensor in enumerate(tape.tensors)}
-        by_call = {
-            ref: each
-            for each in _history_of(self._originals)
-            if each.function is project and (ref := tape.ref_of(made[id(each)])) is not None
-        }
-        calls = sorted(by_call, key=lambda ref: ref.number)
-        self._projections = [by_call[ref] for ref in calls]
-        self._parts = [
-            tuple(
-                None if part is None or not part.requires_grad else places[id(part.tensor)]
-                for part in made[id(projection)].args[:3]
-            )
-            for projection in self._projections
-        ]
-        self._known = [Known.of(sources[id(tensor)]) for tensor in tape.tensors]
-        self._aliases = [aliases.get(id(tensor)) for tensor in tape.tensors]
-        descriptions = tuple(map(Description.of, tape.tensors))
-        self._paths = find_paths(self._kinds, tuple(tape.calls), descriptions, ends)
-
-    def watch(
+    def watched(
         self, results: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: Any
-    ) -> None:
-        """Note the gradients of the results in every backward.
+    ) -> Any:
+        """Return the results of the function, whose gradients are noted in every backward.
+
+        Small results are copied. A hook of the user's on the node that made one could otherwise
+        change a gradient after it was noted.
 
         Args:
             results: of the fused function.
             function, args, kwargs: a call that returns the same results if the logits among its
                 arguments are computed.
         """
-        leaves, structure = tree_flatten((args, kwargs))
-        places = [self._places.get(id(leaf)) for leaf in leaves]
-        others = [
-            None if place is not None else leaf for leaf, place in zip(leaves, places, strict=True)
-        ]
-        autocast = _autocast_now(self._device)
-        self._call = _Call(function, others, places, structure, self._originals, autocast)
+        self._call = _Call(
+            function,
+            map_arguments(self._kept, (args, kwargs)),
+            list(self._logits.operations),
+            _autocast_now(self._logits.device),
+        )
+        given = {id(each) for each in leaves_of((args, kwargs))}
+        tensors = [each for each in leaves_of(results) if isinstance(each, Tensor)]
+        bases = [each._base for each in tensors if each._base is not None]
+        exposed = {*given, *map(id, bases)}
         by_node: dict[Any, dict[int, int]] = {}
-        for number, result in enumerate(tree_leaves(results)):
-            if isinstance(result, Tensor) and result.grad_fn is not None:
-                by_node.setdefault(result.grad_fn, {})[result.output_nr] = number
+        copies: dict[int, Tensor] = {}
+        for number, result in enumerate(tensors):
+            if result.grad_fn is None or any(result._base is each for each in tensors):
+                continue  # the gradient of a view goes to the result that it is a view of
+            by_node.setdefault(result.grad_fn, {})[result.output_nr] = number
+            if result.numel() <= _SMALL and result._base is None and id(result) not in exposed:
+                copies[id(result)] = result.clone()
         for node, numbers in by_node.items():
             node.register_prehook(functools.partial(self._note, numbers))
+        return map_arguments(lambda each: copies.get(id(each), each), results)
+
+    def _kept(self, argument: Any) -> Any:
+        """Return an argument of the function as a `_Call` has it."""
+        place = self._places.get(id(argument))
+        return _guarded(argument) if place is None else _Place(place)
 
     def _note(self, numbers: dict[int, int], gradients: Sequence[Tensor | None]) -> None:
         """Note gradients of results.
@@ -146,71 +132,191 @@ class Connection:
 
     def send(self, gradients_of_aliases: Sequence[Tensor | None]) -> list[GradientTensor]:
         """Return the gradients of the logits."""
-        call = self._call
-        if call is None:
+        aliases, call, logits = self._aliases, self._call, self._logits
+        if aliases is None or call is None:
             raise RuntimeError(
                 "cce_inductor: trying to backward through deferred logits a second time; pass "
                 "retain_graph=True the first time"
             )
+        gradients = {number: _guarded(each) for number, each in self._gradients.items()}
         backward = FusedBackward(
-            self._projections,
-            self._known,
-            self._paths,
-            [None if number is None else gradients_of_aliases[number] for number in self._aliases],
-            self._parts,
-            functools.partial(call.gradients, self._gradients),
+            aliases.projections,
+            aliases.known,
+            aliases.paths,
+            [
+                None if number is None else gradients_of_aliases[number]
+                for number in aliases.numbers
+            ],
+            aliases.parts,
+            functools.partial(call.gradients, gradients),
         )
+        self._gradients = {}
         if not keeps_graph():
-            self._call = None
+            self._aliases, self._call = None, None
+            logits.operations.clear()
         return [
-            self._kinds[1]._of(like, (sent_term(backward, position),), self._device)
-            for position, like in enumerate(self._likes)
+            logits.kinds[1]._of(like, (sent_term(backward, position),), logits.device)
+            for position, like in enumerate(logits.likes)
         ]
 
 
+_SMALL = 2**16
+"""The most elements of a tensor that is copied without a thought for memory."""
+
+
+def _guarded(value: Any) -> Any:
+    """Return a tensor that is read later, as a copy if it is small. Other values stay as they are.
+
+    A tensor that requires a gradient is small only in a test, and is not copied.
+    """
+    if not isinstance(value, Tensor) or isinstance(value, DeferredTensor):
+        return value
+    if value.numel() <= _SMALL and not value.requires_grad:
+        return Guarded(value.clone(), "an argument of the loss", copy_of=value)
+    return Guarded(value, "an argument of the loss")
+
+
 @dataclasses.dataclass
+class _Logits:
+    """The deferred arguments of a function.
+
+    Attributes:
+        kinds: the classes of logits and of their gradients.
+        likes: tensors on the meta device like their gradients.
+        device: where they are.
+        operations: compute them.
+    """
+
+    kinds: tuple[type[DeferredTensor], type[GradientTensor]]
+    likes: list[Tensor]
+    device: torch.device
+    operations: list[Operation]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aliases:
+    """What the gradients of aliases are gradients of; see `FusedBackward`.
+
+    Attributes:
+        projections, known, parts, paths: arguments of `FusedBackward`.
+        numbers: the number of the alias for each tensor in `known`, None if it needs no gradient.
+    """
+
+    projections: list[Operation]
+    known: list[Known]
+    parts: list[tuple[int | None, ...]]
+    paths: Paths
+    numbers: list[int | None]
+
+    @classmethod
+    def of(
+        cls,
+        logits: _Logits,
+        operations: Sequence[Operation],
+        made: dict[int, Operation],
+        aliases: Sequence[Tensor],
+    ) -> _Aliases:
+        """Return the description of aliases.
+
+        Args:
+            logits: the logits.
+            operations: compute them from the aliases.
+            made: the operations on aliases, by the identity of the original.
+            aliases: the aliases.
+        """
+        sources: dict[int, Guarded] = {}
+
+        def read(source: Guarded) -> Tensor:
+            tensor = source.read()
+            sources[id(tensor)] = source
+            return tensor
+
+        tape = Tape(read)
+        ends: tuple[Ref, ...] = tuple(map(tape.argument, operations))
+        places = {id(tensor): place for place, tensor in enumerate(tape.tensors)}
+        by_call = {
+            ref.number: each
+            for each in _history_of(logits.operations)
+            if (ref := tape.ref_of(made[id(each)])) is not None
+            and tape.calls[ref.number].function is project
+        }
+        projections = [by_call[number] for number in sorted(by_call)]
+        numbers = {id(alias): number for number, alias in enumerate(aliases)}
+        descriptions = tuple(map(Description.of, tape.tensors))
+        return cls(
+            projections=projections,
+            known=[Known.of(sources[id(tensor)]) for tensor in tape.tensors],
+            parts=[
+                tuple(
+                    None if part is None or not part.requires_grad else places[id(part.tensor)]
+                    for part in made[id(projection)].args[:3]
+                )
+                for projection in projections
+            ],
+            paths=find_paths(logits.kinds, tuple(tape.calls), descriptions, ends),
+            numbers=[numbers.get(id(tensor)) for tensor in tape.tensors],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Stands for logits among the arguments of a function.
+
+    Attributes:
+        number: of the logits.
+    """
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _Call:
     """The call of a function of logits, to be repeated with computed logits.
 
     Attributes:
         function: the function.
-        arguments: its arguments, None in the place of logits.
-        places: for each argument, its position among the logits. None if it is none of them.
-        structure: of the arguments.
+        arguments: its positional and keyword arguments: `Guarded` in the place of tensors, `_Place`
+            in that of logits.
         operations: compute the logits.
         autocast: returns a context with the state of autocast.
     """
 
     function: Callable[..., Any]
-    arguments: list[Any]
-    places: list[int | None]
-    structure: TreeSpec
+    arguments: Any
     operations: list[Operation]
     autocast: Callable[[], torch.autocast]
 
-    def gradients(self, of_results: dict[int, Tensor]) -> list[Tensor]:
+    def gradients(self, of_results: dict[int, Guarded]) -> list[Tensor]:
         """Return the gradients of the logits.
 
         Args:
             of_results: the gradients of the results, by their number.
+
+        Raises:
+            StaleLogitsError: an argument has changed since the call.
         """
         computed = [each.without_gradient.compute() for each in self.operations]
         with torch.enable_grad(), self.autocast():
             logits = [each.detach().requires_grad_() for each in computed]
-            given = [
-                argument if place is None else logits[place]
-                for argument, place in zip(self.arguments, self.places, strict=True)
-            ]
-            args, kwargs = tree_unflatten(given, self.structure)
-            results = tree_leaves(self.function(*args, **kwargs))
+
+            def value(argument: Any) -> Any:
+                return logits[argument.number] if isinstance(argument, _Place) else _read(argument)
+
+            args, kwargs = map_arguments(value, self.arguments)
+            made = leaves_of(self.function(*args, **kwargs))
+            results = [each for each in made if isinstance(each, Tensor)]
             found = torch.autograd.grad(
                 [results[number] for number in of_results],
                 logits,
-                list(of_results.values()),
+                list(map(_read, of_results.values())),
                 allow_unused=True,
             )
         pairs = zip(found, logits, strict=True)
         return [torch.zeros_like(leaf) if each is None else each for each, leaf in pairs]
+
+
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, Guarded) else value
 
 
 class _Connect(torch.autograd.Function):

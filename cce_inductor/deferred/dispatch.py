@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cce_inductor.deferred import lazy
 from cce_inductor.deferred.autograd import operation_with_gradient
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
 from cce_inductor.deferred.eager import PYTORCH_ERRORS
-from cce_inductor.recipe.operation import Operation
+from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.tensors import is_composite
@@ -51,7 +50,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return NotImplemented
         if func is aten.index.Tensor:
             args = (args[0], _masks_as_indices(args[1]))
-    like_args, like_kwargs = tree_map_only(Tensor, on_meta, (args, kwargs))
+    like_args, like_kwargs = map_arguments(_for_tensors(on_meta), (args, kwargs))
     try:
         like = func(*like_args, **like_kwargs)
     except PYTORCH_ERRORS:
@@ -62,7 +61,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if lazy.is_pointwise(func):
         if not _is_worth_deferring(logits, like, (args, kwargs)):
             return NotImplemented
-        single_args, single_kwargs = tree_map_only(Tensor, _single_element, (args, kwargs))
+        single_args, single_kwargs = map_arguments(_for_tensors(_single_element), (args, kwargs))
         func(*single_args, **single_kwargs)  # raises the operator's errors about dtypes
         if all(each.is_floating_point() and each.dim() for each in logits):
             func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
@@ -91,7 +90,7 @@ def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Oper
         # A tensor without gradient may be modified before it is read, so it is copied. It is small.
         return Guarded(tensor.clone(), "an operand", copy_of=tensor)
 
-    return Operation(func, *tree_map_only(Tensor, operand, (args, kwargs)))
+    return Operation(func, *map_arguments(_for_tensors(operand), (args, kwargs)))
 
 
 def _views(
@@ -152,7 +151,7 @@ def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: A
     products = {id(each) for one in logits for each in one._operation.products()}
     if len(products) > _MOST_PRODUCTS:
         return False
-    others = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
+    others = [a for a in leaves_of(arguments) if isinstance(a, Tensor)]
     largest = max((a.numel() for a in others if not isinstance(a, DeferredTensor)), default=0)
     return all(like.shape == each.shape for each in logits) and 2 * largest <= like.numel()
 
@@ -196,7 +195,7 @@ class _Aliases(NamedTuple):
             for each in deferred_among(value):
                 shared.add(id(each))
                 if argument.alias_info.is_write:
-                    modified[next(iter(argument.alias_info.before_set))] = each
+                    modified[next(iter(argument.alias_info.before_set), argument.name)] = each
         return cls(shared, modified)
 
 
@@ -213,13 +212,15 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if reshapes:
         (logits,) = aliases.modified.values()
         logits._memory.replace(logits._materialize().detach())
-    plain_args, plain_kwargs = tree_map_only(DeferredTensor, values, (args, kwargs))
+    plain_args, plain_kwargs = map_arguments(
+        lambda each: values(each) if isinstance(each, DeferredTensor) else each, (args, kwargs)
+    )
     result = func(*plain_args, **plain_kwargs)
     if not aliases.modified:
-        given = {id(a) for a in tree_leaves((plain_args, plain_kwargs)) if isinstance(a, Tensor)}
+        given = {id(a) for a in leaves_of((plain_args, plain_kwargs)) if isinstance(a, Tensor)}
         # An operator may return its argument. Autograd sets the grad_fn of the returned tensor,
         # which therefore must not be the tensor that is kept.
-        return tree_map_only(Tensor, lambda t: t.detach() if id(t) in given else t, result)
+        return map_arguments(lambda t: t.detach() if id(t) in given else t, result)
     if reshapes:
         with no_dispatch():  # changes the shape of the deferred tensor, too
             func(*args, **kwargs)
@@ -240,6 +241,10 @@ def _with_modified(func: Any, result: Any, modified: dict[str, DeferredTensor]) 
 
 
 # Tensors that stand for deferred logits
+
+
+def _for_tensors(function: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
+    return lambda value: function(value) if isinstance(value, Tensor) else value
 
 
 def on_meta(tensor: Tensor) -> Tensor:

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
-from torch.utils._pytree import tree_leaves
 
 from cce_inductor.deferred.tape import Call, Tape, add_calls
 from cce_inductor.options import Options, options_in_force
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.tables import loss, reduction
-from cce_inductor.recipe.operation import Operation, project
+from cce_inductor.recipe.operation import Operation, leaves_of, project
 from cce_inductor.rewriting.mutation import storage_of
 from cce_inductor.rewriting.returned import Deferral, DeferredOutput
 from cce_inductor.rewriting.rewrite import rewrite, rewrite_reductions
@@ -48,7 +47,7 @@ def compute_reduction(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     Returns:
         NotImplemented if the pass cannot rewrite it.
     """
-    others = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    others = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
     if not all(each.is_floating_point() or each.dtype in _INDEX_DTYPES for each in others):
         return NotImplemented
     tape = Tape()

@@ -18,7 +18,9 @@ Glossary:
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Self
 from weakref import WeakValueDictionary
@@ -30,7 +32,7 @@ from cce_inductor.deferred.base import DeferredTensor
 from cce_inductor.deferred.tape import Call, Ref, Tape
 from cce_inductor.recipe.operation import Operation
 from cce_inductor.recipe.stale import Guarded, Origin
-from cce_inductor.torch_internals.tensors import number_of_backward
+from cce_inductor.torch_internals.tensors import keeps_graph, number_of_backward
 
 aten = torch.ops.aten
 
@@ -82,6 +84,7 @@ class GradientTensor(DeferredTensor):
 
     _WHAT = "gradients of deferred logits"
     _terms: tuple[Operation, ...]
+    _has_parts: bool = False
 
     @classmethod
     def _of(cls, like: Tensor, terms: Iterable[Operation], device: torch.device) -> Self:
@@ -104,11 +107,18 @@ class GradientTensor(DeferredTensor):
         terms = tuple(terms)
         made = self._view(like, _total(terms, like, self.device), take)
         made._terms = terms
+        self._has_parts = True
         return made
+
+    @property
+    def _is_unused(self) -> bool:
+        """Whether neither its values have been computed nor views of it have been taken."""
+        return self._memory.stored is None and not self._has_parts
 
     def _become(self, other: GradientTensor) -> None:
         """Take the terms of another gradient in the place of no terms."""
         assert not self._terms, "only zeros can become something else"
+        assert self._is_unused, "what was made of the zeros would still be zero"
         self._terms, self._operation = other._terms, other._operation
         self._memory.operation = other._operation
 
@@ -186,7 +196,7 @@ class Path(NamedTuple):
             elif at is not None:
                 names.append(("known", at))
             elif _is_number(tensor):
-                names.append(("number", repr(tensor)))
+                names.append(("number", _text_of_number(tensor)))
             else:
                 return None
         return cls(tuple(tape.calls), tuple(names))
@@ -202,7 +212,7 @@ class Path(NamedTuple):
             if isinstance(source, SentGradient):
                 return name == ("sent", source.position)
             if kind == "number":
-                return _is_number(tensor) and repr(tensor) == which
+                return _is_number(tensor) and _text_of_number(tensor) == which
             return kind == "known" and known[which].is_(tensor)
 
         return all(map(is_named, self.tensors, tape.tensors, sources))
@@ -240,6 +250,10 @@ def _is_number(tensor: Tensor) -> bool:
     return tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad
 
 
+def _text_of_number(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tensor.item()!r}"
+
+
 def _are_equal(one: Tensor, other: Tensor) -> bool:
     same = one.dtype == other.dtype and torch.equal(one, other)
     return same and bool(one.signbit() == other.signbit())
@@ -275,13 +289,12 @@ class Pool:
     so that they do not all exist at a time.
 
     Attributes:
-        members: the backwards that have been added.
-        gradients: their sum.
+        members: the numbers of the backwards that have been added.
     """
 
     def __init__(self) -> None:
-        self.members: list[FusedBackward] = []
-        self.gradients = Gradients(None, None, None)
+        self.members: set[int] = set()
+        self._gradients: Gradients | None = Gradients(None, None, None)
 
     @staticmethod
     def of(projection: Operation) -> Pool:
@@ -293,9 +306,23 @@ class Pool:
                 pool = _pools[key] = Pool()
             return pool
 
-    def add(self, backward: FusedBackward, gradients: Gradients) -> None:
-        self.members.append(backward)
-        self.gradients = Gradients(*map(added, self.gradients, gradients))
+    def add(self, number: int, gradients: Gradients) -> None:
+        assert self._gradients is not None, "the projection comes after all of its losses"
+        self.members.add(number)
+        self._gradients = Gradients(*map(added, self._gradients, gradients))
+
+    def take(self) -> Gradients | None:
+        """Return the sum, None if it was taken before.
+
+        Without ``retain_graph`` it is given away, so that nothing else keeps it alive, and so that
+        autograd need not copy it. Otherwise it is copied, because a hook may change what it gets.
+        """
+        gradients = self._gradients
+        if not keeps_graph():
+            self._gradients = None
+        elif gradients is not None:
+            gradients = Gradients(*(None if each is None else each.clone() for each in gradients))
+        return gradients
 
 
 def added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -308,18 +335,22 @@ def added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
 _pools: WeakValueDictionary[tuple[int, int], Pool] = WeakValueDictionary()
 """By the number of the backward and the identity of the projection."""
 _lock = threading.Lock()
+_numbers = itertools.count()
 
 
 class FusedBackward:
     """The backward of one fused loss: its gradients, and whose gradients they are.
 
     Args:
-        projections: those that the logits are computed with.
+        projections: those that the logits are computed with. They are not kept alive.
         known: the tensors that the logits are computed from.
         paths: the paths of its gradients.
         gradients: the gradient of each tensor in `known`, None if it needs none.
         parts: for each projection, the positions in `known` of its input, weight and bias.
         compute: computes the gradient of each of the logits that the loss reads, with the logits.
+
+    Attributes:
+        number: differs from that of every other.
     """
 
     def __init__(
@@ -331,34 +362,39 @@ class FusedBackward:
         parts: Sequence[tuple[int | None, ...]],
         compute: Callable[[], list[Tensor]],
     ):
-        self._projections = projections
+        self.number = next(_numbers)
+        self._projections = [weakref.ref(each) for each in projections]
         self._known = known
         self._paths = paths
         self._gradients_of_operands = {at: gradients[at] for at in paths.operands}
-        self._compute: Callable[[], list[Tensor]] = compute
-        self._values: list[Tensor] | None = None
+        self._compute: Callable[[], list[Tensor]] | None = compute
+        self._values: list[Tensor] = []
         self._lock = threading.Lock()
-        self._pools: dict[int, Pool] = {}
-        for projection, positions in zip(projections, parts, strict=True):
-            pool = self._pools[id(projection)] = Pool.of(projection)
-            pool.add(self, Gradients(*(None if p is None else gradients[p] for p in positions)))
+        self._pools = [Pool.of(each) for each in projections]
+        for pool, positions in zip(self._pools, parts, strict=True):
+            own = Gradients(*(None if at is None else gradients[at] for at in positions))
+            pool.add(self.number, own)
 
     def values(self) -> list[Tensor]:
         """Return the gradient of each of the logits that the loss reads. They are kept."""
         with self._lock:
-            if self._values is None:
-                self._values = self._compute()
+            if self._compute is not None:
+                self._values, self._compute = self._compute(), None
             return self._values
 
     def pool(self, projection: Operation) -> Pool | None:
-        return self._pools.get(id(projection))
+        """Return the pool of a projection, None if the loss does not depend on it."""
+        at = self._place(projection)
+        return None if at is None else self._pools[at]
 
     def is_whole(self, terms: Sequence[Operation], projection: Operation) -> bool:
         """Whether terms that reach a projection are all of this loss's gradient there."""
-        return any(
-            known is projection and self._describe(paths, terms)
-            for known, paths in zip(self._projections, self._paths.projections, strict=True)
-        )
+        at = self._place(projection)
+        return at is not None and self._describe(self._paths.projections[at], terms)
+
+    def _place(self, projection: Operation) -> int | None:
+        places = (at for at, each in enumerate(self._projections) if each() is projection)
+        return next(places, None)
 
     def of_operand(self, terms: Sequence[Operation]) -> Tensor | None:
         """Return the gradient of the operand that sums are the gradient of, None if of none."""
@@ -413,18 +449,17 @@ def fused_gradients(
     if not gradient._is_as_recorded:
         return None
     by_source = terms_by_source(gradient._terms)
-    rest = None
-    for term in by_source.pop(None, []):
-        rest = added(rest, term.compute())
+    others = by_source.pop(None, [])
     backwards = [each for each in by_source if isinstance(each, FusedBackward)]
     if not all(each.is_whole(by_source[each], projection) for each in backwards):
         return None
     pool = backwards[0].pool(projection) if backwards else None
-    if pool is None or set(pool.members) != set(backwards):
+    if pool is None or pool.members != {each.number for each in backwards}:
         return None
-    return pool.gradients, rest
-
-
-def as_term(tensor: Tensor) -> Operation:
-    """Return a tensor of values as a term."""
-    return Operation(aten.detach.default, (Guarded(tensor, "a gradient"),))
+    gradients = pool.take()
+    if gradients is None:
+        return None
+    rest = None
+    for term in others:
+        rest = added(rest, term.compute())
+    return gradients, rest

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from cce_inductor.deferred import lazy
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
@@ -24,11 +23,12 @@ from cce_inductor.deferred.gradient import (
     GradientTensor,
     Recorder,
     added,
-    as_term,
     terms_by_source,
 )
 from cce_inductor.recipe.operation import Operation, map_arguments
 from cce_inductor.recipe.stale import Guarded
+from cce_inductor.torch_internals.callers import is_torch_asking
+from cce_inductor.torch_internals.tensors import detached
 
 aten = torch.ops.aten
 
@@ -60,9 +60,12 @@ def _sum_of(one: Tensor, other: Any) -> Any:
         return NotImplemented
     terms: list[Operation] = []
     for each in (one, other):
-        terms += each._terms if isinstance(each, GradientTensor) else (as_term(each),)
+        if isinstance(each, GradientTensor):
+            terms += each._terms
+        else:
+            terms.append(Operation(aten.detach.default, (_plain_operand(each),)))
     gradient = one if isinstance(one, GradientTensor) else other
-    return type(gradient)._of(_like(gradient), terms, gradient.device)
+    return type(gradient)._of(on_meta(gradient), terms, gradient.device)
 
 
 def _zeros(
@@ -91,7 +94,8 @@ def _summed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if part is None:
             return NotImplemented
         total = added(total, part)
-    return NotImplemented if total is None else total.reshape(like.shape)
+    # A copy, because a hook may sum a gradient as well, and change what it gets.
+    return NotImplemented if total is None else total.reshape(like.shape).clone()
 
 
 _INTO_ZEROS = {
@@ -106,6 +110,8 @@ def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     gradient = args[position]
     if not isinstance(zeros, GradientTensor) or zeros._terms or kwargs:
         return NotImplemented
+    if func is aten.index_add_.default and not zeros._is_unused:
+        return NotImplemented
     if not isinstance(gradient, GradientTensor):
         return NotImplemented
     shape, dtype, device = tuple(zeros.shape), zeros.dtype, zeros.device
@@ -117,7 +123,7 @@ def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         arguments[0] = Operation(torch.zeros, (shape,), {"dtype": dtype, "device": device})
         arguments[position] = term
         terms.append(Operation(functional, tuple(arguments)))
-    made = type(zeros)._of(_like(zeros), terms, device)
+    made = type(zeros)._of(on_meta(zeros), terms, device)
     if func is aten.index_add_.default:
         zeros._become(made)
         return zeros
@@ -136,6 +142,10 @@ def _linear(
     if like is None:
         return NotImplemented
     func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
+    is_view = lazy.is_view(func)
+    if func is aten.view.default:
+        func = aten.reshape.default  # the values may have other strides
+        args = (args[0], list(like.shape))
     operands, named = map_arguments(
         lambda a: _PLACE if a is gradient else _operand(a), (args, kwargs)
     )
@@ -148,7 +158,7 @@ def _linear(
         return Operation(func, *placed)
 
     terms = map(after, gradient._terms)
-    if lazy.is_view(func):
+    if is_view:
         others = args[1:]
         return gradient._part(like, terms, lambda parent: func(parent, *others, **kwargs))
     return type(gradient)._of(like, terms, gradient.device)
@@ -169,9 +179,10 @@ def _like_result(
         if args[0] is gradient:
             return _cached_like(func, *description, others, tuple(kwargs.items()))
     try:
-        made: Tensor = func(
-            *tree_map_only(Tensor, on_meta, args), **tree_map_only(Tensor, on_meta, kwargs)
+        like_args, like_kwargs = map_arguments(
+            lambda each: on_meta(each) if isinstance(each, Tensor) else each, (args, kwargs)
         )
+        made: Tensor = func(*like_args, **like_kwargs)
     except PYTORCH_ERRORS:
         return None
     return made
@@ -200,22 +211,27 @@ def _operand(value: Any) -> Any:
         value = value._values()
     if isinstance(value, DeferredTensor):
         return value._operation.without_gradient
-    if isinstance(value, Tensor):
-        return Guarded(value.detach(), "a tensor of the backward")
-    return value
+    return _plain_operand(value) if isinstance(value, Tensor) else value
 
 
-def _like(gradient: Tensor) -> Tensor:
-    return on_meta(gradient)
+def _plain_operand(tensor: Tensor) -> Guarded:
+    """Return a tensor as an operation has it.
+
+    What autograd has saved or made is not copied. What a hook multiplies a gradient by, or adds to
+    it, may change after the call.
+    """
+    if is_torch_asking():
+        return Guarded(detached(tensor), "a tensor of the backward")
+    return Guarded(tensor.detach().clone(), "a tensor of a hook", copy_of=detached(tensor))
 
 
 def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator is linear in the gradient among its arguments."""
     if not isinstance(func, torch._ops.OpOverload) or not args:
         return False
-    if func in _LINEAR_IN_BOTH:
+    if func is aten.mul.Tensor:
         return True
-    if func in _LINEAR_WITH_ZERO:
+    if func is aten.masked_fill.Scalar:
         return isinstance(args[0], GradientTensor) and args[2] == 0
     if func is aten.where.self:
         return _is_zero(args[1]) or _is_zero(args[2])
@@ -240,9 +256,7 @@ def _is_backward(func: torch._ops.OpOverload) -> bool:
 
 
 _COPIES = (*IDENTITIES, aten.clone.default)
-_RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
-_LINEAR_IN_BOTH = (aten.mul.Tensor,)
-_LINEAR_WITH_ZERO = (aten.masked_fill.Scalar,)
+_RESHAPES = (aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 _LINEAR_IN_FIRST = {
     aten.div.Tensor,
     aten.neg.default,
@@ -267,7 +281,5 @@ _LINEAR_IN_FIRST = {
     # Derivatives
     aten._softmax_backward_data.default,
     aten._log_softmax_backward_data.default,
-    aten.tanh_backward.default,
-    aten.sigmoid_backward.default,
 }
 """Operators that are linear in their first argument, if the others are given."""

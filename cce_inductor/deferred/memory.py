@@ -120,7 +120,10 @@ class Memory:
             if not self.is_materialized:
                 if self._view_of is not None:
                     self._view_of.parent.materialize()
-                self.stored = self.values()
+                values = self.values()
+                # The values of a gradient may be those of others that come from the same loss.
+                is_own = self._view_of is not None or self.operation.is_plain
+                self.stored = values if is_own else values.clone()
                 self.is_materialized = True
             assert self.stored is not None
             return self.stored

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from cce_inductor.deferred import eager
 from cce_inductor.deferred.autograd import fusable_operation, to_plain
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
 from cce_inductor.deferred.connection import Connection
-from cce_inductor.recipe.operation import Operation
+from cce_inductor.recipe.operation import Operation, map_arguments
 from cce_inductor.torch_internals.callers import (
     is_about_memory,
     is_compiler_asking,
@@ -63,11 +62,11 @@ def _fused(func: Function, target: Any, args: Args, kwargs: Kwargs) -> Any:
             operations.update(zip(map(id, trained), aliased, strict=True))
         result = eager.compute_reduction(
             target,
-            *tree_map_only(DeferredTensor, lambda each: operations[id(each)], (args, kwargs)),
+            *map_arguments(lambda each: operations.get(id(each), each), (args, kwargs)),
         )
-        if connection is not None and result is not NotImplemented:
-            connection.watch(result, func, args, kwargs)
-        return result
+        if connection is None or result is NotImplemented:
+            return result
+        return connection.watched(result, func, args, kwargs)
 
 
 def _requires_grad(operation: Operation | None) -> bool:
@@ -93,7 +92,9 @@ def _as_tensor(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 def _on_plain(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Call a function that reads or modifies memory directly."""
-    args, kwargs = tree_map_only(DeferredTensor, to_plain, (args, kwargs))
+    args, kwargs = map_arguments(
+        lambda each: to_plain(each) if isinstance(each, DeferredTensor) else each, (args, kwargs)
+    )
     return func(*args, **kwargs)
 
 
@@ -175,6 +176,8 @@ def _is_mask(entry: Any) -> bool:
 
 def _split(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Return the parts as slices: the gradient of one part then needs no zeros for the others."""
+    if not args:
+        return _as_tensor(func, args, kwargs)
     logits, *others = args
     with torch.no_grad():
         parts = func(torch.empty(logits.shape, device="meta"), *others, **kwargs)
@@ -188,6 +191,8 @@ def _split(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 def _unbind(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Return the parts as single selections, as `_split` does."""
+    if not args:
+        return _as_tensor(func, args, kwargs)
     logits = args[0]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     return tuple(logits.select(dim, number) for number in range(logits.shape[dim]))
@@ -199,6 +204,8 @@ def _iterate(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 def _clamp(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Call with bounds that are tensors, as an operation keeps them: the derivative differs."""
+    if not args:
+        return _as_tensor(func, args, kwargs)
     logits, *bounds = args
     if isinstance(logits, DeferredTensor) and logits.is_floating_point():
         args = (logits, *map(_as_bound, bounds))

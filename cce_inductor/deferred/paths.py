@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from cce_inductor.deferred.autograd import deferred_product, with_strides
 from cce_inductor.deferred.base import DeferredTensor
@@ -29,6 +28,7 @@ from cce_inductor.deferred.gradient import (
 from cce_inductor.deferred.tape import Call, Ref, replay
 from cce_inductor.recipe.operation import Operation, project, strided
 from cce_inductor.recipe.stale import Guarded
+from cce_inductor.torch_internals.tensors import without_hooks_on_saved_tensors
 
 aten = torch.ops.aten
 
@@ -81,7 +81,7 @@ def find_paths(
     """
     products = [call for call in calls if call.function is project]
     multiplied: set[Any] = {ref for call in products for ref in call.args if isinstance(ref, Ref)}
-    with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
+    with torch.enable_grad(), without_hooks_on_saved_tensors():
         given = [
             each.stand_in(number, is_multiplied=Ref("tensor", number) in multiplied)
             for number, each in enumerate(tensors)
@@ -122,10 +122,6 @@ def find_paths(
     )
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _known(logits: Sequence[DeferredTensor], given: Sequence[Tensor]) -> list[Known]:
     """Return the stand-ins, each with the copies that the logits are computed from."""
     sources = {
@@ -153,8 +149,16 @@ def _paths(
     return known_paths if len(known_paths) == len(terms) else ()
 
 
+_AFTER_SUM = (
+    aten.reshape.default,
+    aten.squeeze.default,
+    aten.squeeze.dims,
+    aten._to_copy.default,
+)
+
+
 def _before_views(term: Operation) -> Operation:
-    """Return the sum that a gradient of an operand is a view of."""
-    while term.function in (aten.view.default, aten.squeeze.default, aten.squeeze.dims):
+    """Return the sum that a gradient of an operand is a view or a cast of."""
+    while term.function in _AFTER_SUM:
         (term,) = (each for each in term.arguments if isinstance(each, Operation))
     return term

@@ -34,12 +34,27 @@ def strided(input: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def map_arguments(function: Callable[[Any], Any], arguments: Any) -> Any:
-    """Return arguments with `function` applied to all that are no tuples, lists or dicts."""
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)([map_arguments(function, each) for each in arguments])
+    """Return arguments with `function` applied to all that are no tuples, lists or dicts.
+
+    PyTorch's ``tree_map`` does this for more types. It leaves lists of its arguments to Python's
+    garbage collector, and tensors in them stay alive until that runs.
+    """
+    if isinstance(arguments, (tuple, list)) and not isinstance(arguments, torch.Size):
+        mapped = [map_arguments(function, each) for each in arguments]
+        kind = type(arguments)
+        return kind._make(mapped) if hasattr(kind, "_make") else kind(mapped)
     if isinstance(arguments, dict):
         return {name: map_arguments(function, each) for name, each in arguments.items()}
     return function(arguments)
+
+
+def leaves_of(arguments: Any) -> list[Any]:
+    """Return all arguments that are no tuples, lists or dicts, in the order of `map_arguments`."""
+    if isinstance(arguments, (tuple, list)) and not isinstance(arguments, torch.Size):
+        return [leaf for each in arguments for leaf in leaves_of(each)]
+    if isinstance(arguments, dict):
+        return [leaf for each in arguments.values() for leaf in leaves_of(each)]
+    return [arguments]
 
 
 _DEPTH = 25
@@ -69,11 +84,13 @@ class Operation:
         """Have `compute` of later operations use what `memory` holds, as long as it is alive."""
         self.memory = self.without_gradient.memory = weakref.ref(memory)
 
-    @functools.cached_property
+    @property
     def without_gradient(self) -> Operation:
         """The same operation on detached tensors, which keeps no autograd graph alive."""
-        if not self.requires_grad:
-            return self
+        return self._made_without_gradient if self.requires_grad else self
+
+    @functools.cached_property
+    def _made_without_gradient(self) -> Operation:
         args, kwargs = map_arguments(
             lambda a: a.without_gradient if isinstance(a, Operation | Guarded) else a,
             (self.args, self.kwargs),
@@ -98,14 +115,8 @@ class Operation:
     @functools.cached_property
     def arguments(self) -> list[Operation | Guarded]:
         """The arguments that are tensors."""
-        found: list[Operation | Guarded] = []
-
-        def add(argument: Any) -> None:
-            if isinstance(argument, Operation | Guarded):
-                found.append(argument)
-
-        map_arguments(add, (self.args, self.kwargs))
-        return found
+        leaves = leaves_of((self.args, self.kwargs))
+        return [each for each in leaves if isinstance(each, Operation | Guarded)]
 
     @property
     def sources(self) -> list[Guarded]:

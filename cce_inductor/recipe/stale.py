@@ -19,9 +19,13 @@ class StaleLogitsError(RuntimeError):
 
 
 class Origin(NamedTuple):
-    """Which memory a tensor is, so that two tensors can be compared without their elements."""
+    """Which memory a tensor is, so that two tensors can be compared without their elements.
+
+    Two tensors that exist at the same time have the same values if their origins are equal.
+    """
 
     pointer: int | None
+    version: int | None
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
@@ -29,7 +33,8 @@ class Origin(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Origin:
         pointer = tensor.data_ptr() if is_plain(tensor) else None
-        return cls(pointer, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        version = None if tensor.is_inference() else tensor._version
+        return cls(pointer, version, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 class Guarded:
@@ -52,6 +57,7 @@ class Guarded:
     """
 
     __slots__ = (
+        "_copy_of",
         "_pointer",
         "_sample",
         "_tensor",
@@ -64,6 +70,7 @@ class Guarded:
 
     def __init__(self, tensor: Tensor, name: str, copy_of: Tensor | None = None):
         self.origin = Origin.of(tensor if copy_of is None else copy_of)
+        self._copy_of = copy_of  # so that no other tensor gets its address
         self.name = name
         self._read_from(tensor)
 
@@ -125,8 +132,8 @@ class Guarded:
         how = self._change()
         if how is not None:
             raise StaleLogitsError(
-                "cce_inductor: these logits were returned by a compiled function without having "
-                f"been computed, and {self.name}, which they are computed from, {how} since. Read "
+                "cce_inductor: deferred logits, or their gradient, have not been computed, and "
+                f"{self.name}, which they are computed from, {how} since. Read "
                 'them before that, or pass stale_logits="keep", which copies what an optimizer '
                 'changes, or defer_logits="never", with which the compiled function computes them.'
             )

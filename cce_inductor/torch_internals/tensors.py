@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,17 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
         torch._C._dispatch_tls_set_dispatch_key_included(key, True)
         return tensor.detach()
+
+
+def without_hooks_on_saved_tensors() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which no hooks of the user's see the tensors that autograd saves."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def keeps_graph() -> bool:

@@ -1,6 +1,7 @@
 """The gradient of deferred logits: where it stays deferred, and its values where it does not."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from deferred_logits import (
 )
 from torch.utils.checkpoint import checkpoint
 
+import cce_inductor
 from cce_inductor.deferred.gradient import FusedBackward
 from cce_inductor.deferred.tensor import DeferredGradient
 
@@ -399,3 +401,314 @@ def test_random_numbers_are_drawn_once():
         (code if hasattr(logits, "is_deferred") else noisy)(logits).backward()
 
     assert_same(backward)
+
+
+def outcomes(program):
+    """Return what a program finds with deferred and with plain logits, with gradients of leaves."""
+    found = []
+    for make in (Head.deferred, Head.plain):
+        head = Head()
+        values = program(make(head), head)
+        values = [v.plain() if isinstance(v, DeferredGradient) else v for v in values]
+        found.append([*(v.detach() for v in values), *(leaf.grad for leaf in head.leaves)])
+    return found
+
+
+def gradient_of(loss, logits, **arguments):
+    return torch.autograd.grad(loss, logits, **arguments)[0]
+
+
+def changed_after_a_copy(z, head):
+    gradient = gradient_of(loss_of(z), z)
+    copy = gradient.clone()
+    gradient.mul_(3)
+    return [copy, gradient]
+
+
+def changed_after_use(z, head):
+    gradient = gradient_of(loss_of(z), z)
+    scaled = gradient / gradient.norm()
+    gradient.zero_()
+    z.backward(scaled)
+    return []
+
+
+def changed_one_of_two(z, head):
+    other = z * 2
+    other.retain_grad()
+    z.retain_grad()
+    loss_of(other).backward()
+    torch.nn.utils.clip_grad_norm_([other], 0.01, foreach=False)
+    return [z.grad, other.grad]
+
+
+def changed_view(z, head):
+    rows = z.view(-1, VOCABULARY)
+    rows.retain_grad()
+    z.retain_grad()
+    F.cross_entropy(rows, TARGET.flatten()).backward()
+    rows.grad.mul_(2)
+    return [z.grad]
+
+
+def target_changed_later(z, head):
+    target = TARGET.flatten().clone()
+    z.retain_grad()
+    F.cross_entropy(z.flatten(0, 1), target).backward()
+    target.zero_()
+    return [z.grad]
+
+
+def upstream_changed_later(z, head):
+    upstream = torch.ones(TARGET.numel())
+    z.retain_grad()
+    F.cross_entropy(z.flatten(0, 1), TARGET.flatten(), reduction="none").backward(upstream)
+    upstream.zero_()
+    return [z.grad]
+
+
+def node_of_the_loss(z, head):
+    loss = loss_of(z)
+    loss.grad_fn.register_prehook(lambda gradients: (gradients[0] * 3,))
+    z.register_hook(lambda gradient: gradient * 2)
+    loss.backward()
+    return []
+
+
+def buffer_of_a_hook(z, head):
+    buffer, seen = torch.ones(z.shape), []
+    z.register_hook(lambda gradient: seen.append(gradient * buffer))
+    loss_of(z).backward()
+    buffer[0, 0, 1:9] = 5
+    return seen
+
+
+def counter_of_a_hook(z, head):
+    count = torch.zeros(())
+
+    def hook(gradient):
+        count.add_(1)
+        return gradient * count
+
+    one, other = z.float() * 1.0, z * 2
+    one.register_hook(hook)
+    other.register_hook(hook)
+    (loss_of(one) + loss_of(other)).backward()
+    return []
+
+
+def noise_of_a_hook(z, head):
+    noise, generator = torch.empty(z.shape), torch.Generator().manual_seed(0)
+    hook = lambda gradient: gradient + noise.normal_(generator=generator)  # noqa: E731
+    one, other = z.float() * 1.0, z * 2
+    one.register_hook(hook)
+    other.register_hook(hook)
+    (loss_of(one) + loss_of(other)).backward()
+    return []
+
+
+def weight_gradient_changed(z, head):
+    gradient = gradient_of(loss_of(z), z)
+    first = gradient_of(z, head.weight, grad_outputs=gradient, retain_graph=True)
+    first.mul_(2)
+    return [first, gradient_of(z, head.weight, grad_outputs=gradient)]
+
+
+def operand_gradient_changed(z, head):
+    bias = torch.zeros(VOCABULARY, requires_grad=True)
+    biased = z + bias
+    biased.register_hook(lambda gradient: (gradient.sum((0, 1), keepdim=True).zero_(), None)[1])
+    loss_of(biased).backward()
+    return [bias.grad]
+
+
+class Divided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x / scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.scale, None
+
+
+def operand_of_a_function_changed(z, head):
+    scale = torch.full((VOCABULARY,), 2.0)
+    loss = loss_of(Divided.apply(z, scale))
+    scale.fill_(3.0)
+    loss.backward()
+    return []
+
+
+def zeros_of_a_hook(z, head):
+    def hook(gradient):
+        zeros = gradient.new_zeros(gradient.shape)
+        view = zeros.view(-1, VOCABULARY)
+        zeros.norm()
+        zeros.index_add_(0, torch.arange(2), gradient)
+        return (view * 2).view(gradient.shape)
+
+    z.register_hook(hook)
+    loss_of(z).backward()
+    return []
+
+
+def straight_through(z, head):
+    y = z - z.detach() * 0.5
+    y.register_hook(lambda gradient: gradient * 2)
+    y.logsumexp(-1).sum().backward()
+    return []
+
+
+def transposed(z, head):
+    z.register_hook(lambda gradient: gradient.contiguous().view(-1).view(gradient.shape) * 2)
+    (loss_of(z) + z.transpose(0, 1).logsumexp(-1).sum()).backward()
+    return []
+
+
+def foreach(z, head):
+    z.retain_grad()
+    loss_of(z).backward()
+    torch._foreach_mul_([z.grad], 2)
+    return [z.grad]
+
+
+def by_keyword(z, head):
+    parts = [*torch.chunk(input=z, chunks=2, dim=1), *torch.unbind(input=z)]
+    clamped = torch.clamp(input=z, min=-1)
+    (sum(part.logsumexp(-1).sum() for part in parts) + clamped.logsumexp(-1).sum()).backward()
+    return []
+
+
+def without_saved_hooks(z, head):
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        z.mul(1.2345).logsumexp(-1).sum().backward()
+    return []
+
+
+PROGRAMS = [
+    changed_after_a_copy,
+    changed_after_use,
+    changed_one_of_two,
+    changed_view,
+    target_changed_later,
+    upstream_changed_later,
+    node_of_the_loss,
+    buffer_of_a_hook,
+    counter_of_a_hook,
+    noise_of_a_hook,
+    weight_gradient_changed,
+    operand_gradient_changed,
+    operand_of_a_function_changed,
+    zeros_of_a_hook,
+    straight_through,
+    transposed,
+    foreach,
+    by_keyword,
+    without_saved_hooks,
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs(program):
+    torch.testing.assert_close(*outcomes(program))
+
+
+def test_parameter_of_the_loss_that_changed():
+    """Numbers of another parameter would be wrong, and the parameter is too large to be kept."""
+    torch._dynamo.reset()
+    scale = torch.nn.Parameter(torch.ones(VOCABULARY))
+    logits = Head().deferred()
+    logits.retain_grad()
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    code = torch.compile(
+        lambda z: loss_of(z * scale), backend="cce_inductor_eager", options=options
+    )
+    code(logits).backward()
+    with torch.no_grad():
+        scale.mul_(3)
+    with pytest.raises(cce_inductor.StaleLogitsError, match="an argument of the loss"):
+        logits.grad.norm()
+
+
+def test_compiled_results_that_share_memory():
+    torch._dynamo.reset()
+
+    def losses(z):
+        each = F.cross_entropy(z.flatten(0, 1), TARGET.flatten(), reduction="none")
+        return each, each.view(2, 5)
+
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    code = torch.compile(losses, backend="cce_inductor_eager", options=options)
+
+    def backward(logits):
+        one, other = (code if hasattr(logits, "is_deferred") else losses)(logits)
+        logits.register_hook(lambda gradient: gradient * 2)
+        (one.sum() + 2 * other.sum()).backward()
+
+    assert_same(backward)
+
+
+def alive(*shapes):
+    tensors = (each for each in gc.get_objects() if isinstance(each, torch.Tensor))
+    return sum(tuple(each.shape) in shapes for each in tensors)
+
+
+def test_backwards_leave_nothing_to_the_collector():
+    """On a GPU, tensors that wait for Python's garbage collector are memory that is missing."""
+    head = Head()
+
+    def step():
+        head.hidden = head.leaf * 1.0
+        logits = head.deferred()
+        (loss_of(logits) + loss_of(logits.float() / 2)).backward()
+        for leaf in head.leaves:
+            leaf.grad = None
+
+    step()
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive(tuple(head.weight.shape), tuple(head.leaf.shape))
+        for _ in range(5):
+            step()
+        assert alive(tuple(head.weight.shape), tuple(head.leaf.shape)) <= before
+    finally:
+        gc.enable()
+
+
+def test_a_loss_keeps_no_hidden_state():
+    """Losses are kept in lists after their backward."""
+    head = Head()
+    loss = loss_of(head.deferred())
+    hidden = weakref.ref(head.hidden)
+    loss.backward()
+    head.hidden = None
+    assert hidden() is None
+    assert loss.isfinite()
+
+
+def test_gradient_that_was_read_keeps_only_its_values():
+    head = Head()
+    logits = head.deferred()
+    (gradient,) = torch.autograd.grad(loss_of(logits), logits)
+    gradient.norm()
+    hidden = weakref.ref(head.hidden)
+    head.hidden = logits = None
+    gc.collect()
+    assert hidden() is None
+    assert gradient.isfinite().all()
+
+
+def test_mixed_precision_operands(computed):
+    """A temperature and a bias in float32, with logits in bfloat16."""
+    found = []
+    for make in (Head.deferred, Head.plain):
+        head = Head(dtype=torch.bfloat16)
+        scale = torch.full((), 1.5, requires_grad=True)
+        bias = torch.zeros(VOCABULARY, requires_grad=True)
+        loss_of(make(head) / scale + bias).backward()
+        found.append([scale.grad, bias.grad])
+    torch.testing.assert_close(*found, rtol=3e-2, atol=3e-3)
+    assert not computed

@@ -38,7 +38,6 @@ class Measured:
     seconds: float | None
     computed: list[str]
     reports: list[dict[str, Any]]
-    names: list[str]
 
 
 def is_available(setup: Setup) -> bool:
@@ -111,8 +110,8 @@ def page(rows: list[str], notes: list[str], versions: list[str]) -> str:
             "is run as its users write it, as it is and after `cce_inductor.install()`, which is",
             f"the only change: a tiny model with a vocabulary of {VOCABULARY:,}, a batch of {BATCH}",
             f"rows of {LENGTH} tokens in float32 (64 MiB of logits), on a CPU. Peak memory is that",
-            "of the third step, step time is the ratio of medians of the steps after it; on a",
-            "shared machine it varies by a third. Losses differ by rounding. Made by:",
+            "of the third step; step time is the ratio of the fastest steps after it, which varies",
+            "by a third on a shared machine. Losses differ by rounding. Made by:",
             "",
             "```bash",
             'pip install -e ".[test,frameworks]"',
@@ -154,7 +153,7 @@ def main() -> int:
         rows.append(row(name, setup, theirs, ours))
         print(rows[-1], flush=True)
         if setup.outcome:
-            notes.append(f"{name}: {setup.outcome}")
+            notes.append(f"{name}: {setup.outcome}\n")
     versions = []
     names = importlib.metadata.packages_distributions()
     for package in sorted(packages):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY, HIDDEN, BATCH, LENGTH, STEPS = 32768, 64, 4, 128, 5
+VOCABULARY, HIDDEN, BATCH, LENGTH, STEPS = 32768, 64, 4, 128, 8
 
 OnStep = Callable[[Any], None]
 
@@ -64,6 +64,15 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.layer(hidden).tanh()
+
+
 class Model(nn.Module):
     """A model of the user's own."""
 
@@ -71,13 +80,13 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.embedding(ids)
         for block in self.blocks:
-            hidden = hidden + block(hidden).tanh()
+            hidden = block(hidden)
         return self.head(hidden)
 
 
@@ -316,6 +325,69 @@ def accelerate_regional(on_step: OnStep) -> None:
         on_step(loss)
 
 
+# TRL
+
+
+def train_with_trl(trainer: Any, config: Any, on_step: OnStep) -> None:
+    """Train on preferences: prompts with a chosen and a rejected completion."""
+    import transformers
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = [*special.values(), *map(str, range(VOCABULARY - len(special)))]
+    words = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, VOCABULARY - 10, (3, BATCH * STEPS, 60), generator=generator)
+    texts = [[" ".join(map(str, row)) for row in column] for column in rows.tolist()]
+
+    class Reporting(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
+            if "loss" in logs:
+                on_step(logs["loss"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(
+            model=llama(),
+            args=config(
+                output_dir=folder,
+                per_device_train_batch_size=BATCH,
+                max_steps=STEPS,
+                logging_steps=1,
+                max_length=LENGTH,
+                torch_compile=True,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                disable_tqdm=True,
+                save_strategy="no",
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_dict(
+                dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
+            ),
+            processing_class=transformers.PreTrainedTokenizerFast(
+                tokenizer_object=words, **special
+            ),
+            callbacks=[Reporting()],
+        ).train()
+
+
+@setup("TRL, CPO", "trl")
+def cpo(on_step: OnStep) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    train_with_trl(CPOTrainer, CPOConfig, on_step)
+
+
+@setup("TRL, ORPO", "trl")
+def orpo(on_step: OnStep) -> None:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    train_with_trl(ORPOTrainer, ORPOConfig, on_step)
+
+
 # Lightning
 
 
@@ -399,7 +471,7 @@ def litgpt(on_step: OnStep) -> None:
 # torchtune and torchtitan
 
 
-@setup("torchtune, chunked loss", "torchtune", install={"eager_heads": True})
+@setup("torchtune, chunked loss", "torchtune", "torchao", install={"eager_heads": True})
 def torchtune(on_step: OnStep) -> None:
     """As ``full_finetune_single_device`` compiles them: each layer, and the loss of a chunk."""
     from torchtune.models.llama3 import llama3
@@ -478,7 +550,7 @@ def x_transformers(on_step: OnStep) -> None:
 PAIRS, FEATURES = 4096, 64
 
 
-@setup("open_clip, ClipLoss", "open_clip")
+@setup("open_clip, ClipLoss", "open_clip", "torchvision")
 def open_clip(on_step: OnStep) -> None:
     from open_clip.loss import ClipLoss
 
@@ -501,7 +573,13 @@ def open_clip(on_step: OnStep) -> None:
         on_step(loss)
 
 
-@setup("pytorch-metric-learning, ArcFace", "pytorch_metric_learning")
+@setup(
+    "pytorch-metric-learning, ArcFace",
+    "pytorch_metric_learning",
+    rewritten=False,
+    outcome="the margin is put in with a boolean mask as large as the logits, which breaks the graph "
+    "and needs their values.",
+)
 def metric_learning(on_step: OnStep) -> None:
     from pytorch_metric_learning.losses import ArcFaceLoss
 
@@ -560,60 +638,62 @@ def ddp(on_step: OnStep) -> None:
     train_outside(torch.compile(model), model.parameters(), on_step)
 
 
-def shard(model: nn.Module, **of_head: Any) -> nn.Module:
+@setup("FSDP2, the model is one unit")
+@distributed
+def fsdp2(on_step: OnStep) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(Model())
+    train_outside(torch.compile(model), model.parameters(), on_step)
+
+
+def shard(model: nn.Module, policy: dict[str, Any], **of_head: Any) -> nn.Module:
+    """Make units of the blocks, of the head if arguments for it are given, and of the rest.
+
+    Dynamo does not compile the forward of such a model, only its blocks.
+    """
     from torch.distributed.fsdp import fully_shard
 
     for block in model.blocks:
-        fully_shard(block)
+        block.compile()
+        fully_shard(block, **policy)
     if of_head:
-        fully_shard(model.head, **of_head)
-    return fully_shard(model)
+        fully_shard(model.head, **of_head, **policy)
+    return fully_shard(model, **policy)
 
 
-@setup("FSDP2, two processes")
+@setup("FSDP2, each block is a unit", install={"eager_heads": True})
 @distributed
-def fsdp2(on_step: OnStep) -> None:
-    model = shard(Model())
-    train_outside(torch.compile(model), model.parameters(), on_step)
+def fsdp2_blocks(on_step: OnStep) -> None:
+    model = shard(Model(), {})
+    train_outside(model, model.parameters(), on_step)
 
 
-@setup("FSDP2, mixed precision", loose=2e-2)
+@setup("FSDP2, mixed precision", install={"eager_heads": True}, loose=2e-2)
 @distributed
 def fsdp2_mixed(on_step: OnStep) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    model = Model()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
-    for block in model.blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    train_outside(torch.compile(model), model.parameters(), on_step)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(Model(), {"mp_policy": policy})
+    train_outside(model, model.parameters(), on_step)
 
 
-@setup("FSDP2, head a unit that keeps its weight")
+@setup("FSDP2, the head is a unit that keeps its weight", install={"eager_heads": True})
 @distributed
 def fsdp2_kept(on_step: OnStep) -> None:
-    model = shard(Model(), reshard_after_forward=False)
-    train_outside(torch.compile(model), model.parameters(), on_step)
+    model = shard(Model(), {}, reshard_after_forward=False)
+    train_outside(model, model.parameters(), on_step)
 
 
 @setup(
-    "FSDP2, head a unit that frees its weight",
+    "FSDP2, the head is a unit that frees its weight",
+    install={"eager_heads": True},
     rewritten=False,
-    outcome="The weight does not exist any more when the loss is computed. Pass "
-    "reshard_after_forward=False for the head.",
+    outcome="the weight does not exist any more when the loss is computed. Pass "
+    "`reshard_after_forward=False` for the head, or make it a part of the root unit.",
 )
 @distributed
 def fsdp2_freed(on_step: OnStep) -> None:
-    model = shard(Model(), reshard_after_forward=True)
-    train_outside(torch.compile(model), model.parameters(), on_step)
-
-
-@setup("FSDP2, compiled blocks", install={"eager_heads": True})
-@distributed
-def fsdp2_blocks(on_step: OnStep) -> None:
-    model = Model()
-    for block in model.blocks:
-        block.compile()
-    shard(model)
+    model = shard(Model(), {}, reshard_after_forward=True)
     train_outside(model, model.parameters(), on_step)
