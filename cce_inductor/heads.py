@@ -7,6 +7,8 @@ where the pass does the rest.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -23,6 +25,8 @@ from cce_inductor.options import options_in_force
 from cce_inductor.recipe.sharded import is_freed_after_forward
 from cce_inductor.recipe.stale import is_plain
 from cce_inductor.torch_internals.callers import is_tracing_transform
+
+_log = logging.getLogger(__name__)
 
 
 def defer(module: Module) -> Module:
@@ -127,6 +131,9 @@ def _deferred(linear: Linear, input: Tensor) -> Tensor | None:
     options = options_in_force()
     if rows * linear.out_features * dtype.itemsize < options.min_logits_bytes:
         return None
+    if is_freed_after_forward([linear.weight]):
+        _warn_of_freed_weight()
+        return None
     logits = defer_product(input, linear.weight, linear.bias, dtype)
     if options.stale_logits == "keep" and isinstance(logits, DeferredLogits):
         keep(logits)
@@ -142,7 +149,15 @@ def _can_be_deferred(linear: Linear, input: Any) -> bool:
         and (input.dtype == linear.weight.dtype or torch.is_autocast_enabled(input.device.type))
         and input.device == linear.weight.device
         and not is_tracing_transform()
-        and not is_freed_after_forward(tensors)
+    )
+
+
+@functools.cache
+def _warn_of_freed_weight() -> None:
+    _log.warning(
+        "the logits of a head that is not compiled are computed and stored: FSDP frees the weight "
+        "after the forward of the head. To change that: pass reshard_after_forward=False for the "
+        "head, or make it a part of the root unit"
     )
 
 

@@ -4,13 +4,18 @@ The class `tensor.DeferredLogits` is a `base.DeferredTensor`, which holds the da
 protocols for tensor subclasses, each in a file of its own:
 
 - `overrides`: before autograd. Reductions go to `eager`, which runs the pass on them.
-- `autograd`: the autograd functions that make deferred logits, and whether a loss may bypass them.
+- `autograd`: the autograd functions that make deferred logits, and what they do with a gradient.
 - `dispatch`: after autograd. `lazy` says which ATen operators have deferred results.
 - `flatten`: what `torch.compile` is told of deferred logits.
 
+Their gradient is deferred, too. `gradient` has its data, `gradient_dispatch` what ATen operators do
+with it. A `connection` sends it from a fused loss to the logits, and `paths` says how it looks when
+it reaches the projection without interference.
+
 Below them are `memory` (the values, once computed), `cost` (the warning when they are), and `tape`
 (operations as a list of calls). Above them are `boundary` and `arguments`: deferred logits as
-results and as arguments of compiled functions, with `type_tables`, for the libraries that keep one.
+results and as arguments of compiled functions, with `type_tables`, for the libraries that keep one,
+and `kept`, for logits that outlive the weight.
 
 Glossary (see also `recipe`):
 

@@ -4,7 +4,10 @@ By `install`, until `uninstall`:
 
 - Inductor's options ``pre_grad_custom_pass`` and ``pre_grad_pass_timing``, and ``cache_key_tag`` of
   ``torch.compiler.config`` (`set_config`);
-- the function by which `torch.compile` calls Inductor (`wrap_inductor`).
+- the function by which `torch.compile` calls Inductor (`wrap_inductor`);
+- with ``eager_heads=True``, ``torch.nn.Linear.forward`` (`heads.defer_all`).
+
+By `defer`, until `undefer`: the ``forward`` of one module.
 
 By `explain` and `cce_inductor.testing`, until they return: Dynamo's recompile limits
 (`without_recompile_limit`), and its caches (`capture.forget_compiled`).
@@ -16,7 +19,8 @@ outlive `uninstall`:
 
 - the function by which Dynamo calls any backend (`wrap_backends`);
 - tables of tensor types in installed packages, which get an entry for `DeferredLogits`
-  (`deferred.type_tables`).
+  (`deferred.type_tables`);
+- with ``stale_logits="keep"``, a hook before the step of every optimizer (`deferred.kept`).
 
 For good, from the first compilation on for a device with Triton templates:
 

@@ -4,6 +4,7 @@ Each set-up of ``setups.py`` runs in processes of its own, once as it is and onc
 ``cce_inductor.install()``::
 
     pip install -e ".[test,frameworks]"
+    pip install --no-deps litgpt==0.5.13 torchtune==0.6.1 torchao==0.9.0
     python tests/frameworks/run.py --output docs/frameworks.md
 
 Set-ups whose framework is not installed are left out.
@@ -115,6 +116,7 @@ def page(rows: list[str], notes: list[str], versions: list[str]) -> str:
             "",
             "```bash",
             'pip install -e ".[test,frameworks]"',
+            "pip install --no-deps litgpt==0.5.13 torchtune==0.6.1 torchao==0.9.0",
             "python tests/frameworks/run.py --output docs/frameworks.md",
             "```",
             "",
