@@ -46,6 +46,8 @@ def dispatch_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             result = _summed(func, args, kwargs)
         elif func in _INTO_ZEROS:
             result = _into_zeros(func, args, kwargs)
+        elif func is aten.where.self:
+            result = _where(*args)
         elif _is_linear(func, args, kwargs) and len(gradients) == 1:
             result = _linear(func, args, kwargs, gradients[0])
     return computed(func, args, kwargs) if result is NotImplemented else result
@@ -128,6 +130,27 @@ def _into_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         zeros._become(made)
         return zeros
     return made
+
+
+def _where(condition: Tensor, *branches: Tensor) -> Any:
+    """Return a choice between gradients and zeros, as a sum of choices between each and zero."""
+    gradients = [each for each in branches if isinstance(each, GradientTensor)]
+    if not all(isinstance(each, GradientTensor) or _is_zero(each) for each in branches):
+        return NotImplemented
+    if len({(each.shape, each.dtype) for each in gradients}) > 1:
+        return NotImplemented
+    shape = gradients[0].shape
+    if condition.dim() > len(shape) or torch.broadcast_shapes(condition.shape, shape) != shape:
+        return NotImplemented
+    zero = Guarded(torch.zeros((), dtype=gradients[0].dtype), "zero")
+    chosen = _operand(condition)
+    terms = [
+        Operation(aten.where.self, (chosen, term, zero) if at == 0 else (chosen, zero, term))
+        for at, branch in enumerate(branches)
+        if isinstance(branch, GradientTensor)
+        for term in branch._terms
+    ]
+    return type(gradients[0])._of(on_meta(gradients[0]), terms, gradients[0].device)
 
 
 def _linear(
@@ -233,8 +256,6 @@ def _is_linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
         return True
     if func is aten.masked_fill.Scalar:
         return isinstance(args[0], GradientTensor) and args[2] == 0
-    if func is aten.where.self:
-        return _is_zero(args[1]) or _is_zero(args[2])
     first = isinstance(args[0], GradientTensor)
     return first and (func in _LINEAR_IN_FIRST or _is_backward(func))
 
@@ -259,6 +280,8 @@ _COPIES = (*IDENTITIES, aten.clone.default)
 _RESHAPES = (aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 _LINEAR_IN_FIRST = {
     aten.div.Tensor,
+    aten.div.Scalar,
+    aten.mul.Scalar,
     aten.neg.default,
     # Views and their derivatives
     aten.view.default,
