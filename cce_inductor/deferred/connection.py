@@ -28,7 +28,7 @@ from cce_inductor.deferred.gradient import (
 from cce_inductor.deferred.paths import Description, find_paths
 from cce_inductor.deferred.tape import Ref, Tape
 from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, project
-from cce_inductor.recipe.stale import Guarded
+from cce_inductor.recipe.stale import Guarded, is_plain
 from cce_inductor.torch_internals.tensors import (
     in_compiled_backward,
     keeps_graph,
@@ -165,14 +165,12 @@ _SMALL = 2**16
 
 
 def _guarded(value: Any) -> Any:
-    """Return a tensor that is read later, as a copy if it is small. Other values stay as they are.
-
-    A tensor that requires a gradient is small only in a test, and is not copied.
-    """
+    """Return a tensor that is read later, as a copy if it is small. Other values are returned."""
     if not isinstance(value, Tensor) or isinstance(value, DeferredTensor):
         return value
-    if value.numel() <= _SMALL and not value.requires_grad:
-        return Guarded(value.clone(), "an argument of the loss", copy_of=value)
+    if value.numel() <= _SMALL and is_plain(value):
+        copy = value.detach().clone().requires_grad_(value.requires_grad)
+        return Guarded(copy, "an argument of the loss", copy_of=value)
     return Guarded(value, "an argument of the loss")
 
 

@@ -17,6 +17,7 @@ from deferred_logits import (
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
+from cce_inductor.deferred import connection
 from cce_inductor.deferred.gradient import FusedBackward
 from cce_inductor.deferred.tensor import DeferredGradient
 
@@ -615,21 +616,31 @@ def test_programs(program):
     torch.testing.assert_close(*outcomes(program))
 
 
-def test_parameter_of_the_loss_that_changed():
-    """Numbers of another parameter would be wrong, and the parameter is too large to be kept."""
+@pytest.mark.parametrize("is_small", [True, False])
+def test_parameter_of_the_loss_that_changed(is_small, monkeypatch):
+    """A small one is kept as it was. With a large one, there would be numbers of another."""
+    if not is_small:
+        monkeypatch.setattr(connection, "_SMALL", 1)
     torch._dynamo.reset()
-    scale = torch.nn.Parameter(torch.ones(VOCABULARY))
+    scale = torch.nn.Parameter(torch.full((VOCABULARY,), 2.0))
+    options = {"min_logits_bytes": 0, "on_error": "raise"}
+
+    def scaled(z):
+        return loss_of(z * scale)
+
+    code = torch.compile(scaled, backend="cce_inductor_eager", options=options)
+    plain = Head().plain()
+    (expected,) = torch.autograd.grad(scaled(plain), plain)
     logits = Head().deferred()
     logits.retain_grad()
-    options = {"min_logits_bytes": 0, "on_error": "raise"}
-    code = torch.compile(
-        lambda z: loss_of(z * scale), backend="cce_inductor_eager", options=options
-    )
     code(logits).backward()
     with torch.no_grad():
         scale.mul_(3)
-    with pytest.raises(cce_inductor.StaleLogitsError, match="an argument of the loss"):
-        logits.grad.norm()
+    if is_small:
+        torch.testing.assert_close(logits.grad.plain(), expected)
+    else:
+        with pytest.raises(cce_inductor.StaleLogitsError, match="an argument of the loss"):
+            logits.grad.norm()
 
 
 def test_compiled_results_that_share_memory():
