@@ -22,6 +22,7 @@ IDS = torch.arange(24).view(2, 12)
 @pytest.fixture(autouse=True)
 def _everything_is_large():
     torch._dynamo.reset()
+    cce_inductor.clear_reports()
     with cce_inductor.installed(min_logits_bytes=0, on_error="raise"):
         yield
 
@@ -141,6 +142,24 @@ def test_chunks_count_together(computed):
             assert all(hasattr(chunk, "is_deferred") == is_deferred for chunk in chunks)
             assert_same(model, Chunked(), losses=chunked_loss)
     assert not computed
+
+
+def test_compiled_loss_of_a_chunk():
+    """torchtune compiles the loss of a chunk, whose logits alone are small."""
+    size = IDS.numel() * VOCABULARY * 4
+    model, expected = Chunked(), Chunked()
+    cce_inductor.defer(model.model.head)
+    code = torch.compile(lambda z, t: F.cross_entropy(z.float(), t, reduction="sum"))
+    with cce_inductor.installed(min_logits_bytes=size, on_error="raise"):
+        chunks = [chunk.reshape(-1, VOCABULARY) for chunk in model(IDS)]
+        targets = [target.flatten() for target in IDS.chunk(3, dim=1)]
+        loss = sum(map(code, chunks, targets)) / IDS.numel()
+    loss.backward()
+    chunked_loss(expected(IDS)).backward()
+    (report,) = cce_inductor.reports()
+    assert report.rewritten
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -144,6 +144,8 @@ def _reason_against_logits(logits: Logits, options: Options) -> Reason | None:
     device = example(logits.projection.node).device.type
     if device not in DEVICES_WITH_KERNELS:
         return reasons.no_kernel(device)
+    if are_deferred_already(logits):
+        return None  # they may be a chunk of logits that are large together
     size = logits_bytes(logits)
     if size is not None and size < options.min_logits_bytes:
         return reasons.too_small(size, options.min_logits_bytes)

@@ -4,7 +4,7 @@ Each set-up of ``setups.py`` runs in processes of its own, once as it is and onc
 ``cce_inductor.install()``::
 
     pip install -e ".[test,frameworks]"
-    pip install --no-deps litgpt==0.5.13 torchtune==0.6.1 torchao==0.9.0
+    pip install --no-deps litgpt==0.5.13
     python tests/frameworks/run.py --output docs/frameworks.md
 
 Set-ups whose framework is not installed are left out.
@@ -117,7 +117,9 @@ def page(rows: list[str], notes: list[str], versions: list[str]) -> str:
             "```bash",
             'pip install -e ".[test,frameworks]"',
             "pip install --no-deps litgpt==0.5.13 torchtune==0.6.1 torchao==0.9.0",
-            "python tests/frameworks/run.py --output docs/frameworks.md",
+            "python tests/frameworks/run.py --results frameworks.json --only torchtune",
+            "pip uninstall torchao   # PEFT requires another version",
+            "python tests/frameworks/run.py --results frameworks.json --output docs/frameworks.md",
             "```",
             "",
             "| Loop | Before it | Rewritten | Peak without (MiB) | Peak with (MiB) | Step time, "
@@ -132,20 +134,42 @@ def page(rows: list[str], notes: list[str], versions: list[str]) -> str:
     )
 
 
+def measured(name: str, kept: dict[str, Any]) -> tuple[Measured, Measured]:
+    """Return what a set-up measures without and with cce_inductor, from `kept` if it is there."""
+    if name not in kept:
+        kept[name] = [dataclasses.asdict(measure(name, how)) for how in ("without", "with")]
+    theirs, ours = (Measured(**each) for each in kept[name])
+    return theirs, ours
+
+
+def versions_of(packages: set[str]) -> list[str]:
+    names = importlib.metadata.packages_distributions()
+    distributions = [names[package][0] for package in sorted(packages) if package in names]
+    return [f"{each} {importlib.metadata.version(each)}" for each in distributions]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="run the set-ups whose name contains this")
+    parser.add_argument("--only", default="", help="measure the set-ups whose name contains this")
     parser.add_argument("--output", type=Path, help="write the page to this file")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="keep what is measured in this file, and measure nothing again that it contains, so "
+        "that frameworks which cannot be installed together are measured one after another",
+    )
     arguments = parser.parse_args()
-    rows, notes, failed = [], [], False
-    packages: set[str] = {"torch"}
+    kept: dict[str, Any] = {}
+    if arguments.results and arguments.results.exists():
+        kept = json.loads(arguments.results.read_text())
+    rows, notes, packages, failed = [], [], {"torch"}, False
     for name, setup in SETUPS.items():
-        if arguments.only not in name:
+        if name not in kept and (arguments.only not in name or not is_available(setup)):
+            print(f"{name}: left out", flush=True)
             continue
-        if not is_available(setup):
-            print(f"{name}: left out, {' or '.join(setup.packages)} is not installed", flush=True)
-            continue
-        theirs, ours = measure(name, "without"), measure(name, "with")
+        theirs, ours = measured(name, kept)
+        if arguments.results:
+            arguments.results.write_text(json.dumps(kept))
         try:
             check(setup, theirs, ours)
         except AssertionError as error:
@@ -156,13 +180,8 @@ def main() -> int:
         print(rows[-1], flush=True)
         if setup.outcome:
             notes.append(f"{name}: {setup.outcome}\n")
-    versions = []
-    names = importlib.metadata.packages_distributions()
-    for package in sorted(packages):
-        distribution = names[package][0]
-        versions.append(f"{distribution} {importlib.metadata.version(distribution)}")
     if arguments.output:
-        arguments.output.write_text(page(rows, notes, versions))
+        arguments.output.write_text(page(rows, notes, versions_of(packages)))
     return int(failed)
 
 
