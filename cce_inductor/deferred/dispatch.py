@@ -19,7 +19,7 @@ from cce_inductor.deferred import lazy
 from cce_inductor.deferred.autograd import operation_with_gradient
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
 from cce_inductor.deferred.eager import PYTORCH_ERRORS
-from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments
+from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, map_only
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.tensors import is_composite
@@ -50,7 +50,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return NotImplemented
         if func is aten.index.Tensor:
             args = (args[0], _masks_as_indices(args[1]))
-    like_args, like_kwargs = map_arguments(_for_tensors(on_meta), (args, kwargs))
+    like_args, like_kwargs = map_only(Tensor, on_meta, (args, kwargs))
     try:
         like = func(*like_args, **like_kwargs)
     except PYTORCH_ERRORS:
@@ -61,7 +61,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if lazy.is_pointwise(func):
         if not _is_worth_deferring(logits, like, (args, kwargs)):
             return NotImplemented
-        single_args, single_kwargs = map_arguments(_for_tensors(_single_element), (args, kwargs))
+        single_args, single_kwargs = map_only(Tensor, _single_element, (args, kwargs))
         func(*single_args, **single_kwargs)  # raises the operator's errors about dtypes
         if all(each.is_floating_point() and each.dim() for each in logits):
             func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
@@ -90,7 +90,7 @@ def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Oper
         # A tensor without gradient may be modified before it is read, so it is copied. It is small.
         return Guarded(tensor.clone(), "an operand", copy_of=tensor)
 
-    return Operation(func, *map_arguments(_for_tensors(operand), (args, kwargs)))
+    return Operation(func, *map_only(Tensor, operand, (args, kwargs)))
 
 
 def _views(
@@ -212,9 +212,7 @@ def computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if reshapes:
         (logits,) = aliases.modified.values()
         logits._memory.replace(logits._materialize().detach())
-    plain_args, plain_kwargs = map_arguments(
-        lambda each: values(each) if isinstance(each, DeferredTensor) else each, (args, kwargs)
-    )
+    plain_args, plain_kwargs = map_only(DeferredTensor, values, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     if not aliases.modified:
         given = {id(a) for a in leaves_of((plain_args, plain_kwargs)) if isinstance(a, Tensor)}
@@ -241,10 +239,6 @@ def _with_modified(func: Any, result: Any, modified: dict[str, DeferredTensor]) 
 
 
 # Tensors that stand for deferred logits
-
-
-def _for_tensors(function: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
-    return lambda value: function(value) if isinstance(value, Tensor) else value
 
 
 def on_meta(tensor: Tensor) -> Tensor:

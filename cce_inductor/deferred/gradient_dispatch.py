@@ -25,7 +25,7 @@ from cce_inductor.deferred.gradient import (
     added,
     terms_by_source,
 )
-from cce_inductor.recipe.operation import Operation, map_arguments
+from cce_inductor.recipe.operation import Operation, map_arguments, map_only
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.torch_internals.callers import is_torch_asking
 from cce_inductor.torch_internals.tensors import detached
@@ -202,9 +202,7 @@ def _like_result(
         if args[0] is gradient:
             return _cached_like(func, *description, others, tuple(kwargs.items()))
     try:
-        like_args, like_kwargs = map_arguments(
-            lambda each: on_meta(each) if isinstance(each, Tensor) else each, (args, kwargs)
-        )
+        like_args, like_kwargs = map_only(Tensor, on_meta, (args, kwargs))
         made: Tensor = func(*like_args, **like_kwargs)
     except PYTORCH_ERRORS:
         return None

@@ -17,7 +17,7 @@ from cce_inductor.deferred import eager
 from cce_inductor.deferred.autograd import fusable_operation, to_plain
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
 from cce_inductor.deferred.connection import Connection
-from cce_inductor.recipe.operation import Operation, map_arguments
+from cce_inductor.recipe.operation import Operation, map_arguments, map_only
 from cce_inductor.torch_internals.callers import (
     is_about_memory,
     is_compiler_asking,
@@ -92,9 +92,7 @@ def _as_tensor(func: Function, args: Args, kwargs: Kwargs) -> Any:
 
 def _on_plain(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Call a function that reads or modifies memory directly."""
-    args, kwargs = map_arguments(
-        lambda each: to_plain(each) if isinstance(each, DeferredTensor) else each, (args, kwargs)
-    )
+    args, kwargs = map_only(DeferredTensor, to_plain, (args, kwargs))
     return func(*args, **kwargs)
 
 

@@ -48,6 +48,11 @@ def map_arguments(function: Callable[[Any], Any], arguments: Any) -> Any:
     return function(arguments)
 
 
+def map_only(kind: type[Any], function: Callable[[Any], Any], arguments: Any) -> Any:
+    """Return arguments with `function` applied to those of type `kind`; see `map_arguments`."""
+    return map_arguments(lambda a: function(a) if isinstance(a, kind) else a, arguments)
+
+
 def leaves_of(arguments: Any) -> list[Any]:
     """Return all arguments that are no tuples, lists or dicts, in the order of `map_arguments`."""
     if isinstance(arguments, (tuple, list)) and not isinstance(arguments, torch.Size):

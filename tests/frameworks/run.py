@@ -56,8 +56,9 @@ def measure(name: str, how: str) -> Measured:
         RuntimeError: the run failed; the message contains what it wrote.
     """
     command = [sys.executable]
-    if "DDP" in name or "FSDP" in name:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    processes = SETUPS[name].processes
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [str(HERE / "child.py"), name, how]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {

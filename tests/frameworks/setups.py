@@ -32,6 +32,7 @@ class Setup:
         loose: how far the losses may differ, relatively.
         rewritten: whether losses are rewritten. If not, the page says why.
         outcome: what the page says besides the measurements.
+        processes: in how many processes it runs, with torchrun if there are several.
     """
 
     train: Callable[[OnStep], None]
@@ -40,6 +41,7 @@ class Setup:
     loose: float = 1e-4
     rewritten: bool = True
     outcome: str = ""
+    processes: int = 1
 
 
 SETUPS: dict[str, Setup] = {}
@@ -629,7 +631,7 @@ def train_outside(model: nn.Module, parameters: Any, on_step: OnStep) -> None:
         on_step(loss)
 
 
-@setup("DDP, two processes")
+@setup("DDP, two processes", processes=2)
 @distributed
 def ddp(on_step: OnStep) -> None:
     from torch.nn.parallel import DistributedDataParallel
@@ -638,7 +640,7 @@ def ddp(on_step: OnStep) -> None:
     train_outside(torch.compile(model), model.parameters(), on_step)
 
 
-@setup("FSDP2, the model is one unit")
+@setup("FSDP2, the model is one unit", processes=2)
 @distributed
 def fsdp2(on_step: OnStep) -> None:
     from torch.distributed.fsdp import fully_shard
@@ -662,14 +664,14 @@ def shard(model: nn.Module, policy: dict[str, Any], **of_head: Any) -> nn.Module
     return fully_shard(model, **policy)
 
 
-@setup("FSDP2, each block is a unit", install={"eager_heads": True})
+@setup("FSDP2, each block is a unit", install={"eager_heads": True}, processes=2)
 @distributed
 def fsdp2_blocks(on_step: OnStep) -> None:
     model = shard(Model(), {})
     train_outside(model, model.parameters(), on_step)
 
 
-@setup("FSDP2, mixed precision", install={"eager_heads": True}, loose=2e-2)
+@setup("FSDP2, mixed precision", install={"eager_heads": True}, loose=2e-2, processes=2)
 @distributed
 def fsdp2_mixed(on_step: OnStep) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -679,7 +681,9 @@ def fsdp2_mixed(on_step: OnStep) -> None:
     train_outside(model, model.parameters(), on_step)
 
 
-@setup("FSDP2, the head is a unit that keeps its weight", install={"eager_heads": True})
+@setup(
+    "FSDP2, the head is a unit that keeps its weight", install={"eager_heads": True}, processes=2
+)
 @distributed
 def fsdp2_kept(on_step: OnStep) -> None:
     model = shard(Model(), {}, reshard_after_forward=False)
@@ -692,6 +696,7 @@ def fsdp2_kept(on_step: OnStep) -> None:
     rewritten=False,
     outcome="the weight does not exist any more when the loss is computed. Pass "
     "`reshard_after_forward=False` for the head, or make it a part of the root unit.",
+    processes=2,
 )
 @distributed
 def fsdp2_freed(on_step: OnStep) -> None:
