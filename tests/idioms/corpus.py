@@ -60,9 +60,9 @@ class Idiom:
     stored: int = 0
     random: bool = False
 
-    def make(self) -> tuple[Callable[..., Any], list[Any]]:
-        """Return the function or a new module, and new arguments with the same values each time."""
-        torch.manual_seed(0)
+    def make(self, seed: int = 0) -> tuple[Callable[..., Any], list[Any]]:
+        """Return the function or a new module, and new arguments whose values `seed` decides."""
+        torch.manual_seed(seed)
         arguments = [make() for make in self.inputs]
         code = self.code
         if isinstance(code, type):
