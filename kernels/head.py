@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.text import Program
 
 TILE = 1024
@@ -26,6 +27,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def tile_count(vocabulary: int) -> int:
     """Return the number of tiles that cover `vocabulary` entries; the last may be narrower."""
     return -(-vocabulary // TILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The tensors of a matrix product that makes logits: ``input @ linear_weight.T + linear_bias``.
+
+    Attributes:
+        input: [rows, hidden], any floating dtype and strides.
+        linear_weight: [vocabulary, hidden], any floating dtype and strides.
+        linear_bias: [vocabulary] or None.
+        compute_dtype: the dtype of the product's operands.
+    """
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    compute_dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +94,17 @@ class Head:
     @property
     def logit_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.compute_dtype)
+
+    def factors(self, input: Tensor) -> dict[Name, Factors]:
+        """Return every matrix product that the program reads: that of the logits, computed from
+        `input`, first, and then those of its operands. They are computed in the dtype of their own
+        inputs."""
+        logit = Factors(input, self.linear_weight, self.linear_bias, self.compute_dtype)
+        every = {LOGIT: logit}
+        for name in self.program.products:
+            other, weight, *bias = (self.operands[position] for position in name.positions)
+            every[name] = Factors(other, weight, bias[0] if bias else None, other.dtype)
+        return every
 
     def tiles(self) -> Iterator[tuple[int, slice]]:
         """Yield each tile's number and its range of the vocabulary."""

@@ -20,6 +20,12 @@ class OperandKind(enum.StrEnum):
     """A single value."""
     LOGIT = "b"
     """One value for each logit."""
+    PRODUCT = "p"
+    """The logit of another head with the same rows and vocabulary, computed like ``z``: the operand
+    is the input of its matrix product, [rows, hidden], and the next operand is its weight,
+    [vocabulary, hidden]."""
+    BIASED_PRODUCT = "q"
+    """The same with a bias, [vocabulary], as a third operand."""
 
     @classmethod
     def of(cls, *, varies_over_rows: bool, varies_over_columns: bool) -> OperandKind:
@@ -29,12 +35,22 @@ class OperandKind(enum.StrEnum):
         return cls.COLUMN if varies_over_columns else cls.SCALAR
 
     @property
+    def is_product(self) -> bool:
+        """Whether the operand is several tensors, whose product is as large as the logits."""
+        return self in (OperandKind.PRODUCT, OperandKind.BIASED_PRODUCT)
+
+    @property
+    def tensors(self) -> int:
+        """The number of operands that the kind takes, one after another."""
+        return {OperandKind.PRODUCT: 2, OperandKind.BIASED_PRODUCT: 3}.get(self, 1)
+
+    @property
     def varies_over_rows(self) -> bool:
-        return self in (OperandKind.ROW, OperandKind.LOGIT)
+        return self in (OperandKind.ROW, OperandKind.LOGIT) or self.is_product
 
     @property
     def varies_over_columns(self) -> bool:
-        return self in (OperandKind.COLUMN, OperandKind.LOGIT)
+        return self in (OperandKind.COLUMN, OperandKind.LOGIT) or self.is_product
 
     @property
     def summed_dims(self) -> list[int]:
@@ -43,6 +59,8 @@ class OperandKind(enum.StrEnum):
 
     def of_block(self, operand: Any, rows: Any, columns: slice) -> Any:
         """Return what of an operand broadcasts against a block [rows, columns] of logits.
+
+        The kind is none of those that stand for a matrix product.
 
         Args:
             operand: the whole tensor, with `rank` dimensions.
@@ -76,14 +94,21 @@ class Name(str):
         return int(self[1:])
 
     @property
+    def positions(self) -> range:
+        """The positions of all tensors that the operand consists of."""
+        assert self.kind is not None, "a value that is no operand has no position"
+        return range(self.position, self.position + self.kind.tensors)
+
+    @property
     def is_step(self) -> bool:
         """Whether the value is the result of a step."""
         return self[0] == "t"
 
     @property
     def is_block(self) -> bool:
-        """Whether the value is as large as the logits: the logits themselves or a step's result."""
-        return self.is_step or self == LOGIT
+        """Whether kernels compute the value in a block of its own: the logits, those of another
+        head, or a step's result."""
+        return self.is_step or self == LOGIT or (self.kind is not None and self.kind.is_product)
 
 
 _KINDS = {str(kind): kind for kind in OperandKind}

@@ -31,11 +31,15 @@ def compute_statistics(
         operands: those that `program` names, see `OperandKind`; indices are [rows] or [rows, k].
         program: what is computed.
     """
-    z = torch.nn.functional.linear(input, linear_weight, linear_bias)
+    linear = torch.nn.functional.linear
+    z = linear(input, linear_weight, linear_bias)
     values: dict[Name, Tensor] = {LOGIT: z, COLUMN: torch.arange(z.shape[1], device=z.device)}
     every = slice(None)
     for name, kind in program.operands.items():
-        values[name] = kind.of_block(operands[name.position], every, every)
+        if kind.is_product:
+            values[name] = linear(*(operands[position] for position in name.positions))
+        else:
+            values[name] = kind.of_block(operands[name.position], every, every)
     for step in program.steps:
         values[step.name] = step.run(values, z.dtype)
     for root in program.roots:

@@ -47,11 +47,14 @@ def operands_of(vocabulary, rows=ROWS, dtype=torch.float64):
         torch.arange(rows) % 3,  # r9
         torch.tensor(3),  # s10
         torch.where(torch.arange(rows) % 3 == 0, -1, index.flip(0)),  # r11
+        *(random(rows, HIDDEN, seed=12), random(vocabulary, HIDDEN, seed=13)),  # p12
+        random(rows, HIDDEN + 4, seed=14),  # q14
+        *(random(vocabulary, HIDDEN + 4, seed=15), random(vocabulary, seed=16)),
     ]
     return [each.to(dtype) if each.is_floating_point() else each for each in operands]
 
 
-PROGRAMS = {
+TILED_PROGRAMS = {
     "logsumexp": "logsumexp(z)",
     "sum": "sum(z)",
     "sum and logsumexp": "logsumexp(z); sum(z)",
@@ -98,6 +101,18 @@ PROGRAMS = {
     "mask as numbers": "t0 = gt.Tensor(z, r3); t1 = where.Scalar(t0, 1, 0); t2 = div.Tensor(t1, 1); t3 = mul.Tensor(t2, z); t4 = where.ScalarSelf(t0, 2.0, t3); logsumexp(t4); sum(t3)",
     "the same twice": "logsumexp(z); logsumexp(z); sum(z); sum(z); mean(z, z); mean(z, z)",
 }
+
+
+PROGRAMS_OF_SEVERAL_HEADS = {
+    "logits of another head": "logsumexp(z); logsumexp(p12); mean(p12, p12); mean(p12, z); target(z, r0, -100)",
+    "function of two heads": "t0 = sub.Tensor(z, r3); t1 = tanh(t0); t2 = sub.Tensor(p12, z); t3 = mul.Tensor(t1, t2); sum(t3); logsumexp(z)",
+    "mixture of three heads": "t0 = logaddexp(z, p12); t1 = mul.Tensor(t0, q14); logsumexp(t1); sum(q14); gather(t0, r1)",
+    "another head alone": "t0 = tanh(q14); logsumexp(t0); max(q14)",
+    "detached head": "t0 = detach(p12); t1 = mul.Tensor(z, t0); sum(t1); logsumexp(z)",
+}
+"""There is no Triton template for these."""
+
+PROGRAMS = {**TILED_PROGRAMS, **PROGRAMS_OF_SEVERAL_HEADS}
 
 
 STATISTICS = {
@@ -161,7 +176,7 @@ def case(text, vocabulary=TILE + 300, rows=ROWS, dtype=torch.float64, bias=True,
 
 def wants_gradient(head):
     """Return for each operand whether its gradient is compared: those read, except blocks."""
-    names = {name.position: name for name in head.program.operands}
+    names = {at: name for name in head.program.operands for at in name.positions}
     return [
         at in names and names[at].kind is not OperandKind.LOGIT and operand.is_floating_point()
         for at, operand in enumerate(head.operands)

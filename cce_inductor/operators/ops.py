@@ -112,7 +112,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if not program.is_plain:
         reached &= derivative(program, operands).connected
     through_logit = LOGIT in reached
-    positions = {name.position for name in reached if name.kind is not None}
+    positions = {at for name in reached if name.kind is not None for at in name.positions}
     output_mask = [need and through_logit for need in (need_input, need_weight, need_bias)]
     output_mask += [need and at in positions for at, need in enumerate(need_operands)]
     if not any(output_mask):
@@ -182,7 +182,9 @@ def _reduce(
 
 
 def _flat(operand: Tensor, kind: OperandKind, rows: Sequence[int], vocabulary: int) -> Tensor:
-    """Return an operand with one dimension for all rows."""
+    """Return an operand with one dimension for all rows; for a product, this is its input."""
+    if kind.is_product:
+        return operand.reshape(math.prod(rows), operand.shape[-1])
     if kind is OperandKind.SCALAR:
         return operand.reshape(())
     if kind is OperandKind.COLUMN:

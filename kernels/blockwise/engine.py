@@ -9,7 +9,6 @@ numbers, and float32 would round it more than log_softmax of stored logits does.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -18,14 +17,10 @@ from torch import Tensor
 
 from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.all_statistics import ByStatistic, Indices
-from cce_inductor.kernels.blockwise.gradients import (
-    InputGradient,
-    OperandGradient,
-    WeightGradient,
-)
-from cce_inductor.kernels.blockwise.product import operand_dtype
+from cce_inductor.kernels.blockwise.gradients import OperandGradient
+from cce_inductor.kernels.blockwise.projection import Projection, ProjectionGradient
 from cce_inductor.kernels.blockwise.rows import KeptRows
-from cce_inductor.kernels.blockwise.workspace import Workspace
+from cce_inductor.kernels.blockwise.workspace import row_blocks, rows_of_block
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted, tile_count
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.derivative import Derivative, derivative
@@ -64,23 +59,27 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
     Raises:
         IndexError, RuntimeError: an index outside the vocabulary (CPU).
     """
-    head = _with_operand_dtype(head)
-    vocabulary, hidden = head.linear_weight.shape
+    vocabulary, program = head.vocabulary, head.program
     kept = KeptRows(input.shape[0], head)
-    kept_input = kept.select(input).to(head.compute_dtype)
-    workspace = Workspace(head, kept.count, hidden, input.device, backward=False)
     kept_operands = _kept_indices(head, kept)
-    for statistic in head.program.indexed:
+    for statistic in program.indexed:
         check_index(statistic, statistic.index_of(kept_operands).to(torch.int64), vocabulary)
-    indices = all_statistics.prepared_indices(head.program, kept_operands, vocabulary)
+    indices = all_statistics.prepared_indices(program, kept_operands, vocabulary)
 
+    factors = head.factors(input)
+    rows = rows_of_block(head, list(factors.values()), kept.count, backward=False)
+    projections = {
+        name: Projection(head, each, kept, rows, backward=False) for name, each in factors.items()
+    }
     accumulation = _Accumulation(head, indices, kept)
-    forward = schedule(head.program)
+    forward = schedule(program)
     for number, tile in head.tiles():
-        weight = head.linear_weight[tile].to(head.compute_dtype)
-        for block in workspace.row_blocks(kept.count):
+        for projection in projections.values():
+            projection.begin(tile)
+        for block in row_blocks(kept.count, rows):
             values = kept.operands(head, block, tile)
-            values[LOGIT] = workspace.logits(head, kept_input[block], weight, tile)
+            for name, projection in projections.items():
+                values[name] = projection.logits(block)
             forward.run(values)
             accumulation.add(values, block, tile, number)
     return [kept.restore(result) for result in accumulation.results()]
@@ -148,10 +147,6 @@ class _Accumulation:
         return results if self._normalizer is None else [*results, self._of_tiles]
 
 
-def _with_operand_dtype(head: Head) -> Head:
-    return dataclasses.replace(head, compute_dtype=operand_dtype(head.compute_dtype))
-
-
 def _kept_indices(head: Head, kept: KeptRows) -> list[Tensor]:
     """Return the operands, with only the kept rows of those that are indices."""
     operands = list(head.operands)
@@ -175,13 +170,9 @@ def compute_gradients(
         input, head: as in the forward.
         wanted: which gradients are asked for.
     """
-    head = _with_operand_dtype(head)
-    vocabulary, hidden = head.linear_weight.shape
-    program, device = head.program, input.device
+    program = head.program
     kept = KeptRows(input.shape[0], head)
-    kept_input = kept.select(input).to(head.compute_dtype)
-    workspace = Workspace(head, kept.count, hidden, device, backward=True)
-    indices = all_statistics.prepared_indices(program, _kept_indices(head, kept), vocabulary)
+    indices = all_statistics.prepared_indices(program, _kept_indices(head, kept), head.vocabulary)
     kept_results = [kept.select(result) for result in results]
     kept_grads = [None if grad is None else kept.select(grad) for grad in grads]
     by_value = all_statistics.cotangents(
@@ -192,91 +183,99 @@ def compute_gradients(
     overwrite = only is not None and not only.reads_values
     backward = None if program.is_plain else derivative(program, head.operands)
 
-    d_weight = d_bias = None
-    if wanted.input:
-        input_gradient = InputGradient(kept_input, head, workspace)
-    if wanted.linear_weight:
-        d_weight = head.linear_weight.new_empty(head.linear_weight.shape)
-        weight_gradient = WeightGradient(kept_input, d_weight, head, workspace)
-    if wanted.linear_bias:
-        d_bias = torch.zeros(vocabulary, dtype=head.logit_dtype, device=device)
+    factors = head.factors(input)
+    rows = rows_of_block(head, list(factors.values()), kept.count, backward=True)
+    projections = {
+        name: ProjectionGradient(head, each, kept, rows, **_wanted(name, wanted))
+        for name, each in factors.items()
+    }
     d_operands = {
         name: OperandGradient(name, head.operands[name.position], kept)
-        for name in program.operands
-        if wanted.operands[name.position]
+        for name, kind in program.operands.items()
+        if wanted.operands[name.position] and not kind.is_product
     }
 
     for number, tile in head.tiles():
         if skipped[number]:
-            if d_weight is not None:
-                d_weight[tile] = 0
+            for projection in projections.values():
+                projection.skip(tile)
             continue
-        weight = head.linear_weight[tile].to(head.compute_dtype)
-        for block in workspace.row_blocks(kept.count):
-            logits = workspace.logits(head, kept_input[block], weight, tile)
+        for projection in projections.values():
+            projection.begin(tile)
+        for block in row_blocks(kept.count, rows):
+            values = {} if backward is None else kept.operands(head, block, tile)
+            for name, projection in projections.items():
+                values[name] = projection.logits(block)
+            logits = values[LOGIT]
             if backward is None:
-                values = {LOGIT: logits}
                 dz = by_value[LOGIT].of_block(values, block, tile, overwrite=overwrite)
-            else:
-                values = kept.operands(head, block, tile)
-                values[LOGIT] = logits
-                dz = _through_program(values, program, backward, by_value, block, tile)
-                for name, gradient in d_operands.items():
-                    if name in backward.gradients:
-                        gradient.add(values[backward.gradients[name]], logits, block, tile)
+                projections[LOGIT].add(dz, block)
+                continue
+            _run_derivative(values, program, backward, by_value, block, tile)
+            for name, gradient in d_operands.items():
+                if name in backward.gradients:
+                    gradient.add(values[backward.gradients[name]], logits, block, tile)
+            for name, projection in projections.items():
+                if projection.is_wanted:
+                    projection.add(_gradient(name, values, backward, logits), block)
+        for projection in projections.values():
+            projection.end()
 
-            if d_bias is not None:
-                d_bias[tile] += dz.sum(0)
-            operand = workspace.operand(dz)
-            if wanted.input:
-                input_gradient.add(operand, weight, block)
-            if d_weight is not None:
-                weight_gradient.add(operand, block)
-        if wanted.input:
-            input_gradient.end_tile()
-        if d_weight is not None:
-            weight_gradient.write(tile)
-
-    d_input = None
-    if wanted.input:
-        d_input = kept.restore(input_gradient.result().to(input.dtype))
-    if d_bias is not None:
-        assert head.linear_bias is not None, "a gradient for a bias that is not there"
-        d_bias = d_bias.to(head.linear_bias.dtype)
     by_position = {name.position: gradient.result() for name, gradient in d_operands.items()}
+    for name in program.products:
+        by_position |= zip(name.positions, projections[name].results(), strict=False)
     return Gradients(
-        d_input, d_weight, d_bias, [by_position.get(at) for at in range(len(head.operands))]
+        *projections[LOGIT].results(),
+        [by_position.get(at) for at in range(len(head.operands))],
     )
 
 
-def _through_program(
+def _wanted(name: Name, wanted: Wanted) -> dict[str, bool]:
+    """Return which gradients of a matrix product's factors are asked for."""
+    if name == LOGIT:
+        asked = [wanted.input, wanted.linear_weight, wanted.linear_bias]
+    else:
+        asked = [wanted.operands[position] for position in name.positions]
+    names = ("wants_input", "wants_weight", "wants_bias")
+    return {**dict.fromkeys(names, False), **dict(zip(names, asked, strict=False))}
+
+
+def _run_derivative(
     values: dict[Name, Tensor],
     program: Program,
     backward: Derivative,
     by_value: dict[Name, Cotangent],
     block: slice,
     tile: slice,
-) -> Tensor:
-    """Return the gradient of a block of logits; add that of each operand to `values`."""
-    shape = values[LOGIT].shape
+) -> None:
+    """Add the gradients of a block's logits and operands to `values`."""
+    logits = values[LOGIT]
     backward.forward.run(values)
     made = {
-        root: values[name].expand(shape)
+        root: values[name].expand(logits.shape)
         if isinstance(name, Name)
-        else values[LOGIT].new_full(shape, name)
+        else logits.new_full(logits.shape, name)
         for root, name in zip(program.roots, backward.roots, strict=True)
     }
-    made[LOGIT] = values[LOGIT]
+    made[LOGIT] = logits
     for number, root in enumerate(program.roots):
         if root in by_value:
             values[Name(f"g{number}")] = by_value[root].of_block(made, block, tile, overwrite=False)
         else:
-            values[Name(f"g{number}")] = values[LOGIT].new_zeros(shape)
+            values[Name(f"g{number}")] = logits.new_zeros(logits.shape)
     backward.backward.run(values)
-    if LOGIT not in backward.gradients:
-        return values[LOGIT].new_zeros(shape)
-    dz = values[backward.gradients[LOGIT]]
-    return dz if dz.shape == shape else dz.expand(shape).contiguous()
+
+
+def _gradient(
+    name: Name, values: dict[Name, Tensor], backward: Derivative, logits: Tensor
+) -> Tensor:
+    """Return the gradient of a value as large as the logits, which `_run_derivative` computed."""
+    if name not in backward.gradients:
+        return logits.new_zeros(logits.shape)
+    gradient = values[backward.gradients[name]]
+    return (
+        gradient if gradient.shape == logits.shape else gradient.expand(logits.shape).contiguous()
+    )
 
 
 def _massless_tiles(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import Workspace
-from cce_inductor.kernels.head import TILE, Head
+from cce_inductor.kernels.head import TILE
 from cce_inductor.kernels.names import Name, OperandKind
 
 
@@ -44,8 +44,8 @@ class InputGradient:
 
     TILES = 16
 
-    def __init__(self, input: Tensor, head: Head, workspace: Workspace):
-        self._total = torch.zeros(input.shape, dtype=head.logit_dtype, device=input.device)
+    def __init__(self, input: Tensor, workspace: Workspace):
+        self._total = torch.zeros(input.shape, dtype=workspace.product.wide, device=input.device)
         self._group = torch.empty_like(self._total)
         self._tiles = 0
         self._product = workspace.product
@@ -78,15 +78,13 @@ class WeightGradient:
     memory once. Transposing each block of ``dz`` costs a third of the speed in low precision.
     """
 
-    def __init__(self, input: Tensor, d_weight: Tensor, head: Head, workspace: Workspace):
+    def __init__(self, input: Tensor, d_weight: Tensor, workspace: Workspace):
         self.d_weight = d_weight
         self._product = workspace.product
         self._input_t = input.t() if self._product.exact else input.t().contiguous()
         # A single product needs no sum that is wider than the gradient.
-        self._is_one_product = (
-            input.shape[0] <= workspace.rows and d_weight.dtype == head.compute_dtype
-        )
-        dtype = head.compute_dtype if self._is_one_product else head.logit_dtype
+        self._is_one_product = input.shape[0] <= workspace.rows and d_weight.dtype == input.dtype
+        dtype = input.dtype if self._is_one_product else workspace.product.wide
         width = min(TILE, d_weight.shape[0])
         self._sum = torch.empty(input.shape[1] * width, dtype=dtype, device=input.device)
 

@@ -29,10 +29,14 @@ class WideProduct:
         dtype: the operands' dtype, as `operand_dtype` returns it.
         capacity: elements of the largest `out`; scratch for it is allocated once, and only when
             `dtype` is narrower than its accumulation dtype.
+
+    Attributes:
+        wide: the dtype of `out`.
+        exact: whether that is also the dtype of the operands.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int, device: torch.device):
-        wide = accumulation_dtype(dtype)
+        wide = self.wide = accumulation_dtype(dtype)
         self.exact = dtype == wide
         elements = 0 if self.exact else capacity
         self._rounded = torch.empty(elements, dtype=dtype, device=device)

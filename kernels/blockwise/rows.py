@@ -44,12 +44,17 @@ class KeptRows:
         return full.index_copy_(0, self.rows, kept)
 
     def operands(self, head: Head, block: slice, tile: slice) -> dict[Name, Tensor]:
-        """Return a head's operands in shapes that broadcast against a block of logits."""
+        """Return a head's operands in shapes that broadcast against a block of logits.
+
+        Products of other heads are not among them.
+        """
         values: dict[Name, Tensor] = {}
         if head.program.reads_columns:
             values[COLUMN] = torch.arange(tile.start, tile.stop, device=self.device).unsqueeze(0)
         rows = block if self.rows is None else self.rows[block]
         for name, kind in head.program.operands.items():
+            if kind.is_product:
+                continue
             operand = kind.of_block(head.operands[name.position], rows, tile)
             if operand.is_floating_point():
                 operand = operand.to(head.logit_dtype)

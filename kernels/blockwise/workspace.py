@@ -2,59 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.blockwise.product import WideProduct
-from cce_inductor.kernels.head import TILE, Head
+from cce_inductor.kernels.blockwise.product import WideProduct, operand_dtype
+from cce_inductor.kernels.head import TILE, Factors, Head
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.schedule import schedule
 
 
-class Workspace:
-    """Buffers for one block of rows and one tile, allocated once and handed out as views.
+def rows_of_block(head: Head, every: Sequence[Factors], rows: int, *, backward: bool) -> int:
+    """Return how many rows of a tile `Head.workspace_bytes` holds: at least 1, at most `rows`.
+
+    Args:
+        head: the program, and the size of the workspace.
+        every: the matrix products that the program reads.
+        rows: the number of rows that there are.
+        backward: whether gradients are computed.
+    """
+    row_bytes = _block_count(head, len(every), backward=backward) * (
+        _width(head) * head.logit_dtype.itemsize
+    )
+    row_bytes += sum(_Sizes(head, factors, backward).row_bytes for factors in every)
+    return max(1, min(rows, head.workspace_bytes // max(1, row_bytes)))
+
+
+def row_blocks(rows: int, rows_of_block: int) -> Iterator[slice]:
+    """Yield ranges that cover `rows` rows, each of at most `rows_of_block`."""
+    for start in range(0, rows, rows_of_block):
+        yield slice(start, min(start + rows_of_block, rows))
+
+
+class _Sizes:
+    """What one matrix product needs besides its block of logits.
 
     Attributes:
-        rows: the rows of a block, as many as `Head.workspace_bytes` holds, at least 1.
+        with_operand: whether the gradient of the block is converted to another dtype.
+        longest: the longest row of a result.
+        row_bytes: the bytes for each row of the block.
+    """
+
+    def __init__(self, head: Head, factors: Factors, backward: bool):
+        dtype, hidden = operand_dtype(factors.compute_dtype), factors.linear_weight.shape[1]
+        self.with_operand = backward and dtype != head.logit_dtype
+        self.longest = max(_width(head), hidden) if backward else _width(head)
+        self.row_bytes = _width(
+            head
+        ) * dtype.itemsize * self.with_operand + self.longest * WideProduct.scratch_itemsize(dtype)
+
+
+class Workspace:
+    """Buffers for the blocks of one matrix product, allocated once and handed out as views.
+
+    Args:
+        head: the program.
+        factors: the matrix product.
+        rows: the rows of a block.
+        backward: whether gradients are computed.
+
+    Attributes:
+        rows: the rows of a block.
         product: the matrix product, with its scratch.
     """
 
-    def __init__(self, head: Head, rows: int, hidden: int, device: torch.device, *, backward: bool):
-        width = min(TILE, head.vocabulary)
-        longest = max(width, hidden) if backward else width
-        with_operand = backward and head.compute_dtype != head.logit_dtype
-        row_bytes = (
-            width * head.logit_dtype.itemsize * _block_count(head, backward=backward)
-            + width * head.compute_dtype.itemsize * with_operand
-            + longest * WideProduct.scratch_itemsize(head.compute_dtype)
-        )
-        self.rows = max(1, min(rows, head.workspace_bytes // max(1, row_bytes)))
+    def __init__(self, head: Head, factors: Factors, rows: int, *, backward: bool):
+        sizes, device = _Sizes(head, factors, backward), factors.input.device
+        dtype, hidden = operand_dtype(factors.compute_dtype), factors.linear_weight.shape[1]
+        self.rows = rows
 
         def buffer(dtype: torch.dtype) -> Tensor:
-            return torch.empty(self.rows * width, dtype=dtype, device=device)
+            return torch.empty(rows * _width(head), dtype=dtype, device=device)
 
-        self._logits = buffer(head.logit_dtype)
-        self._operand = buffer(head.compute_dtype) if with_operand else None
-        capacity = max(self.rows * longest, hidden * width if backward else 0)
-        self.product = WideProduct(head.compute_dtype, capacity, device)
+        capacity = max(rows * sizes.longest, hidden * _width(head) if backward else 0)
+        self.product = WideProduct(dtype, capacity, device)
+        self._logits = buffer(self.product.wide)
+        self._operand = buffer(dtype) if sizes.with_operand else None
 
-    def row_blocks(self, rows: int) -> Iterator[slice]:
-        """Yield ranges that cover `rows` rows, each within the workspace."""
-        for start in range(0, rows, self.rows):
-            yield slice(start, min(start + self.rows, rows))
-
-    def logits(self, head: Head, input: Tensor, weight: Tensor, tile: slice) -> Tensor:
-        """Return the block's logits, [rows, tile] in the logit dtype.
+    def logits(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a block of logits, [rows, tile] in the accumulation dtype.
 
         They are rounded to the compute dtype once, after the bias, as `linear` rounds them. With
         a bias of another dtype they are not rounded at all.
         """
         rows, width = input.shape[0], weight.shape[0]
         logits = self._logits[: rows * width].view(rows, width)
-        bias = None if head.linear_bias is None else head.linear_bias[tile]
-        if bias is None or bias.dtype == head.compute_dtype:
+        if bias is None or bias.dtype == input.dtype:
             self.product.rounded(logits, input, weight.t(), bias)
         else:
             self.product(logits, input, weight.t(), beta=0)
@@ -68,10 +102,14 @@ class Workspace:
         return self._operand[: dz.numel()].view(dz.shape).copy_(dz)
 
 
-def _block_count(head: Head, *, backward: bool) -> int:
+def _width(head: Head) -> int:
+    return min(TILE, head.vocabulary)
+
+
+def _block_count(head: Head, products: int, *, backward: bool) -> int:
     """Return the number of blocks in the logit dtype that exist at the same time."""
     program = head.program
-    count = 1
+    count = products
     if not program.is_plain:
         peak = derivative(program, head.operands).peak if backward else schedule(program).peak()
         count += peak

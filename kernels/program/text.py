@@ -11,7 +11,7 @@ The first statements are *steps*: each applies one pointwise ATen operator. The 
 the program of a gradient. Names of values:
 
 - ``z``: the logit; ``j``: its place in the vocabulary
-- ``r0``, ``c0``, ``s0``, ``b0``: operand 0; the letter is its `OperandKind`
+- ``r0``, ``c0``, ``s0``, ``b0``, ``p0``, ``q0``: operand 0; the letter is its `OperandKind`
 - ``t0``: the result of a step
 - ``g0``: in a derivative, the cotangent of the first value that an output reads
 """
@@ -153,6 +153,11 @@ class Program:
         """The operands that steps and statistics read as values, each with its kind."""
         uses = [use for step in self.steps for use in step.uses]
         return {use: use.kind for use in (*uses, *self.roots) if use.kind is not None}
+
+    @functools.cached_property
+    def products(self) -> tuple[Name, ...]:
+        """The operands that are the logits of other heads."""
+        return tuple(name for name, kind in self.operands.items() if kind.is_product)
 
     @property
     def normalizer(self) -> LogSumExp | None:

@@ -60,6 +60,8 @@ def reason_against(head: Head) -> str | None:
         return "there is no template for a vocabulary whose size changes"
     if head.compute_dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"there is no template for {head.compute_dtype}"
+    if head.program.products:
+        return "there is no template for the logits of several heads"
     if all(isinstance(statistic, Indexed) for statistic in head.program.statistics):
         return "nothing is reduced over the vocabulary"
     for statistic in head.program.statistics:

@@ -5,7 +5,15 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import PROGRAMS, expected, head_of, operands_of, random, upstream_of, wants_gradient
+from cases import (
+    TILED_PROGRAMS,
+    expected,
+    head_of,
+    operands_of,
+    random,
+    upstream_of,
+    wants_gradient,
+)
 from torch._inductor.utils import run_and_get_code
 
 import cce_inductor
@@ -18,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TEMPLATES = {
     name: text
-    for name, text in PROGRAMS.items()
+    for name, text in TILED_PROGRAMS.items()
     if "topk" not in text and not text.startswith(("target", "max(z)"))
 }
 

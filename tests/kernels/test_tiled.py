@@ -5,7 +5,16 @@ import functools
 
 import pytest
 import torch
-from cases import CROSS_ENTROPY, PROGRAMS, assert_agrees, case, gradients_of, head_of, random
+from cases import (
+    CROSS_ENTROPY,
+    PROGRAMS_OF_SEVERAL_HEADS,
+    TILED_PROGRAMS,
+    assert_agrees,
+    case,
+    gradients_of,
+    head_of,
+    random,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -16,7 +25,7 @@ from cce_inductor.kernels.triton import tiled
 TILE = 128
 TILED = {
     name: text
-    for name, text in PROGRAMS.items()
+    for name, text in TILED_PROGRAMS.items()
     if "topk" not in text and name != "target alone"  # These have no template.
 }
 WITHOUT_TEMPLATE = {
@@ -48,6 +57,12 @@ def test_programs_without_a_template(text, why):
 def test_no_template_for_float64():
     _, head = case(CROSS_ENTROPY)
     assert tiled.reason_against(head) == "there is no template for torch.float64"
+
+
+@pytest.mark.parametrize("name", PROGRAMS_OF_SEVERAL_HEADS)
+def test_several_heads_are_refused(name):
+    _, head = case(PROGRAMS_OF_SEVERAL_HEADS[name], dtype=torch.float32)
+    assert tiled.reason_against(head) == "there is no template for the logits of several heads"
 
 
 def test_no_template_for_a_vocabulary_that_changes_its_size():
@@ -153,8 +168,8 @@ def test_gradient_is_one_program():
         tiled.compute_gradients(grads, results, input, head, wanted)
     (text,) = seen
     assert text == (
-        "t0 = sub.Tensor(z, r12); t1 = addcmul(r13, t0, 1.4426950216293335); t2 = exp2(t1); "
-        "t3 = mul.Tensor(t2, r14); t4 = eq.Tensor(j, r15); t5 = addcmul(r16, t2, r14); "
-        "t6 = where.self(t4, t5, t3); block(t3, t6, r15)"
+        "t0 = sub.Tensor(z, r17); t1 = addcmul(r18, t0, 1.4426950216293335); t2 = exp2(t1); "
+        "t3 = mul.Tensor(t2, r19); t4 = eq.Tensor(j, r20); t5 = addcmul(r21, t2, r19); "
+        "t6 = where.self(t4, t5, t3); block(t3, t6, r20)"
     )
     assert Program.parse(text)

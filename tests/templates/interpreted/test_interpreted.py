@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from cases import (
     IGNORED,
-    PROGRAMS,
     STATISTICS,
+    TILED_PROGRAMS,
     UNUSUAL,
     expected,
     head_of,
@@ -36,7 +36,7 @@ ROWS, HIDDEN, VOCABULARY = 70, 40, 300  # none a multiple of a block
 CROSS_ENTROPY = "logsumexp(z); target(z, r0, -100)"
 TEMPLATES = {
     name: text
-    for name, text in PROGRAMS.items()
+    for name, text in TILED_PROGRAMS.items()
     if "topk" not in text and name != "target alone"  # These have no template.
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -127,7 +127,7 @@ def test_unusual_values(name, kind):
     cases.assert_agrees(compiled, *case, rtol=2e-4, atol=1e-3)
 
 
-SOFTCAP, ENTROPY = PROGRAMS["softcap"], PROGRAMS["entropy"]
+SOFTCAP, ENTROPY = TILED_PROGRAMS["softcap"], TILED_PROGRAMS["entropy"]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
