@@ -417,7 +417,6 @@ JOINS_AFTER_DYNAMIC_VOCABULARY = Reason(
 )
 JOINS_WITH_NO_COLUMN = Reason("it joins logits with a tensor that is not a column")
 JOINS_WITH_INTEGERS = Reason("it joins logits with a column that is not floating point")
-STACKS_WITH_SOMETHING_ELSE = Reason("it stacks logits with a tensor that holds no logits")
 STACKS_SEVERAL_SHAPES = Reason("it stacks logits of different shapes")
 STACK_WITH_TENSOR = Reason("it combines the logits of several projections with a tensor")
 MIXES_PROJECTIONS = Reason("it mixes the logits of several projections")

@@ -199,7 +199,7 @@ class Builder:
         with self.graph.inserting_before(group.anchor):
             first = len(self.built)
             input, weight, bias = self._projection(logits)
-            operands = [self._operand(operand, logits) for operand in group.operands]
+            operands = self._operands(group, logits)
             arguments = {
                 "skip_ignored": (group.skip_ignored, False),
                 "compute_dtype": (logits.compute_dtype, example(input).dtype),
@@ -244,7 +244,7 @@ class Builder:
         wide = torch.promote_types(logits.compute_dtype, torch.float32)
         with self.graph.inserting_before(returned.output):
             input, weight, bias = self._projection(logits)
-            operands = [self._operand(operand, logits) for operand in names.operands]
+            operands = self._operands(names, logits)
         formula = Formula(
             product_dtype=product_dtype,
             steps=names.program.steps,
@@ -255,6 +255,28 @@ class Builder:
             strides=returned.strides,
         )
         return DeferredNodes(formula, input, weight, bias, operands)
+
+    def _operands(self, group: Group, logits: Logits) -> list[Node]:
+        """Build the operands of a group's program, for the rows of `logits`."""
+        operands: list[Node] = []
+        for operand in group.operands.values():
+            if isinstance(operand, Operand) and isinstance(operand.source, Logits):
+                operands += self._factors(operand, operand.source, logits)
+            else:
+                operands.append(self._operand(operand, logits))
+        return operands
+
+    def _factors(self, operand: Operand, source: Logits, logits: Logits) -> list[Node]:
+        """Build the factors of another head's matrix product, in the dtype of its result."""
+        rest = logits.row_operations[len(operand.row_operations) :]
+        dim = logits.vocabulary_dim if rest else operand.vocabulary_dim
+        rows = source.replace(row_operations=(*source.row_operations, *rest), vocabulary_dim=dim)
+        dtype = example(source.projection.node).dtype
+        return [
+            factor if example(factor).dtype == dtype else self.method("to", factor, dtype)
+            for factor in self._projection(rows)
+            if factor is not None
+        ]
 
     def _operand(self, operand: Operand | RowStatistic, logits: Logits) -> Node:
         """Build an operand of a program for the rows of `logits`, with the vocabulary last."""

@@ -56,8 +56,7 @@ def decide(findings: Findings, options: Options, deferrable: list[Returned]) -> 
             return Decision(against, chosen, deferred, groups)
         logits, reason = not_differentiable
         for consumer in chosen:
-            assert consumer.logits is not None
-            if _share_origins(logits, consumer.logits):
+            if not set(logits.origins).isdisjoint(consumer.origins):
                 consumer.reason = reason
 
 
@@ -69,19 +68,14 @@ def _deferred(
     Nothing else may keep them. They were deferred when the function got them, or a loss of them is
     rewritten, or they are large and the options ask for it, or for those before a loss.
     """
-    with_loss = {
-        origin
-        for consumer in chosen
-        if consumer.logits is not None
-        for origin in consumer.logits.projection.origins
-    }
+    with_loss = {origin for consumer in chosen for origin in consumer.origins}
     deferred = []
     for returned in deferrable:
         logits = returned.logits
         if kept.reason(logits) is not None:
             continue
         if (
-            not with_loss.isdisjoint(logits.projection.origins)
+            not with_loss.isdisjoint(logits.origins)
             or are_deferred_already(logits)
             or (
                 _asks_for(returned, options)
@@ -125,11 +119,11 @@ def _reasons_against(
         for number, consumer in enumerate(findings.consumers):
             if consumer.logits is None:
                 continue
-            reason = against[number] or kept.reason(consumer.logits)
+            reason = against[number] or kept.reason(consumer)
             changed = changed or reason is not against[number]
             against[number] = reason
             if reason is not None:
-                kept.add(consumer.logits, reason)
+                kept.add(consumer, reason)
     return against, kept
 
 
@@ -150,7 +144,3 @@ def _reason_against_logits(logits: Logits, options: Options) -> Reason | None:
     if size is not None and size < options.min_logits_bytes:
         return reasons.too_small(size, options.min_logits_bytes)
     return None
-
-
-def _share_origins(first: Logits, second: Logits) -> bool:
-    return not set(first.projection.origins).isdisjoint(second.projection.origins)

@@ -10,7 +10,13 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.patterns.language.examples import example
-from cce_inductor.patterns.language.logits import Logits, Value, all_logits
+from cce_inductor.patterns.language.logits import (
+    Logits,
+    Projection,
+    Value,
+    all_logits,
+    origins_of,
+)
 from cce_inductor.patterns.language.rows import AtRows, Row, RowStatistic, parts
 from cce_inductor.patterns.language.site import Site
 from cce_inductor.reporting.reasons import Reason
@@ -51,6 +57,17 @@ class Consumer:
         return [part for part in parts(self.result) if isinstance(part, RowStatistic)]
 
     @property
+    def projections(self) -> list[Projection]:
+        """The projection of the logits that it reads, and those of other heads."""
+        own = () if self.logits is None else self.logits.projections
+        return [*own, *(each for statistic in self.statistics for each in statistic.projections)]
+
+    @property
+    def origins(self) -> tuple[Node, ...]:
+        """The nodes that compute what it reads. Either all of them are replaced or none."""
+        return origins_of(self.projections)
+
+    @property
     def reduces(self) -> bool:
         """Whether it reads more of the logits than their shape."""
         return bool(self.statistics)
@@ -72,13 +89,14 @@ class KeptProjections:
         copied.reasons.update(self.reasons)
         return copied
 
-    def add(self, logits: Logits, reason: Reason) -> None:
-        for origin in logits.projection.origins:
+    def add(self, of: Logits | Consumer, reason: Reason) -> None:
+        for origin in of.origins:
             self.reasons.setdefault(origin, reason)
 
-    def reason(self, logits: Logits) -> Reason | None:
-        """Return why the projections of `logits` stay, None if they need not."""
-        known = map(self.reasons.get, logits.projection.origins)
+    def reason(self, of: Logits | Consumer) -> Reason | None:
+        """Return why the projections of logits, or of what a consumer reads, stay; None if they
+        need not."""
+        known = map(self.reasons.get, of.origins)
         return next(filter(None, known), None)
 
 
@@ -87,6 +105,7 @@ class Findings:
     """What a walk over a graph found.
 
     Attributes:
+        stored: the projections whose logits other logits read as a stored tensor.
         values: what each node holds that holds logits.
         consumers: the nodes that reduce logits or compute a loss, in the order of the graph.
         routers: softmaxes that are taken for those of a router, not for part of a loss.
@@ -102,6 +121,7 @@ class Findings:
         mutations: each change in place: its position, the storage, and the node.
     """
 
+    stored: frozenset[Node] = frozenset()
     values: dict[Node, Value] = dataclasses.field(default_factory=dict)
     consumers: list[Consumer] = dataclasses.field(default_factory=list)
     routers: list[Consumer] = dataclasses.field(default_factory=list)
@@ -120,9 +140,8 @@ class Findings:
     def add(self, consumer: Consumer) -> None:
         """Record a consumer, and that its node is computed from the logits it reduces."""
         self.consumers.append(consumer)
-        for statistic in consumer.statistics:
-            origins = statistic.logits.projection.origins
-            self.reduced.setdefault(consumer.node, set()).update(origins)
+        reduced = (each for statistic in consumer.statistics for each in statistic.projections)
+        self.reduced.setdefault(consumer.node, set()).update(origins_of(reduced))
 
     def keep(self, nodes: Sequence[Node], reason: Reason) -> None:
         """Record why all logits that `nodes` hold must be stored."""
@@ -132,9 +151,21 @@ class Findings:
 
     # What rules and the rest of the pass ask
 
+    @property
+    def stored_beside(self) -> set[Node]:
+        """The projections that have to be stored, and whose logits are read beside others that do
+        not."""
+        stored: set[Node] = set()
+        for consumer in self.consumers:
+            if consumer.logits is not None:
+                own = consumer.logits.projection.origins
+                if not any(map(self.kept.reasons.get, own)):
+                    stored.update(set(consumer.origins).difference(own))
+        return stored & self.kept.reasons.keys()
+
     def site(self, node: Node) -> Site:
         """Return the node as its rule sees it."""
-        site = Site(node, self.values, self._is_late, self._changes_later)
+        site = Site(node, self.values, self._is_late, self._changes_later, self._is_stored)
         site.looked_through = self.looked_through
         return site
 
@@ -180,7 +211,10 @@ class Findings:
 
     def _is_late(self, node: Node, logits: Logits) -> bool:
         """Return whether a node is computed from a reduction of the same projection."""
-        return not self.reduced.get(node, set()).isdisjoint(logits.projection.origins)
+        return not self.reduced.get(node, set()).isdisjoint(logits.origins)
+
+    def _is_stored(self, logits: Logits) -> bool:
+        return not self.stored.isdisjoint(logits.origins)
 
     def _changes_later(self, node: Node) -> bool:
         return self.mutation_between(node, self.position[node], math.inf) is not None

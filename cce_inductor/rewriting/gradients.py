@@ -18,7 +18,7 @@ from cce_inductor.patterns.language.expression import detach_expression
 from cce_inductor.patterns.language.logits import Logits, Value, each_logits
 from cce_inductor.patterns.language.rows import Row, detach_row, nodes_of, nodes_of_projection
 from cce_inductor.patterns.operations import detaches, detaches_in_place
-from cce_inductor.rewriting.findings import Findings
+from cce_inductor.rewriting.findings import Consumer, Findings
 
 Rows = TypeVar("Rows", Row, tuple[Row, ...])
 
@@ -67,9 +67,10 @@ def requires_grad(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
-def trains(logits: Logits) -> bool:
-    """Return whether the projection reads a tensor that requires a gradient."""
-    return any(map(requires_grad, nodes_of_projection(logits.projection)))
+def trains(of: Logits | Consumer) -> bool:
+    """Return whether a projection reads a tensor that requires a gradient."""
+    nodes = (node for each in of.projections for node in nodes_of_projection(each))
+    return any(map(requires_grad, nodes))
 
 
 def detach_like(node: Node, arguments: Sequence[Node], value: Value) -> Value:

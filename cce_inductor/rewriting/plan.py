@@ -21,7 +21,7 @@ from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Leaf, Operand
-from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
+from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation, same_logits
 from cce_inductor.patterns.language.rows import (
     AtRows,
     RowStatistic,
@@ -42,7 +42,8 @@ class Group:
         anchor: the node before which the operator stands.
         level: one more than the highest level of the groups whose results it reads, 0 if none.
         statistics: the statistics that it computes.
-        operands: the operands of the program; a statistic stands for its index.
+        operands: the operands of the program by the position of their first tensor; a statistic
+            stands for its index.
         hoisted: the nodes that are moved before the operator, in order.
         first: the first node that was built for the operator, None before it is built.
         results: the node of the operator, None before it is built.
@@ -54,7 +55,7 @@ class Group:
         self.anchor = anchor
         self.level = level
         self.statistics: list[RowStatistic] = []
-        self.operands: list[Operand | RowStatistic] = []
+        self.operands: dict[int, Operand | RowStatistic] = {}
         self.hoisted: list[Node] = []
         self.first: Node | None = None
         self.results: Node | None = None
@@ -90,7 +91,8 @@ class Group:
             example(operand.source).dtype
             if isinstance(operand, Operand) and isinstance(operand.source, Node)
             else torch.float64
-            for operand in self.operands
+            for operand in self.operands.values()
+            for _ in range(_tensors(operand))
         ]
         derivative(self.program, [torch.empty((), dtype=dtype) for dtype in dtypes])
 
@@ -108,11 +110,12 @@ class Group:
         return statistic.kind((*args, *statistic.constants))
 
     def _operand_name(self, kind: OperandKind, operand: Operand | RowStatistic) -> Name:
-        for position, known in enumerate(self.operands):
+        for position, known in self.operands.items():
             if _same_operand(known, operand):
                 return Name(f"{kind}{position}")
-        self.operands.append(operand)
-        return Name(f"{kind}{len(self.operands) - 1}")
+        position = sum(map(_tensors, self.operands.values()))
+        self.operands[position] = operand
+        return Name(f"{kind}{position}")
 
     def name(self, value: Any) -> Any:
         """Return the name of an expression in the program, and add the steps that compute it."""
@@ -153,6 +156,11 @@ class Group:
         return dataclasses.replace(argument, source=rest_of(argument.source))
 
 
+def _tensors(operand: Operand | RowStatistic) -> int:
+    """Return the number of tensors that an operand of a program consists of."""
+    return operand.kind.tensors if isinstance(operand, Operand) else 1
+
+
 def _same_operand(first: Operand | RowStatistic, second: Operand | RowStatistic) -> bool:
     if isinstance(first, RowStatistic) or isinstance(second, RowStatistic):
         if not (isinstance(first, RowStatistic) and isinstance(second, RowStatistic)):
@@ -171,7 +179,9 @@ def _same_source(first: Any, second: Any) -> bool:
         first, second = ((c.target, c.args, c.kwargs) for c in (first, second))
     if isinstance(first, tuple) and isinstance(second, tuple):
         return len(first) == len(second) and all(map(_same_source, first, second))
-    if isinstance(first, (Node, RowStatistic, AtRows)):
+    if isinstance(first, AtRows) and isinstance(second, AtRows):
+        return first.operand is second.operand and same_logits(first.logits, second.logits)
+    if isinstance(first, (Node, RowStatistic)):
         return first is second
     return type(first) is type(second) and bool(first == second)
 

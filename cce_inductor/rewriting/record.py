@@ -19,7 +19,7 @@ from cce_inductor.rewriting.findings import Findings, logits_bytes
 
 def reports_of(findings: Findings, decision: Decision, options: Options) -> list[LossReport]:
     """Return a report for each loss, for logits that are only deferred, and for large routers."""
-    deferred = {o for each in decision.deferred for o in each.logits.projection.origins}
+    deferred = {o for each in decision.deferred for o in each.logits.origins}
     reports = []
     for consumer, reason in zip(findings.consumers, decision.reasons, strict=True):
         is_rewritten = reason is None
@@ -27,7 +27,7 @@ def reports_of(findings: Findings, decision: Decision, options: Options) -> list
             continue  # a loss that is itself logits, and is not stored
         if not (consumer.is_loss or consumer.reduces):
             continue
-        origins = consumer.logits.projection.origins if consumer.logits is not None else ()
+        origins = consumer.origins
         is_deferred = is_rewritten and not deferred.isdisjoint(origins)
         reports.append(
             _report(
@@ -43,7 +43,7 @@ def reports_of(findings: Findings, decision: Decision, options: Options) -> list
             deferred.difference_update(origins)
     for returned in decision.deferred:
         logits = returned.logits
-        if not deferred.isdisjoint(logits.projection.origins):
+        if not deferred.isdisjoint(logits.origins):
             reports.append(_report(returned.node, logits, "returned", None, options, deferred=True))
     routers: set[Node] = set()
     for consumer in findings.routers:

@@ -116,25 +116,25 @@ def _erase_unused(graph: Graph, decision: Decision, findings: Findings) -> None:
 
     Other nodes without users stay: before autograd, some of them matter.
     """
-    rewritten = [consumer.logits for consumer in decision.chosen]
-    rewritten += [returned.logits for returned in decision.deferred]
-    origins = {o for logits in rewritten if logits is not None for o in logits.projection.origins}
+    origins = {origin for consumer in decision.chosen for origin in consumer.origins}
+    origins.update(origin for each in decision.deferred for origin in each.logits.origins)
     unused = [
         node
         for node in findings.unused
         for argument in node.all_input_nodes
         for logits in all_logits(findings.values.get(argument, ()))
-        if not origins.isdisjoint(logits.projection.origins)
+        if not origins.isdisjoint(logits.origins)
     ]
     _erase_with_users(graph, unused)
     held = {**findings.values, **findings.assignments}
     for node in sorted(held, key=lambda node: -findings.position[node]):
         for logits in all_logits(held[node]):
-            if origins.isdisjoint(logits.projection.origins):
+            if origins.isdisjoint(logits.origins):
                 continue
             _erase_if_unused(graph, node)
-            for absorbed in logits.projection.absorbed:
-                _erase_if_unused(graph, absorbed)
+            for projection in logits.projections:
+                for absorbed in projection.absorbed:
+                    _erase_if_unused(graph, absorbed)
     for node in sorted(set(findings.looked_through), key=lambda node: -findings.position[node]):
         _erase_if_unused(graph, node)
 

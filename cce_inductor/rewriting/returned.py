@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels.names import OperandKind
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.kernels.statistics.sum import Sum
 from cce_inductor.options import Options
@@ -177,7 +176,7 @@ def _reason_to_store(node: Node, findings: Findings, deferral: Deferral) -> Reas
         return reasons.not_floating(value.dtype)
     returned = Returned(node, logits)
     operands = operands_of(returned.expression)
-    if any(operand.kind is OperandKind.LOGIT for operand in operands):
+    if any(o.kind.varies_over_rows and o.kind.varies_over_columns for o in operands):
         return reasons.COMBINED_WITH_LARGE
     if any(is_reduced(operand.source) for operand in operands):
         return reasons.COMBINED_WITH_REDUCTION
@@ -248,7 +247,7 @@ ARRIVED = "cce_inductor_arrived"
 
 def are_deferred_already(logits: Logits) -> bool:
     """Return whether the function got the logits deferred."""
-    return all(ARRIVED in origin.meta for origin in logits.projection.origins)
+    return all(ARRIVED in origin.meta for origin in logits.origins)
 
 
 def is_worth_deferring(logits: Logits) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from cce_inductor.operators import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
 from cce_inductor.options import Options
@@ -12,9 +12,10 @@ from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.report import LossReport
 from cce_inductor.rewriting.build import computing_examples
 from cce_inductor.rewriting.decide import decide
+from cce_inductor.rewriting.findings import Findings
 from cce_inductor.rewriting.record import reports_of
 from cce_inductor.rewriting.replace import replace
-from cce_inductor.rewriting.returned import Deferral, returned_logits
+from cce_inductor.rewriting.returned import Deferral, Returned, returned_logits
 from cce_inductor.rewriting.walk import walk
 from cce_inductor.surprise import on_error, surprised
 
@@ -97,12 +98,9 @@ def _rewrite_graph(
     is_inner: bool,
 ) -> list[LossReport]:
     try:
-        findings = walk(module.graph, is_inner=is_inner)
+        findings, deferrable = _found(module.graph, options, deferral, is_inner=is_inner)
         for consumer in findings.consumers:
             consumer.reason = consumer.reason or against
-        deferrable, stored = returned_logits(findings, options, deferral)
-        for logits, reason in stored:
-            findings.kept.add(logits, reason)
         decision = decide(findings, options, deferrable if against is None else [])
         reports = reports_of(findings, decision, options)
         if decision.groups or decision.deferred:
@@ -117,3 +115,23 @@ def _rewrite_graph(
         surprised("a graph is compiled as it was")
         losses = [node for node in module.graph.nodes if loss.get(node) is not None]
         return [LossReport.of_failure(node, reasons.pass_failed(error)) for node in losses]
+
+
+def _found(
+    graph: Graph, options: Options, deferral: Deferral | None, *, is_inner: bool
+) -> tuple[Findings, list[Returned]]:
+    """Return what a walk finds, and the logits that the graph returns and need not compute.
+
+    Logits of several heads are computed together. Where one of the heads has to be stored, the
+    others read it as a stored tensor. This is known only at the end of a walk, so another one
+    follows.
+    """
+    stored: frozenset[Node] = frozenset()
+    while True:
+        findings = walk(graph, is_inner=is_inner, stored=stored)
+        deferrable, returned = returned_logits(findings, options, deferral)
+        for logits, reason in returned:
+            findings.kept.add(logits, reason)
+        if findings.stored_beside <= stored:
+            return findings, deferrable
+        stored |= findings.stored_beside

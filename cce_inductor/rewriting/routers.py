@@ -18,9 +18,10 @@ def drop_without_loss(findings: Findings) -> None:
     size: it may be a teacher, whose argmax is the target of the loss.
     """
     of_losses = [
-        consumer.logits.projection
+        projection
         for consumer in findings.consumers
         if consumer.logits is not None and (consumer.is_loss or _may_be_loss(consumer))
+        for projection in consumer.projections
     ]
     origins = {origin for projection in of_losses for origin in projection.origins}
     vocabularies = {projection.classes for projection in of_losses}
@@ -28,13 +29,13 @@ def drop_without_loss(findings: Findings) -> None:
     for consumer in every:
         if (
             consumer.logits is None
-            or not origins.isdisjoint(consumer.logits.projection.origins)
+            or not origins.isdisjoint(consumer.origins)
             or consumer.logits.projection.classes in vocabularies
         ):
             findings.consumers.append(consumer)
         elif consumer.has_softmax:
             projection = consumer.logits.projection
-            consumer.reason = findings.kept.reason(consumer.logits) or reasons.taken_for_router(
+            consumer.reason = findings.kept.reason(consumer) or reasons.taken_for_router(
                 projection.classes, projection.hidden
             )
             findings.routers.append(consumer)

@@ -44,21 +44,28 @@ from cce_inductor.rewriting.routers import drop_without_loss
 from cce_inductor.torch_internals.symbols import size_hint
 
 
-def walk(graph: Graph, *, without_loss: bool = False, is_inner: bool = False) -> Findings:
+def walk(
+    graph: Graph,
+    *,
+    without_loss: bool = False,
+    is_inner: bool = False,
+    stored: frozenset[Node] = frozenset(),
+) -> Findings:
     """Find every loss in `graph`, and follow its logits back to their projection.
 
     Args:
         graph: a graph before autograd.
         without_loss: whether to keep reductions of projections without a loss.
         is_inner: whether another graph calls this one.
+        stored: the projections whose logits other logits read as a stored tensor.
     """
-    return _Walker(graph, is_inner=is_inner).run(without_loss=without_loss)
+    return _Walker(graph, stored, is_inner=is_inner).run(without_loss=without_loss)
 
 
 class _Walker:
-    def __init__(self, graph: Graph, *, is_inner: bool):
+    def __init__(self, graph: Graph, stored: frozenset[Node], *, is_inner: bool):
         self.graph = graph
-        self.findings = Findings()
+        self.findings = Findings(stored)
         self.values = self.findings.values
         self.regions = Regions(graph)
         self.gradients = Gradients(graph, self.findings)
@@ -87,7 +94,7 @@ class _Walker:
             drop_without_loss(findings)
         for consumer in findings.consumers:
             if consumer.reason is None and consumer.logits is not None:
-                consumer.reason = findings.kept.reason(consumer.logits)
+                consumer.reason = findings.kept.reason(consumer)
         return findings
 
     def _visit(self, node: Node) -> None:
@@ -143,7 +150,13 @@ class _Walker:
         try:
             self.regions.check()
             self.changes.check_only(arguments)
-            if not self._visit_reduction(site, arguments):
+            stacked = next((a for a in arguments if site.stack(a) is not None), None)
+            if stacked is not None:
+                rule = transform.get(node)
+                self._visit_result(
+                    site, arguments, through_stack(site, stacked, rule, self._pointwise)
+                )
+            elif not self._visit_reduction(site, arguments):
                 self._visit_transform(site, arguments)
         except UnsupportedError as error:
             if not self.changes.written and _is_unused(node):
@@ -174,14 +187,13 @@ class _Walker:
 
     def _visit_transform(self, site: Site, arguments: list[Node]) -> None:
         """Apply the node's transform rule, or capture it as a pointwise function."""
+        rule = transform.get(site.node)
+        value: TransformResult = site.apply(rule) if rule is not None else self._pointwise(site)
+        self._visit_result(site, arguments, value)
+
+    def _visit_result(self, site: Site, arguments: list[Node], value: Value) -> None:
+        """Record logits that a node computes from logits, or writes into them."""
         node = site.node
-        rule = transform.get(node)
-        stacked = next((a for a in arguments if site.stack(a) is not None), None)
-        value: TransformResult
-        if stacked is not None:
-            value = through_stack(site, stacked, rule, self._pointwise)
-        else:
-            value = site.apply(rule) if rule is not None else self._pointwise(site)
         value = detach_like(node, arguments, value)
         changed = [a for a in arguments if storage_of(a) in self.changes.written]
         if len(changed) > 1:
@@ -281,15 +293,14 @@ class _Walker:
         where the loss is, and again in the backward.
         """
         here = self.findings.position[consumer.place]
-        assert consumer.logits is not None
         assert consumer.result is not None
         # One backward may serve several losses, so any later change counts.
-        last = math.inf if trains(consumer.logits) else here
+        last = math.inf if trains(consumer) else here
         mutation = self.findings.changed_before(consumer.result, here, last)
         if mutation is not None:
             cause = reasons.may_change_operand(mutation)
             consumer.reason = reasons.loss_unsupported(consumer.node, cause)
-            self.findings.kept.add(consumer.logits, consumer.reason)
+            self.findings.kept.add(consumer, consumer.reason)
 
     def _add_unreduced_losses(self) -> None:
         """Add losses that are themselves logits: ``kl_div(reduction="none")``, for example.

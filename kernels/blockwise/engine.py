@@ -9,6 +9,7 @@ numbers, and float32 would round it more than log_softmax of stored logits does.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -178,7 +179,10 @@ def compute_gradients(
     by_value = all_statistics.cotangents(
         program, kept_grads, kept_results, indices, head.logit_dtype
     )
-    skipped = _massless_tiles(head, by_value, kept_results[-1], kept.count)
+    # Nothing else has to be computed again.
+    program = program.with_gradient([grad is not None for grad in grads])
+    skipped = _massless_tiles(head, program, by_value, kept_results[-1], kept.count)
+    head = dataclasses.replace(head, program=program)
     only = by_value.get(LOGIT) if program.is_plain else None
     overwrite = only is not None and not only.reads_values
     backward = None if program.is_plain else derivative(program, head.operands)
@@ -224,6 +228,9 @@ def compute_gradients(
     by_position = {name.position: gradient.result() for name, gradient in d_operands.items()}
     for name in program.products:
         by_position |= zip(name.positions, projections[name].results(), strict=False)
+    for at, operand in enumerate(head.operands):
+        if wanted.operands[at] and at not in by_position:
+            by_position[at] = torch.zeros_like(operand)
     return Gradients(
         *projections[LOGIT].results(),
         [by_position.get(at) for at in range(len(head.operands))],
@@ -279,16 +286,25 @@ def _gradient(
 
 
 def _massless_tiles(
-    head: Head, by_value: dict[Name, Cotangent], tile_lse: Tensor, rows: int
+    head: Head, program: Program, by_value: dict[Name, Cotangent], tile_lse: Tensor, rows: int
 ) -> list[bool]:
     """Return which tiles have a gradient that is exactly zero: no row's index lies in them, and
     every probability is below half the smallest number of the logit dtype, where exp rounds to
-    zero."""
+    zero.
+
+    Args:
+        head: the head, with the program of the forward.
+        program: the part of that program that has a gradient.
+        by_value: the cotangents of its values.
+        tile_lse: the logsumexp of each tile, which the forward returned.
+        rows: the number of rows that are computed.
+    """
     tiles = tile_count(head.vocabulary)
     if rows == 0 or not by_value:
         return [True] * tiles
-    only = by_value.get(LOGIT) if head.program.is_plain else None
-    if only is None or only.lse is None:
+    normalizer = head.program.normalizer
+    only = by_value.get(LOGIT) if program.is_plain else None
+    if only is None or only.lse is None or normalizer is None or normalizer.value != LOGIT:
         return [False] * tiles
     if only.grad_sum is not None or only.reads_values:
         return [False] * tiles

@@ -169,6 +169,14 @@ class Program:
         """Whether the program reads the logit's place in the vocabulary."""
         return COLUMN in self.roots or any(COLUMN in step.uses for step in self.steps)
 
+    def with_gradient(self, results: Sequence[bool]) -> Program:
+        """Return the statistics of which any result has a gradient, with what they need."""
+        wanted = [statistic for place, statistic in self.places if any(results[place])]
+        required = [each for statistic in wanted for each in statistic.requirements]
+        outputs = tuple(dict.fromkeys([*required, *wanted]))
+        values = tuple(value for output in outputs for value in output.values)
+        return Program(tuple(needed(list(self.steps), values)), outputs)
+
     def reached(self, results: Sequence[bool]) -> set[Name]:
         """Return the values that have a gradient if these of the statistics' results have one:
         those that a path without ``detach`` leads to."""

@@ -55,6 +55,7 @@ from cce_inductor.patterns.language.expression import (
     under_mask,
     where,
 )
+from cce_inductor.patterns.language.heads import beside
 from cce_inductor.patterns.language.indexing import (
     is_integer_tensor,
     non_negative,
@@ -72,6 +73,7 @@ from cce_inductor.patterns.language.logits import (
     TensorOperation,
     Value,
     applied,
+    same_logits,
 )
 from cce_inductor.patterns.language.masks import (
     column_mask,
@@ -148,6 +150,7 @@ __all__ = [
     "UnsupportedError",
     "Value",
     "applied",
+    "beside",
     "block",
     "call",
     "column_mask",
@@ -182,6 +185,7 @@ __all__ = [
     "reduction",
     "row_numbers",
     "row_operand",
+    "same_logits",
     "same_shape",
     "same_size",
     "scatter_mask",

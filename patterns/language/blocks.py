@@ -25,6 +25,7 @@ from cce_inductor.patterns.language.expression import (
     leaves,
     operands_of,
 )
+from cce_inductor.patterns.language.heads import beside
 from cce_inductor.patterns.language.logits import Logits, same_logits
 from cce_inductor.patterns.language.operands import broadcast_operand
 from cce_inductor.patterns.language.rows import parts
@@ -40,9 +41,9 @@ def read(
 
     Args:
         site: the node.
-        argument: the same logits after other pointwise functions, or a tensor that broadcasts to
-            them. A tensor as large as the logits is computed from smaller ones if it can be, and
-            is otherwise read as it is stored.
+        argument: the same logits after other pointwise functions, logits of another head, or a
+            tensor that broadcasts to them. A tensor as large as the logits is computed from smaller
+            ones if it can be, and is otherwise read as it is stored.
         logits: the logits in whose expression the argument stands.
         shape: their shape, None for that of the node's argument which holds them.
 
@@ -54,7 +55,12 @@ def read(
         other = site.logits(argument)
         if same_logits(other, logits) and same_shape(tensor_example(argument).shape, shape):
             return other.expression
-        if set(other.projection.origins) & set(logits.projection.origins):
+        has_shape = same_shape(tensor_example(argument).shape, shape)
+        if has_shape and not site.is_stored(other):
+            expression = beside(site, other, logits)
+            if expression is not None:
+                return expression
+        if set(other.origins) & set(logits.origins):
             site.unsupported(reasons.OTHER_ROWS_OF_SAME_LOGITS)
         site.stored.append(argument)
     elif site.holds_logits(argument):

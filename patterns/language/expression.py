@@ -32,7 +32,8 @@ class Operand:
 
     Attributes:
         kind: the dimensions of the logits over which it varies.
-        source: a node, or a value computed from statistics of the same logits.
+        source: a node, a value computed from statistics of the same logits, or for a product the
+            `Logits` that it makes.
         row_operations: those of the logits when it was read.
         vocabulary_dim: the vocabulary's dimension at that time.
         reader: the node that read it.
@@ -94,8 +95,11 @@ def is_detached(expression: Any) -> TypeGuard[Apply]:
 
 
 def is_differentiable(expression: Any) -> bool:
-    """Whether an expression has a derivative by the logit: reads it, and not only detached."""
-    return LOGIT in leaves(expression, through=lambda call: call.target != "detach")
+    """Whether an expression has a derivative by a logit: reads one, and not only detached."""
+    return any(
+        leaf is LOGIT or (isinstance(leaf, Operand) and leaf.kind.is_product)
+        for leaf in leaves(expression, through=lambda call: call.target != "detach")
+    )
 
 
 def depends_on_column(expression: Any) -> bool:
@@ -139,7 +143,8 @@ def under_mask(mask: Any, function: Any, argument: Any) -> Any:
     """
     if _is_polynomial(function, argument):
         return function
-    return _substituted(function, argument, Apply("where.ScalarOther", (mask, argument, 0.5)))
+    inside = Apply("where.ScalarOther", (mask, argument, 0.5))
+    return substituted(function, {id(argument): inside})
 
 
 _RING = ("add.Tensor", "sub.Tensor", "mul.Tensor", "neg")
@@ -157,9 +162,13 @@ def _is_polynomial(function: Any, argument: Any) -> bool:
     return all(_is_polynomial(part, argument) for part in parts)
 
 
-def _substituted(expression: Any, old: Any, new: Any) -> Any:
-    """Return the expression with `new` in the place of `old`."""
-    made: dict[int, Any] = {id(old): new}
+def substituted(expression: Any, new: dict[int, Any]) -> Any:
+    """Return the expression with other parts.
+
+    Args:
+        new: what stands in the place of a part, by the identity of that part.
+    """
+    made = dict(new)
 
     def visit(item: Any) -> Any:
         if id(item) in made or not isinstance(item, Apply):

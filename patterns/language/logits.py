@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from cce_inductor.patterns.language.expression import LOGIT, Expression
+from cce_inductor.patterns.language.expression import LOGIT, Expression, operands_of
 from cce_inductor.torch_internals.symbols import size_hint
 
 
@@ -118,10 +118,18 @@ class Projection:
 
     @property
     def origins(self) -> tuple[Node, ...]:
-        """The nodes that compute the logits. Either all of them are replaced or none."""
-        if not self.joined:
-            return (self.node,)
-        return tuple(dict.fromkeys(node for each in self.joined for node in each.origins))
+        """The nodes that compute its logits."""
+        return origins_of(self.joined) if self.joined else (self.node,)
+
+
+def origins_of(projections: Iterable[Projection]) -> tuple[Node, ...]:
+    """Return each node that computes the logits of some projections once."""
+    return tuple(dict.fromkeys(node for each in projections for node in each.origins))
+
+
+def projections_read(expression: Any) -> list[Projection]:
+    """Return the projections of the other heads that an expression reads."""
+    return [each.source.projection for each in operands_of(expression) if each.kind.is_product]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +156,16 @@ class Logits:
 
     def replace(self, **changes: Any) -> Logits:
         return dataclasses.replace(self, **changes)
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Their projection, and those of the other heads that the expression reads."""
+        return (self.projection, *projections_read(self.expression))
+
+    @property
+    def origins(self) -> tuple[Node, ...]:
+        """The nodes that compute the logits. Either all of them are replaced or none."""
+        return origins_of(self.projections)
 
     def with_row_operation(
         self,

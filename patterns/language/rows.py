@@ -14,7 +14,13 @@ from torch.fx import Node
 
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.patterns.language.expression import Expression, Operand, operands_of
-from cce_inductor.patterns.language.logits import Call, Logits, Projection, applied
+from cce_inductor.patterns.language.logits import (
+    Call,
+    Logits,
+    Projection,
+    applied,
+    projections_read,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,16 +53,24 @@ class RowStatistic:
         return [operand for value in self.values for operand in operands_of(value)]
 
     @property
+    def projections(self) -> list[Projection]:
+        """The projection of the logits, and those of the other heads that are read."""
+        others = [each for value in self.values for each in projections_read(value)]
+        return [*self.logits.projections, *others]
+
+    @property
     def reads(self) -> list[tuple[Node, Node | None]]:
         """Every node that the statistic reads directly, each with its reader in the user's graph.
 
         The reader is None where it is the consumer of the statistic, whichever that is.
         """
-        origins = self.logits.projection.origins
-        read = [(node, origin) for node in nodes_of_logits(self.logits) for origin in origins]
+        read: list[tuple[Node, Node | None]] = [*_reads_of(self.logits)]
         for operand in self.operands:
-            sources = parts(operand.source)
-            read += [(part, operand.reader) for part in sources if isinstance(part, Node)]
+            if isinstance(operand.source, Logits):
+                read += _reads_of(operand.source)
+            else:
+                sources = parts(operand.source)
+                read += [(part, operand.reader) for part in sources if isinstance(part, Node)]
         return [*read, *((part, None) for part in parts(self.index) if isinstance(part, Node))]
 
 
@@ -128,13 +142,18 @@ def ignoring(row: Any, target: Node, ignore_index: int) -> Any:
 
 
 def parts(row: Any) -> list[Any]:
-    """Return all values that a row is computed from, each before its users, the row itself last."""
+    """Return all values that a row is computed from, each before its users, the row itself last.
+
+    For logits, these are the nodes that they are computed from.
+    """
     reached: dict[int, Any] = {}
 
     def visit(item: Any) -> None:
         if isinstance(item, (tuple, list)):
             for each in item:
                 visit(each)
+        elif isinstance(item, Logits):
+            visit(nodes_of_logits(item))
         elif isinstance(item, (RowStatistic, Call, AtRows, Node)) and id(item) not in reached:
             if isinstance(item, Call):
                 visit((item.args, [value for _, value in item.kwargs]))
@@ -186,3 +205,10 @@ def nodes_of_logits(logits: Logits) -> list[Node]:
     expression reads."""
     operations = [node for operation in logits.row_operations for node in operation.nodes]
     return [*nodes_of_projection(logits.projection), *operations]
+
+
+def _reads_of(logits: Logits) -> list[tuple[Node, Node]]:
+    """Return every node that a matrix product reads, each with the node of the product."""
+    return [
+        (node, origin) for node in nodes_of_logits(logits) for origin in logits.projection.origins
+    ]

@@ -38,6 +38,8 @@ class Site:
         values: what the walk knows of each node whose result is logits.
         is_late: whether a node is computed from a loss or a reduction of these logits.
         is_changed: whether a tensor was changed in place since its node computed it.
+        is_stored: whether logits will be computed in any case, so that other logits read them as a
+            stored tensor.
 
     Attributes:
         stored: logits that the rule reads as a stored tensor, which keeps their projection.
@@ -52,9 +54,11 @@ class Site:
         values: dict[Node, Value],
         is_late: Callable[[Node, Logits], bool] = lambda node, logits: False,
         is_changed: Callable[[Node], bool] = lambda node: False,
+        is_stored: Callable[[Logits], bool] = lambda logits: False,
     ):
         self.node = node
         self.is_changed = is_changed
+        self.is_stored = is_stored
         self.stored: list[Node] = []
         self.looked_through: list[Node] = []
         self.blocks: dict[Node, Expression | None] = {}
@@ -65,14 +69,17 @@ class Site:
 
     def at_argument(self, argument: Node, logits: Logits, shape: tuple[Any, ...]) -> Site:
         """Return a site for the node that computes an argument, where `logits` have this shape."""
-        site = Site(argument, self._values, self._is_late, self.is_changed)
+        site = self._site(argument, self._values)
         site._shapes.append((logits, shape))
         site.blocks = self.blocks
         return site
 
     def with_logits(self, argument: Node, logits: Logits) -> Site:
         """Return a site for the same node, with other logits in an argument."""
-        return Site(self.node, {**self._values, argument: logits}, self._is_late, self.is_changed)
+        return self._site(self.node, {**self._values, argument: logits})
+
+    def _site(self, node: Node, values: dict[Node, Value]) -> Site:
+        return Site(node, values, self._is_late, self.is_changed, self.is_stored)
 
     def apply(self, rule: Rule, *first: Any) -> Any:
         """Call `rule` with `first` and the node's arguments (see `arguments_of`).

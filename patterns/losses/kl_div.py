@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from cce_inductor.patterns.language import (
     LossResult,
     Site,
     call,
+    is_tensor,
     loss,
     loss_reduction,
     read,
+    tensor_example,
     vocabulary_of,
+    where,
 )
 from cce_inductor.reporting import reasons
 
@@ -33,12 +37,15 @@ def kl_div(
 ) -> LossResult:
     reduction = loss_reduction(size_average, reduce, reduction)
     logits = site.logits(input if site.is_logits(input) else target)
+    is_trained = is_tensor(target) and tensor_example(target).requires_grad
     input, target = read(site, input, logits), read(site, target, logits)
     if log_target:
         difference = Apply("sub.Tensor", (target, input))
         divergence = Apply("mul.Tensor", (Apply("exp", (target,)), difference))
     else:
-        itself = Apply("xlogy.Tensor", (target, target))
+        itself = None if is_trained else _negative_entropy(target)
+        if itself is None:
+            itself = Apply("xlogy.Tensor", (target, target))
         divergence = Apply("sub.Tensor", (itself, Apply("mul.Tensor", (target, input))))
     if reduction == "none":
         return logits.replace(expression=divergence)
@@ -51,3 +58,18 @@ def kl_div(
         site.unsupported(reasons.BATCH_DIMENSION_IS_VOCABULARY)
     of_batch = call(torch.sum, call(torch.flatten, rows, 1), 1)
     return call(torch.mean, of_batch, 0)
+
+
+def _negative_entropy(target: Any) -> Apply | None:
+    """Return ``p * log(p)`` of a softmax from its logarithm, which needs no second pass.
+
+    It is 0 where a logit is -inf, as xlogy is. None if the target is not known to be a softmax.
+    """
+    if not (isinstance(target, Apply) and target.target == "exp"):
+        return None
+    logarithm = target.args[0]
+    if not (isinstance(logarithm, Apply) and logarithm.target == "sub.Tensor"):
+        return None
+    logit, *rest = logarithm.args
+    finite = where(Apply("eq.Scalar", (logit, -math.inf)), 0.0, logit)
+    return Apply("mul.Tensor", (target, Apply("sub.Tensor", (finite, *rest), logarithm.kwargs)))

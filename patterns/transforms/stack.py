@@ -1,7 +1,12 @@
-"""``torch.stack`` of several heads' logits, and the operations until one head is taken again."""
+"""``torch.stack`` of several heads' logits, and the operations until they are one tensor again.
+
+One head is taken from the stack, or the heads are reduced to one value for each logit: the
+logarithm of a mixture of a student's and a teacher's probabilities is such a `logsumexp`.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +14,21 @@ import torch
 from torch.fx import Node
 
 from cce_inductor.patterns.language import (
+    HERE,
+    Apply,
+    Logits,
+    Operand,
     Rule,
     Site,
     Stack,
     TransformResult,
+    beside,
     dimension,
     is_tensor,
+    operands_of,
+    read,
+    reduction,
+    same_logits,
     same_shape,
     tensor_example,
     transform,
@@ -29,15 +43,19 @@ from cce_inductor.reporting import reasons
 
 @transform(torch.stack)
 def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
-    if not all(site.is_logits(tensor) for tensor in tensors):
-        site.unsupported(reasons.STACKS_WITH_SOMETHING_ELSE)
     dim = dimension(dim, site.example.dim())
-    shape = tensor_example(tensors[0]).shape
+    first = next(tensor for tensor in tensors if site.is_logits(tensor))
+    shape = tuple(tensor_example(first).shape)
     parts = []
     for tensor in tensors:
         if not same_shape(tensor_example(tensor).shape, shape):
             site.unsupported(reasons.STACKS_SEVERAL_SHAPES)
-        parts.append(unsqueeze(site.with_logits(tensor, site.logits(tensor)), tensor, dim))
+        if site.is_logits(tensor):
+            part = site.logits(tensor)
+        else:
+            part = site.logits(first)
+            part = part.replace(expression=read(site, tensor, part, shape))
+        parts.append(unsqueeze(site.with_logits(tensor, part), tensor, dim))
     return Stack(dim, tuple(parts))
 
 
@@ -53,12 +71,17 @@ def through_stack(
         default: applies a pointwise function, called with a site for each of the stacked logits.
 
     Raises:
-        UnsupportedError: the operation mixes the stacked logits, or cannot be followed.
+        UnsupportedError: the operation mixes the stacked logits in another way than reducing them
+            to one, or cannot be followed.
     """
     stacked = site.stack(input)
     assert stacked is not None
     if rule is getitem:
         return _taken(site, stacked, *site.node.args)
+    if site.node.target in _COMBINED:
+        return site.apply(_reduced, stacked)
+    if reduction.get(site.node) is not None:
+        site.unsupported(reasons.MIXES_PROJECTIONS)
     if rule is None and any(
         is_tensor(other) and tensor_example(other).dim() > 0
         for other in site.node.all_input_nodes
@@ -89,6 +112,72 @@ def _taken(site: Site, stacked: Stack, input: Any, index: Any) -> TransformResul
         return Stack(stacked.dim - gone, parts)
     if not isinstance(entry, int):
         site.unsupported(reasons.TAKES_SEVERAL_PROJECTIONS)
-    part = stacked.parts[entry]
+    part, others = stacked.parts[entry], (*entries[: stacked.dim], *entries[stacked.dim + 1 :])
+    if all(isinstance(each, slice) and each == slice(None) for each in others):
+        return _unstacked(site, input, part, stacked.dim)
     first = (*entries[: stacked.dim], 0, *entries[stacked.dim + 1 :])
     return getitem(site.with_logits(input, part), input, first)
+
+
+def _unstacked(site: Site, input: Any, part: Logits, dim: int) -> Logits:
+    """Return logits without the dimension of the stack.
+
+    If nothing was done to their rows since, they are as they were before.
+    """
+    *before, last = part.row_operations
+    is_last = last.target is torch.unsqueeze and last.args == (HERE, dim)
+    if is_last and not any(o.row_operations == part.row_operations for o in _operands(part)):
+        vocabulary_dim = before[-1].vocabulary_dim if before else part.projection.vocabulary_dim
+        return part.replace(row_operations=tuple(before), vocabulary_dim=vocabulary_dim)
+    rank = tensor_example(input).dim()
+    entries = (*[slice(None)] * dim, 0, *[slice(None)] * (rank - dim - 1))
+    return getitem(site.with_logits(input, part), input, entries)
+
+
+def _operands(logits: Logits) -> list[Operand]:
+    """Return the operands of logits that have rows."""
+    return [each for each in operands_of(logits.expression) if each.kind.varies_over_rows]
+
+
+def _reduced(
+    site: Site,
+    stacked: Stack,
+    input: Any,
+    dim: Any = None,
+    keepdim: Any = False,
+    *,
+    dtype: Any = None,
+) -> Logits:
+    dims = dim if isinstance(dim, (tuple, list)) else [dim]
+    rank = tensor_example(input).dim()
+    if len(dims) != 1 or dims[0] is None or dimension(dims[0], rank) != stacked.dim:
+        site.unsupported(reasons.MIXES_PROJECTIONS)
+    parts = stacked.parts
+    if not keepdim:
+        parts = tuple(_unstacked(site, input, part, stacked.dim) for part in parts)
+    first = parts[0]
+    every = [p.expression if same_logits(p, first) else beside(site, p, first) for p in parts]
+    if None in every:
+        site.unsupported(reasons.MIXES_PROJECTIONS)
+    if site.example.dtype == torch.float64:
+        first = first.replace(compute_dtype=torch.float64)
+    return first.replace(expression=_COMBINED[site.node.target](every))
+
+
+def _folded(target: str) -> Callable[[list[Any]], Any]:
+    """Return a function that combines expressions by an operator of two arguments."""
+    return functools.partial(functools.reduce, lambda a, b: Apply(target, (a, b)))
+
+
+def _mean(values: list[Any]) -> Apply:
+    return Apply("div.Tensor", (_folded("add.Tensor")(values), len(values)))
+
+
+_COMBINED: dict[Any, Callable[[list[Any]], Any]] = {
+    **dict.fromkeys((torch.sum, "sum"), _folded("add.Tensor")),
+    **dict.fromkeys((torch.mean, "mean"), _mean),
+    **dict.fromkeys((torch.logsumexp, "logsumexp", torch.special.logsumexp), _folded("logaddexp")),
+    **dict.fromkeys((torch.amax, "amax"), _folded("maximum")),
+    **dict.fromkeys((torch.amin, "amin"), _folded("minimum")),
+}
+"""Reductions over the dimension of a stack, as functions of the values of one logit."""

@@ -78,13 +78,7 @@ def reverse_kl(x, weight, teacher_logits, loss_mask):
     return (losses * loss_mask).sum() / loss_mask.sum()
 
 
-@left_alone(
-    "stacks logits with a tensor that holds no logits",
-    hidden(),
-    weight(),
-    teacher_logits,
-    labels(ignored=-100),
-)
+@rewritten(hidden(), weight(), teacher_logits, labels(ignored=-100))
 def generalized_jsd(x, weight, teacher_logits, labels, beta=0.5, temperature=0.9):
     """TRL's GKD: two divergences from the logarithm of the mixture."""
     student = F.log_softmax(F.linear(x, weight) / temperature, dim=-1)
@@ -100,6 +94,20 @@ def generalized_jsd(x, weight, teacher_logits, labels, beta=0.5, temperature=0.9
     return (jsd.sum(-1) * counted).sum() / counted.sum()
 
 
+@rewritten(
+    hidden(),
+    weight(),
+    hidden(BATCH, TIME, WIDER, grad=False),
+    weight(VOCABULARY, WIDER, grad=False),
+    labels(ignored=-100),
+)
+def generalized_jsd_of_two_heads(x, weight, teacher_x, teacher_weight, labels):
+    """TRL's GKD in one graph with both heads."""
+    with torch.no_grad():
+        teacher_logits = F.linear(teacher_x, teacher_weight)
+    return generalized_jsd(x, weight, teacher_logits, labels, beta=0.3)
+
+
 @rewritten(hidden(), weight(), teacher_logits, mask())
 def skewed_kl(x, weight, teacher_logits, loss_mask, alpha=0.1):
     """DistiLLM: divergence of the teacher from a mixture with the student."""
@@ -110,7 +118,7 @@ def skewed_kl(x, weight, teacher_logits, loss_mask, alpha=0.1):
     return -(losses * loss_mask).sum() / loss_mask.sum()
 
 
-@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False), stored=2)
+@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False))
 def teacher_head_in_the_graph(x, weight, teacher_x, teacher_weight):
     """Neither the student's nor the teacher's logits need to be stored."""
     with torch.no_grad():
@@ -125,7 +133,6 @@ def teacher_head_in_the_graph(x, weight, teacher_x, teacher_weight):
     hidden(BATCH, TIME, WIDER, grad=False),
     weight(VOCABULARY, WIDER, grad=False),
     labels(),
-    stored=2,
 )
 def wider_teacher_at_a_temperature(x, weight, teacher_x, teacher_weight, labels, temperature=2.0):
     """A teacher of another width, beside the hard loss."""
@@ -145,7 +152,7 @@ def wider_teacher_at_a_temperature(x, weight, teacher_x, teacher_weight, labels,
     return kd + F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False), stored=2)
+@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False))
 def reverse_kl_to_a_reference_head(x, weight, reference_x, reference_weight):
     """The exact divergence from a frozen policy, over the whole vocabulary."""
     with torch.no_grad():
@@ -242,7 +249,7 @@ def total_variation(x, weight, teacher_logits):
     return 0.5 * (student - teacher).abs().sum(-1).mean()
 
 
-@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False), mask(), stored=2)
+@rewritten(hidden(), weight(), hidden(grad=False), weight(grad=False), mask())
 def eagle(x, weight, target_x, target_weight, loss_mask):
     """EAGLE: the draft model follows the target's distribution and its hidden states."""
     with torch.no_grad():
@@ -256,7 +263,7 @@ def eagle(x, weight, target_x, target_weight, loss_mask):
     return vloss + 0.1 * ploss
 
 
-@left_alone("as large as they are and requires a gradient", hidden(), hidden(), weight(), labels())
+@rewritten(hidden(), hidden(), weight(), labels())
 def r_drop(x, y, weight, labels):
     """Two passes with different dropout, and the divergence between them in both directions."""
     p, q = F.linear(x, weight).log_softmax(-1), F.linear(y, weight).log_softmax(-1)

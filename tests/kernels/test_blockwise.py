@@ -1,5 +1,6 @@
 """`kernels.blockwise` against `kernels.reference` in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cce_inductor.kernels.blockwise import engine
 from cce_inductor.kernels.head import TILE, Wanted
+from cce_inductor.kernels.program.text import Program
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 VOCABULARIES = [1, 5, TILE - 1, TILE, TILE + 1, 2 * TILE + TILE // 2]
@@ -264,7 +266,7 @@ def test_only_the_gradients_that_are_asked_for():
     assert len(want) == 6
     for number in range(2**6):
         mask = [bool(number >> bit & 1) for bit in range(6)]
-        operands = [False] * 3 + mask[3:] + [False] * 6
+        operands = [False] * 3 + mask[3:] + [False] * (len(head.operands) - 6)
         _, got = computed(input, head, wanted=Wanted(*mask[:3], operands))
         wanted = [gradient for gradient, asked in zip(want, mask, strict=True) if asked]
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
@@ -291,11 +293,21 @@ def products(input, head, wanted):
 @pytest.mark.parametrize("name", ["target", "softcap"])
 def test_nothing_is_multiplied_for_a_gradient_that_is_not_asked_for(name):
     input, head = case(PROGRAMS[name])
-    none = [False] * 12
+    none = [False] * len(head.operands)
     assert products(input, head, Wanted(True, True, True, none)) == 2
     assert products(input, head, Wanted(True, False, True, none)) == 1
     assert products(input, head, Wanted(False, True, False, none)) == 1
     assert products(input, head, Wanted(False, False, True, none)) == 0
+
+
+def test_the_logits_of_a_head_without_a_gradient_are_not_computed_again():
+    input, head = case("logsumexp(p12); max(q14); logsumexp(z)")
+    results = engine.compute_statistics(input, head)
+    wanted = Wanted(True, True, True, [False] * len(head.operands))
+    with Products() as products:
+        upstream = [None, None, None, random(ROWS, seed=1), None]
+        engine.compute_gradients(upstream, results, input, head, wanted)
+    assert products.count == 3 * engine.tile_count(head.vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -557,6 +569,23 @@ def test_a_tile_is_skipped_only_if_no_bit_changes(gap, monkeypatch):
 def test_tiles_are_not_skipped_for_other_reductions(text, monkeypatch):
     input, head = confident_rows(1, torch.float32, 130.0, text)
     assert skipped_tiles(input, head, monkeypatch) == [False] * 4
+
+
+def test_normalizer_of_another_head_skips_nothing(monkeypatch):
+    """The mass of each tile is known of the first logsumexp alone, which has no gradient here."""
+    input, head = confident_rows(1, torch.float32, 130.0, "logsumexp(p1); logsumexp(z)")
+    head.linear_bias.zero_()  # every tile has mass, but not for the other head
+    other = torch.full((4 * TILE, 1), -200.0)
+    other[TILE : 2 * TILE] = 0.0
+    head.operands[1:] = [torch.ones(6, 1), other]
+    wanted = Wanted(True, True, True, [False] * 3)
+    upstream = [None, random(6, seed=1), None]
+    results = engine.compute_statistics(input, head)
+    found = engine.compute_gradients(upstream, results, input, head, wanted).computed()
+    alone = dataclasses.replace(head, program=Program.parse("logsumexp(z)"))
+    results = engine.compute_statistics(input, alone)
+    want = engine.compute_gradients(upstream[1:], results, input, alone, wanted).computed()
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", [CROSS_ENTROPY + "; max(z)", CROSS_ENTROPY + "; topk(z, 2)"])

@@ -260,8 +260,6 @@ LEFT_ALONE = {
     ),
     "random inputs": lambda x, y, w, v: torch.cat([F.dropout(x) @ w.T, F.dropout(x) @ v.T], 1),
     "two scales": lambda x, y, w, v: torch.cat([x @ w.T * 20, x @ v.T * 10], 1),
-    "a product of two heads": lambda x, y, w, v: (x @ w.T) * (y @ v.T),
-    "a sum under functions": lambda x, y, w, v: (x @ w.T).tanh() + (y @ v.T).tanh(),
 }
 
 

@@ -655,7 +655,6 @@ JOINS_AFTER_FUNCTION_OF_PLACE: it joins logits after a function of their positio
 JOINS_AFTER_DYNAMIC_VOCABULARY: it joins a column after a vocabulary that may have another size in the next call
 JOINS_WITH_NO_COLUMN: it joins logits with a tensor that is not a column
 JOINS_WITH_INTEGERS: it joins logits with a column that is not floating point
-STACKS_WITH_SOMETHING_ELSE: it stacks logits with a tensor that holds no logits
 STACKS_SEVERAL_SHAPES: it stacks logits of different shapes
 STACK_WITH_TENSOR: it combines the logits of several projections with a tensor
 MIXES_PROJECTIONS: it mixes the logits of several projections
