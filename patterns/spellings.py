@@ -75,5 +75,6 @@ SPELLINGS: dict[Any, Callable[..., Spelled]] = {
     aten._softmax.default: _softmax(torch.softmax),
     aten.index.Tensor: _index,
     aten.index_select.default: _method("index_select"),
+    aten.stack.default: lambda tensors, dim=0: (torch.stack, (tensors, dim), {}),
 }
 """For each operator, the function that returns the spelling of a call of it."""

@@ -35,6 +35,9 @@ class DeferredTensor(Tensor):
 
     _operation: Operation
     _memory: Memory
+    _parts: tuple[Tensor, ...] = ()
+    """What was stacked, if it is a stack; see `stacks`."""
+
     _over_rows: dict[bool, Operation | None]
     """A cache for `flatten.operation_for_graph`; the key is whether a gradient is required."""
 

@@ -65,6 +65,10 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*single_args, **single_kwargs)  # raises the operator's errors about dtypes
         if all(each.is_floating_point() and each.dim() for each in logits):
             func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
+    elif func is aten.stack.default:
+        part = like.select(args[1] if len(args) > 1 else 0, 0)
+        if len(logits) < len(args[0]) or not _is_worth_deferring(logits, part, ()):
+            return NotImplemented
     elif args[0] is not logits[0] or len(logits) > 1:
         return NotImplemented
     operation = _operation(func, args, kwargs)
@@ -147,13 +151,14 @@ Each keeps a hidden state alive, and is multiplied again in every reduction.
 
 
 def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: Any) -> bool:
-    """Whether a pointwise function depends on few projections and reads only small tensors."""
+    """Whether a function depends on few projections, and what it reads besides is smaller than its
+    result: a mask of all logits, too."""
     products = {id(each) for one in logits for each in one._operation.products()}
     if len(products) > _MOST_PRODUCTS:
         return False
     others = [a for a in leaves_of(arguments) if isinstance(a, Tensor)]
-    largest = max((a.numel() for a in others if not isinstance(a, DeferredTensor)), default=0)
-    return all(like.shape == each.shape for each in logits) and 2 * largest <= like.numel()
+    largest = max((a.nbytes for a in others if not isinstance(a, DeferredTensor)), default=0)
+    return all(like.shape == each.shape for each in logits) and 2 * largest <= like.nbytes
 
 
 # The operator is composed of others

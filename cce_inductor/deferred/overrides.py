@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_inductor.deferred import eager
+from cce_inductor.deferred import eager, stacks
 from cce_inductor.deferred.autograd import fusable_operation, to_plain
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
 from cce_inductor.deferred.connection import Connection
@@ -35,6 +35,10 @@ def override(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Return ``func(*args, **kwargs)``."""
     if func in _OVERRIDES:
         return _OVERRIDES[func](func, args, kwargs)
+    if func in stacks.REDUCTIONS:
+        result = stacks.reduced(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
     target = eager.spelling(func)
     if target is not None:
         result = _fused(func, target, args, kwargs)
@@ -200,6 +204,11 @@ def _iterate(func: Function, args: Args, kwargs: Kwargs) -> Any:
     return iter(args[0].unbind(0)) if args[0].dim() else func(to_plain(args[0]))
 
 
+def _stack(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    tensors = args[0] if args else kwargs["tensors"]
+    return stacks.remember_parts(_as_tensor(func, args, kwargs), tensors)
+
+
 def _clamp(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Call with bounds that are tensors, as an operation keeps them: the derivative differs."""
     if not args:
@@ -261,6 +270,7 @@ _OVERRIDES: dict[Any, Callable[[Function, Args, Kwargs], Any]] = {
         _clamp,
     ),
     # Parts
+    torch.stack: _stack,
     Tensor.__getitem__: _getitem,
     **dict.fromkeys((Tensor.split, torch.split, Tensor.chunk, torch.chunk), _split),
     **dict.fromkeys((Tensor.unbind, torch.unbind), _unbind),

@@ -1,0 +1,69 @@
+"""Stacks of deferred logits that are reduced to one value for each logit.
+
+``torch.logsumexp(torch.stack([a, b]), 0)`` is ``torch.logaddexp(a, b)``, a pointwise function whose
+result and gradient are deferred. The logarithm of a mixture of two models is such a function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce_inductor.deferred.base import DeferredTensor
+
+
+def remember_parts(stack: Any, tensors: Any) -> Any:
+    """Return a stack, after noting what it consists of if it is deferred."""
+    if isinstance(stack, DeferredTensor):
+        stack._parts = tuple(tensors)
+    return stack
+
+
+def reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a reduction of a stack over its new dimension as a function of its parts.
+
+    Returns:
+        NotImplemented if it is not such a reduction, or if the stack or a part has changed.
+    """
+    try:
+        stack, dim, keepdim = _arguments(*args, **kwargs)
+    except TypeError:
+        return NotImplemented
+    parts = stack._parts if isinstance(stack, DeferredTensor) else ()
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if not parts or len(dims) != 1 or not isinstance(dims[0], int):
+        return NotImplemented
+    place = stack._operation.args[1] if len(stack._operation.args) > 1 else 0
+    rank = stack.dim()
+    if dims[0] % rank != place % rank or not all(p._is_as_recorded for p in (stack, *parts)):
+        return NotImplemented
+    result = REDUCTIONS[func](parts)
+    return result.unsqueeze(place) if keepdim else result
+
+
+def _arguments(input: Any, dim: Any, keepdim: bool = False) -> tuple[Any, Any, bool]:
+    return input, dim, keepdim
+
+
+def _folded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.partial(functools.reduce, function)
+
+
+def _mean(parts: tuple[Tensor, ...]) -> Tensor:
+    return _folded(torch.add)(parts) / len(parts)
+
+
+REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys((torch.sum, Tensor.sum), _folded(torch.add)),
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    **dict.fromkeys(
+        (torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp), _folded(torch.logaddexp)
+    ),
+    **dict.fromkeys((torch.amax, Tensor.amax), _folded(torch.maximum)),
+    **dict.fromkeys((torch.amin, Tensor.amin), _folded(torch.minimum)),
+}
+"""Reductions, as functions of the parts of a stack."""
