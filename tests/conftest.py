@@ -1,9 +1,11 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from cce_inductor import surprise
+from cce_inductor.deferred.gradient import FusedBackward
 from cce_inductor.options import Options
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,3 +20,12 @@ Options.__init__.__defaults__ = tuple(
     for name, default in zip(Options.names(), Options.__init__.__defaults__, strict=True)
 )
 surprise.set_default("raise")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The gradients of deferred logits whose values are computed, a list that a test reads."""
+    found = []
+    original = FusedBackward.values
+    monkeypatch.setattr(FusedBackward, "values", lambda self: found.append(self) or original(self))
+    return found

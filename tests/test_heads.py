@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 
 import cce_inductor
 from cce_inductor import heads
-from cce_inductor.deferred.gradient import FusedBackward
 
 HIDDEN, VOCABULARY = 8, 50
 IDS = torch.arange(24).view(2, 12)
@@ -59,14 +58,6 @@ def assert_same(model, expected, losses=loss_of, loose=1e-5):
     theirs.backward()
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=loose, atol=loose)
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    found = []
-    original = FusedBackward.values
-    monkeypatch.setattr(FusedBackward, "values", lambda self: found.append(self) or original(self))
-    return found
 
 
 @pytest.mark.parametrize("arguments", [{}, {"bias": True}, {"tied": True}], ids=str)

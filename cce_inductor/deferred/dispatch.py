@@ -72,6 +72,8 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif args[0] is not logits[0] or len(logits) > 1:
         return NotImplemented
     operation = _operation(func, args, kwargs)
+    if func is aten.stack.default and not operation.requires_grad:
+        return NotImplemented  # logits that are collected may be read after the weight has changed
     if lazy.is_view(func):
         return _views(func, args, kwargs, like, operation)
     return type(logits[0])(like, operation, logits[0].device)

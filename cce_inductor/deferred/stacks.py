@@ -63,7 +63,5 @@ REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys(
         (torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp), _folded(torch.logaddexp)
     ),
-    **dict.fromkeys((torch.amax, Tensor.amax), _folded(torch.maximum)),
-    **dict.fromkeys((torch.amin, Tensor.amin), _folded(torch.minimum)),
 }
 """Reductions, as functions of the parts of a stack."""

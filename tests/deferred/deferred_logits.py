@@ -166,6 +166,9 @@ REDUCTIONS = {
     ),
     "channels first": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
     "mean": lambda z: z.mean(-1),
+    "the others of a target": lambda z: torch.where(
+        F.one_hot(TARGET, VOCABULARY).bool(), -torch.inf, z - z.gather(-1, TARGET[..., None])
+    ).logsumexp(-1),
     "unbound": lambda z: F.cross_entropy(z.unbind(0)[0], TARGET[0]),
 }
 

@@ -18,26 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor.deferred import connection
-from cce_inductor.deferred.gradient import FusedBackward
 from cce_inductor.deferred.tensor import DeferredGradient
 
 
 def loss_of(logits):
     return F.cross_entropy(logits.flatten(0, 1), TARGET.flatten())
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """The gradients whose values are computed, a list that a test reads."""
-    found = []
-    original = FusedBackward.values
-
-    def values(self):
-        found.append(self)
-        return original(self)
-
-    monkeypatch.setattr(FusedBackward, "values", values)
-    return found
 
 
 def assert_same(backward):

@@ -1,0 +1,152 @@
+"""Functions of the deferred logits of several heads, in eager code."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deferred_logits import TARGET, VOCABULARY, Head
+
+from cce_inductor.deferred.tensor import defer
+
+
+class Heads:
+    """A student and a teacher of another width, with logits that are deferred or not."""
+
+    def __init__(self, *, trains_teacher=False):
+        self.student = Head()
+        generator = torch.Generator().manual_seed(1)
+        self.hidden = torch.randn(*TARGET.shape, 6, generator=generator)
+        self.weight = torch.randn(VOCABULARY, 6, generator=generator)
+        for leaf in (self.hidden, self.weight):
+            leaf.requires_grad_(trains_teacher)
+
+    @property
+    def leaves(self):
+        leaves = [*self.student.leaves, self.hidden, self.weight]
+        return [leaf for leaf in leaves if leaf.requires_grad]
+
+    def deferred(self):
+        teacher = defer(self.hidden, self.weight, None, torch.float32)
+        return self.student.deferred(), teacher
+
+    def plain(self):
+        return self.student.plain(), F.linear(self.hidden, self.weight)
+
+
+def generalized_jsd(student, teacher, beta=0.3, reduce=torch.logsumexp):
+    """TRL's GKD."""
+    student, teacher = (F.log_softmax(each / 0.9, dim=-1) for each in (student, teacher))
+    weights = torch.tensor(beta)
+    mixture = reduce(
+        torch.stack([student + torch.log1p(-weights), teacher + torch.log(weights)]), dim=0
+    )
+    of_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True)
+    of_student = F.kl_div(mixture, student, reduction="none", log_target=True)
+    jsd = weights * of_teacher + (1 - weights) * of_student
+    return jsd[TARGET > 10].sum() / (TARGET > 10).sum()
+
+
+def forward_kl(student, teacher):
+    return F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+
+
+def reverse_kl(student, teacher):
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    return (student.exp() * (student - teacher)).sum(-1).mean()
+
+
+def of_stack(reduce, dim=0):
+    """Return the cross-entropy of a reduction of both heads' stacked logits."""
+
+    def loss(student, teacher):
+        logits = reduce(torch.stack([student, teacher], dim=dim))
+        return F.cross_entropy(logits.reshape(-1, VOCABULARY), TARGET.flatten())
+
+    return loss
+
+
+LOSSES = {
+    "forward kl": forward_kl,
+    "reverse kl": reverse_kl,
+    "both": lambda s, t: forward_kl(s, t) + forward_kl(t, s),
+    "jsd": generalized_jsd,
+    "jsd by a method": lambda s, t: generalized_jsd(s, t, reduce=torch.Tensor.logsumexp),
+    "contrasted": lambda s, t: F.cross_entropy((s - 0.5 * t).flatten(0, 1), TARGET.flatten()),
+    "shifted": lambda s, t: reverse_kl(s[:, :-1], t[:, 1:]),
+    "beside a loss": lambda s, t: (
+        forward_kl(s, t) + F.cross_entropy(s.flatten(0, 1), TARGET.flatten())
+    ),
+    "sum": of_stack(lambda z: z.sum(0)),
+    "mean": of_stack(lambda z: torch.mean(z, dim=(0,))),
+    "mean of the last but one": of_stack(lambda z: z.mean(-2), dim=2),
+    "sum that keeps the dimension": of_stack(lambda z: torch.sum(z, 0, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("trains_teacher", [False, True])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_neither_is_computed(loss, trains_teacher, computed):
+    heads = Heads(trains_teacher=trains_teacher)
+    deferred = heads.deferred()
+    value = loss(*deferred)
+    got = torch.autograd.grad(value, heads.leaves)
+    assert all(logits.is_deferred for logits in deferred)
+    assert not computed
+    heads = Heads(trains_teacher=trains_teacher)
+    plain = loss(*heads.plain())
+    torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+    want = torch.autograd.grad(plain, heads.leaves)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+
+
+STACKS = {
+    "taken": lambda z: z[1],
+    "sum over rows": lambda z: z.sum(1),
+    "sum over both": lambda z: z.sum((0, 1)),
+    "sum of all": lambda z: z.sum(),
+    "sum in another dtype": lambda z: z.sum(0, dtype=torch.float64),
+    "greatest": lambda z: z.amax(0),
+    "greatest with its index": lambda z: z.max(0).values,
+    "sum after a change": lambda z: z.mul_(2).sum(0),
+    "sum of a view": lambda z: z.transpose(0, 1).sum(0),
+    "sum of a function": lambda z: z.tanh().sum(0),
+    "text": lambda z: z * len(repr(z.detach().numpy().shape)),
+}
+
+
+@pytest.mark.parametrize("function", STACKS.values(), ids=STACKS)
+def test_other_functions_of_a_stack(function):
+    def run(heads, logits):
+        result = function(torch.stack(logits))
+        weights = torch.arange(1.0, result.numel() + 1).view(result.shape)
+        return [result, *torch.autograd.grad((result * weights).sum(), heads.leaves)]
+
+    deferred, plain = Heads(trains_teacher=True), Heads(trains_teacher=True)
+    for got, want in zip(
+        run(deferred, deferred.deferred()), run(plain, plain.plain()), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-3)
+
+
+def test_a_part_that_changes_before_the_reduction():
+    heads = Heads()
+    student, teacher = heads.deferred()
+    stack = torch.stack([student, teacher])
+    teacher.zero_()
+    got = stack.sum(0)
+    student, teacher = heads.plain()
+    torch.testing.assert_close(got, student + teacher)
+
+
+def test_stack_without_a_gradient_is_computed():
+    """People collect logits in evaluation, and may read them after the weight has changed."""
+    with torch.no_grad():
+        stack = torch.stack(Heads().deferred())
+    assert type(stack) is torch.Tensor
+
+
+def test_stack_with_a_plain_tensor():
+    heads = Heads()
+    student, _ = heads.deferred()
+    plain, teacher = heads.plain()
+    got = torch.stack([student, teacher]).logsumexp(0)
+    torch.testing.assert_close(got, torch.stack([plain, teacher]).logsumexp(0))
