@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import logging
 import multiprocessing
 import threading
+
+import torch
 
 from cce_inductor.options import DEFAULT_MIN_LOGITS_BYTES, Options, is_in_force
 from cce_inductor.reporting.report import LossReport
@@ -89,17 +92,41 @@ def warn_at_exit() -> None:
 
 
 def _at_exit() -> None:
-    message = exit_warning(tally.graphs, tally.losses, tally.rewritten)
+    if tally.rewritten:
+        return
+    message = exit_warning(tally.graphs, tally.losses, compiled_in_place())
     # The workers of a data loader import the script, but are not expected to compile anything.
     is_helper = multiprocessing.parent_process() is not None and not tally.graphs
-    if is_in_force() and message is not None and not is_helper:
+    if is_in_force() and not is_helper:
         _log.warning("cce_inductor: %s", message)
 
 
-def exit_warning(graphs: int, losses: int, rewritten: int) -> str | None:
-    """Return what to warn of at the end of a process with these counts, None for nothing."""
-    if rewritten:
-        return None
+def compiled_in_place() -> int:
+    """Return how many linear modules were compiled by their method ``compile``.
+
+    Dynamo does not capture them: the frame that it would capture is one of `torch.nn`, which it
+    skips.
+    """
+    return sum(
+        issubclass(type(each), torch.nn.Linear) and each._compiled_call_impl is not None
+        for each in gc.get_objects()
+    )
+
+
+def exit_warning(graphs: int, losses: int, in_place: int) -> str:
+    """Return what to warn of at the end of a process in which nothing was rewritten.
+
+    Args:
+        graphs: the number of graphs that were compiled.
+        losses: the number of losses in them.
+        in_place: see `compiled_in_place`.
+    """
+    if in_place:
+        return (
+            f"it was installed, and nothing was rewritten: {in_place} torch.nn.Linear module(s) "
+            "were compiled by module.compile(), which TorchDynamo does not capture. "
+            "torch.compile(module) is captured, and cce_inductor.defer(module) needs no compiler."
+        )
     if not graphs:
         return (
             "it was installed, and nothing was rewritten: torch.compile compiled nothing with "
