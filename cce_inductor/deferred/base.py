@@ -35,8 +35,8 @@ class DeferredTensor(Tensor):
 
     _operation: Operation
     _memory: Memory
-    _parts: tuple[Tensor, ...] = ()
-    """What was stacked, if it is a stack; see `stacks`."""
+    _parts: tuple[tuple[Tensor, int | None], ...] = ()
+    """What was stacked, if it is a stack, each part with its version; see `stacks`."""
 
     _over_rows: dict[bool, Operation | None]
     """A cache for `flatten.operation_for_graph`; the key is whether a gradient is required."""

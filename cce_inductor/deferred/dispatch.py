@@ -22,7 +22,8 @@ from cce_inductor.deferred.eager import PYTORCH_ERRORS
 from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, map_only
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.surprise import surprised
-from cce_inductor.torch_internals.tensors import is_composite
+from cce_inductor.torch_internals.callers import is_torch_asking
+from cce_inductor.torch_internals.tensors import in_backward, is_composite, lazy_copy
 
 aten = torch.ops.aten
 
@@ -67,7 +68,7 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
     elif func is aten.stack.default:
         part = like.select(args[1] if len(args) > 1 else 0, 0)
-        if len(logits) < len(args[0]) or not _is_worth_deferring(logits, part, ()):
+        if not _is_worth_deferring(logits, part, args):
             return NotImplemented
     elif args[0] is not logits[0] or len(logits) > 1:
         return NotImplemented
@@ -91,10 +92,10 @@ def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Oper
             if has_gradient:
                 return operation_with_gradient(tensor)
             return tensor._operation.without_gradient
-        if tensor.requires_grad:
-            return Guarded(tensor, "an operand")
-        # A tensor without gradient may be modified before it is read, so it is copied. It is small.
-        return Guarded(tensor.clone(), "an operand", copy_of=tensor)
+        if tensor.requires_grad or (in_backward() and is_torch_asking()):
+            return Guarded(tensor, "an operand")  # autograd has saved or made the latter
+        # A tensor without gradient may be modified before it is read, so it is copied.
+        return Guarded(lazy_copy(tensor), "an operand", copy_of=tensor)
 
     return Operation(func, *map_only(Tensor, operand, (args, kwargs)))
 
@@ -153,14 +154,27 @@ Each keeps a hidden state alive, and is multiplied again in every reduction.
 
 
 def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: Any) -> bool:
-    """Whether a function depends on few projections, and what it reads besides is smaller than its
-    result: a mask of all logits, too."""
+    """Whether a function depends on few projections, and keeps less memory than its result takes.
+
+    A mask of all logits is smaller than they are. In training, so are a stored teacher's logits:
+    autograd would keep several tensors of this size.
+    """
     products = {id(each) for one in logits for each in one._operation.products()}
-    if len(products) > _MOST_PRODUCTS:
+    if len(products) > _MOST_PRODUCTS or any(like.shape != each.shape for each in logits):
         return False
-    others = [a for a in leaves_of(arguments) if isinstance(a, Tensor)]
-    largest = max((a.nbytes for a in others if not isinstance(a, DeferredTensor)), default=0)
-    return all(like.shape == each.shape for each in logits) and 2 * largest <= like.nbytes
+    others = [
+        each
+        for each in leaves_of(arguments)
+        if isinstance(each, Tensor) and not isinstance(each, DeferredTensor)
+    ]
+    large = [each for each in others if 2 * each.nbytes > like.nbytes]
+    trains = torch.is_grad_enabled() and any(each._operation.requires_grad for each in logits)
+    return not large or (
+        (trains or in_backward())
+        and like.is_floating_point()
+        and all(e.shape == like.shape and e.nbytes <= like.nbytes for e in large)
+        and not any(each.requires_grad for each in large)
+    )
 
 
 # The operator is composed of others

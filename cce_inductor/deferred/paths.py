@@ -7,6 +7,7 @@ tensors that stand in for the real ones, and a gradient without values is sent t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,15 +51,19 @@ class Description(NamedTuple):
 
         Args:
             number: what makes it differ from others, if it is a number itself.
-            is_multiplied: whether it is a matrix, which is never read and needs no memory.
+            is_multiplied: whether it is a matrix, which is never read and needs no memory. A large
+                tensor needs none either.
         """
-        if is_multiplied:
+        if is_multiplied or math.prod(self.shape) > _LARGE:
             made = torch.zeros((), dtype=self.dtype).expand(self.shape)
         else:
             made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
             made.fill_(0 if self.shape else _UNUSUAL + number)
         return made.detach().requires_grad_(self.requires_grad)
 
+
+_LARGE = 2**20
+"""Elements of a tensor, from which on its memory matters."""
 
 _UNUSUAL = 1_000_003
 """A number that no derivative contains."""

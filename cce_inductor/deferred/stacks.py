@@ -19,8 +19,15 @@ from cce_inductor.deferred.base import DeferredTensor
 def remember_parts(stack: Any, tensors: Any) -> Any:
     """Return a stack, after noting what it consists of if it is deferred."""
     if isinstance(stack, DeferredTensor):
-        stack._parts = tuple(tensors)
+        stack._parts = tuple((each, _version(each)) for each in tensors)
     return stack
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return a number that differs after a change, None if it is not known."""
+    if isinstance(tensor, DeferredTensor):
+        return 0 if tensor._is_as_recorded else None
+    return None if tensor.is_inference() else tensor._version
 
 
 def reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -33,15 +40,17 @@ def reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         stack, dim, keepdim = _arguments(*args, **kwargs)
     except TypeError:
         return NotImplemented
-    parts = stack._parts if isinstance(stack, DeferredTensor) else ()
+    noted = stack._parts if isinstance(stack, DeferredTensor) else ()
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    if not parts or len(dims) != 1 or not isinstance(dims[0], int):
+    if not noted or len(dims) != 1 or not isinstance(dims[0], int):
         return NotImplemented
     place = stack._operation.args[1] if len(stack._operation.args) > 1 else 0
     rank = stack.dim()
-    if dims[0] % rank != place % rank or not all(p._is_as_recorded for p in (stack, *parts)):
+    if dims[0] % rank != place % rank or not stack._is_as_recorded:
         return NotImplemented
-    result = REDUCTIONS[func](parts)
+    if any(version is None or version != _version(part) for part, version in noted):
+        return NotImplemented
+    result = REDUCTIONS[func](tuple(part for part, _ in noted))
     return result.unsqueeze(place) if keepdim else result
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from deferred_logits import TARGET, VOCABULARY, Head
 
 from cce_inductor.deferred.tensor import defer
+from cce_inductor.torch_internals.tensors import address, lazy_copy
 
 
 class Heads:
@@ -144,9 +145,57 @@ def test_stack_without_a_gradient_is_computed():
     assert type(stack) is torch.Tensor
 
 
-def test_stack_with_a_plain_tensor():
+# A teacher whose logits are stored
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_student_is_not_computed(loss, computed):
     heads = Heads()
-    student, _ = heads.deferred()
-    plain, teacher = heads.plain()
-    got = torch.stack([student, teacher]).logsumexp(0)
-    torch.testing.assert_close(got, torch.stack([plain, teacher]).logsumexp(0))
+    (student, _), (_, teacher) = heads.deferred(), heads.plain()
+    value = loss(student, teacher)
+    value.backward()
+    assert student.is_deferred
+    assert not computed
+    other = Heads()
+    plain = loss(*other.plain())
+    torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+    plain.backward()
+    for leaf, expected in zip(heads.leaves, other.leaves, strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 200])  # a small teacher is copied, a large one on write
+def test_teacher_that_changes_after_it_was_read(rows):
+    hidden, weight = torch.randn(rows, 7, 8), torch.randn(VOCABULARY, 8, requires_grad=True)
+    teacher = torch.randn(rows, 7, VOCABULARY)
+    want = (hidden @ weight.T - teacher).logsumexp(-1).sum()
+    difference = defer(hidden, weight, None, torch.float32) - teacher
+    teacher.zero_()
+    got = difference.logsumexp(-1).sum()
+    assert difference.is_deferred
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(each, weight)[0] for each in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_large_operand_shares_its_memory_until_it_changes():
+    weight, teacher = torch.randn(2**10, 8, requires_grad=True), torch.randn(2**7, 2**10)
+    difference = defer(torch.randn(2**7, 8), weight, None, torch.float32) - teacher
+    (operand,) = (s for s in difference._operation.sources if s.name == "an operand")
+    assert address(operand.read()) == address(teacher)
+    teacher.add_(1)
+    assert address(operand.read()) != address(teacher)
+
+
+def test_memory_of_another_library_is_copied():
+    tensor = torch.from_numpy(torch.zeros(2**17).numpy())
+    copy = lazy_copy(tensor)
+    assert address(copy) != address(tensor)
+    assert torch.equal(copy, tensor)
+
+
+def test_difference_that_needs_no_gradient_is_computed():
+    """Without a gradient, the result may be all that a person keeps."""
+    with torch.no_grad():
+        difference = Heads().deferred()[0] - torch.ones(*TARGET.shape, VOCABULARY)
+    assert type(difference) is torch.Tensor
