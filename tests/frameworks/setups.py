@@ -150,26 +150,28 @@ def llama_config(**arguments: Any) -> Any:
     import transformers
 
     return transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=LENGTH,
-        use_cache=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **arguments,
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 2 * HIDDEN,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": LENGTH,
+            "use_cache": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **arguments,
+        }
     )
 
 
-def llama() -> Any:
+def llama(**arguments: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(llama_config())
+    return transformers.LlamaForCausalLM(llama_config(**arguments))
 
 
 def train_with_trainer(model: Any, on_step: OnStep, **arguments: Any) -> None:
@@ -330,8 +332,37 @@ def accelerate_regional(on_step: OnStep) -> None:
 # TRL
 
 
-def train_with_trl(trainer: Any, config: Any, on_step: OnStep) -> None:
-    """Train on preferences: prompts with a chosen and a rejected completion."""
+def texts(columns: int) -> list[list[str]]:
+    """Return columns of random words, one row for each example."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, VOCABULARY - 10, (columns, BATCH * STEPS, 60), generator=generator)
+    return [[" ".join(map(str, row)) for row in column] for column in rows.tolist()]
+
+
+def preferences() -> dict[str, Any]:
+    """Return prompts with a chosen and a rejected completion."""
+    return dict(zip(("prompt", "chosen", "rejected"), texts(3), strict=True))
+
+
+def conversations() -> dict[str, Any]:
+    pairs = zip(*texts(2), strict=True)
+    roles = ("user", "assistant")
+    return {
+        "messages": [
+            [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]
+            for pair in pairs
+        ]
+    }
+
+
+def train_with_trl(
+    trainer: Any,
+    config: Any,
+    on_step: OnStep,
+    data: dict[str, Any],
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> None:
     import transformers
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -340,9 +371,7 @@ def train_with_trl(trainer: Any, config: Any, on_step: OnStep) -> None:
     names = [*special.values(), *map(str, range(VOCABULARY - len(special)))]
     words = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, VOCABULARY - 10, (3, BATCH * STEPS, 60), generator=generator)
-    texts = [[" ".join(map(str, row)) for row in column] for column in rows.tolist()]
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
     class Reporting(transformers.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
@@ -365,14 +394,14 @@ def train_with_trl(trainer: Any, config: Any, on_step: OnStep) -> None:
                 disable_tqdm=True,
                 save_strategy="no",
                 dataloader_pin_memory=False,
+                **(options or {}),
             ),
-            train_dataset=Dataset.from_dict(
-                dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
-            ),
+            train_dataset=Dataset.from_dict(data),
             processing_class=transformers.PreTrainedTokenizerFast(
-                tokenizer_object=words, **special
+                tokenizer_object=words, chat_template=template, **special
             ),
             callbacks=[Reporting()],
+            **arguments,
         ).train()
 
 
@@ -380,14 +409,43 @@ def train_with_trl(trainer: Any, config: Any, on_step: OnStep) -> None:
 def cpo(on_step: OnStep) -> None:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    train_with_trl(CPOTrainer, CPOConfig, on_step)
+    train_with_trl(CPOTrainer, CPOConfig, on_step, preferences())
 
 
 @setup("TRL, ORPO", "trl")
 def orpo(on_step: OnStep) -> None:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    train_with_trl(ORPOTrainer, ORPOConfig, on_step)
+    train_with_trl(ORPOTrainer, ORPOConfig, on_step, preferences())
+
+
+def train_with_gkd(on_step: OnStep) -> None:
+    """Distill from a teacher with another hidden size, on the data as it is (``lmbda=0``)."""
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    train_with_trl(
+        GKDTrainer,
+        GKDConfig,
+        on_step,
+        conversations(),
+        {"lmbda": 0.0},
+        teacher_model=llama(hidden_size=2 * HIDDEN),
+    )
+
+
+@setup(
+    "TRL, GKD",
+    "trl",
+    outcome="the teacher's logits need no gradient, so they are stored, as they would be in "
+    "inference; those of the student are not.",
+)
+def gkd(on_step: OnStep) -> None:
+    train_with_gkd(on_step)
+
+
+@setup("TRL, GKD, both heads deferred", "trl", install={"defer_logits": "always"})
+def gkd_of_two_heads(on_step: OnStep) -> None:
+    train_with_gkd(on_step)
 
 
 # Lightning
