@@ -59,7 +59,6 @@ TILED_PROGRAMS = {
     "sum": "sum(z)",
     "sum and logsumexp": "logsumexp(z); sum(z)",
     "target": CROSS_ENTROPY,
-    "target alone": "target(z, r0, -100)",
     "two targets": "logsumexp(z); target(z, r0, -100); target(z, r11, -1)",
     "gather": "logsumexp(z); gather(z, r1)",
     "index": "index(z, r2); logsumexp(z)",
@@ -103,6 +102,10 @@ TILED_PROGRAMS = {
 }
 
 
+PROGRAMS_AT_INDICES = {
+    "target alone": "target(z, r0, -100)",
+    "the same target twice": "target(z, r0, -100); index(z, r2); target(z, r0, -100)",
+}
 PROGRAMS_OF_SEVERAL_HEADS = {
     "logits of another head": "logsumexp(z); logsumexp(p12); mean(p12, p12); mean(p12, z); target(z, r0, -100)",
     "function of two heads": "t0 = sub.Tensor(z, r3); t1 = tanh(t0); t2 = sub.Tensor(p12, z); t3 = mul.Tensor(t1, t2); sum(t3); logsumexp(z)",
@@ -110,9 +113,9 @@ PROGRAMS_OF_SEVERAL_HEADS = {
     "another head alone": "t0 = tanh(q14); logsumexp(t0); max(q14)",
     "detached head": "t0 = detach(p12); t1 = mul.Tensor(z, t0); sum(t1); logsumexp(z)",
 }
-"""There is no Triton template for these."""
+"""There is no Triton template for either kind."""
 
-PROGRAMS = {**TILED_PROGRAMS, **PROGRAMS_OF_SEVERAL_HEADS}
+PROGRAMS = {**TILED_PROGRAMS, **PROGRAMS_AT_INDICES, **PROGRAMS_OF_SEVERAL_HEADS}
 
 
 STATISTICS = {

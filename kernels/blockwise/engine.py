@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.all_statistics import ByStatistic, Indices
+from cce_inductor.kernels.blockwise import selected
 from cce_inductor.kernels.blockwise.gradients import OperandGradient
 from cce_inductor.kernels.blockwise.projection import Projection, ProjectionGradient
 from cce_inductor.kernels.blockwise.rows import KeptRows
+from cce_inductor.kernels.blockwise.selected import Selected
 from cce_inductor.kernels.blockwise.workspace import row_blocks, rows_of_block
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted, tile_count
 from cce_inductor.kernels.names import LOGIT, Name
@@ -68,6 +70,13 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
     indices = all_statistics.prepared_indices(program, kept_operands, vocabulary)
 
     factors = head.factors(input)
+    if selected.applies(program, list(indices.values()), vocabulary):
+        by_statistic = {
+            each: (Selected(head, factors[LOGIT], kept, index).logits(),)
+            for each, index in indices.items()
+        }
+        by_statistic = all_statistics.results(by_statistic, indices)
+        return [kept.restore(by_statistic[each][0]) for each in program.statistics]
     rows = rows_of_block(head, list(factors.values()), kept.count, backward=False)
     projections = {
         name: Projection(head, each, kept, rows, backward=False) for name, each in factors.items()
@@ -188,6 +197,13 @@ def compute_gradients(
     backward = None if program.is_plain else derivative(program, head.operands)
 
     factors = head.factors(input)
+    gathered = [indices[each] for each in program.indexed]
+    if gathered and selected.applies(program, gathered, head.vocabulary):
+        index, grad = by_value[LOGIT].at_indices()
+        gradients = Selected(head, factors[LOGIT], kept, index).gradients(
+            grad, **_wanted(LOGIT, wanted)
+        )
+        return Gradients(*gradients, _or_zeros({}, head, wanted))
     rows = rows_of_block(head, list(factors.values()), kept.count, backward=True)
     projections = {
         name: ProjectionGradient(head, each, kept, rows, **_wanted(name, wanted))
@@ -228,13 +244,17 @@ def compute_gradients(
     by_position = {name.position: gradient.result() for name, gradient in d_operands.items()}
     for name in program.products:
         by_position |= zip(name.positions, projections[name].results(), strict=False)
-    for at, operand in enumerate(head.operands):
-        if wanted.operands[at] and at not in by_position:
-            by_position[at] = torch.zeros_like(operand)
-    return Gradients(
-        *projections[LOGIT].results(),
-        [by_position.get(at) for at in range(len(head.operands))],
-    )
+    return Gradients(*projections[LOGIT].results(), _or_zeros(by_position, head, wanted))
+
+
+def _or_zeros(
+    by_position: Mapping[int, Tensor | None], head: Head, wanted: Wanted
+) -> list[Tensor | None]:
+    """Return the gradient of each operand, zeros for one that is asked for and has none."""
+    return [
+        torch.zeros_like(operand) if is_wanted and at not in by_position else by_position.get(at)
+        for at, (operand, is_wanted) in enumerate(zip(head.operands, wanted.operands, strict=True))
+    ]
 
 
 def _wanted(name: Name, wanted: Wanted) -> dict[str, bool]:

@@ -91,6 +91,11 @@ class Cotangent:
     def has_indices(self) -> bool:
         return bool(self._at)
 
+    def at_indices(self) -> tuple[Tensor, Tensor]:
+        """Return all indices and their gradients, [rows, k], as they were added."""
+        indices, grads = zip(*self._at, strict=True)
+        return torch.cat(indices, 1), torch.cat(grads, 1)
+
     @property
     def reads_values(self) -> bool:
         """Whether values themselves are factors of it, and not only their exponentials. Then it
@@ -100,8 +105,7 @@ class Cotangent:
     def prepare(self) -> None:
         """Compute what all blocks share, once every term has been added."""
         if self._at:
-            indices, grads = zip(*self._at, strict=True)
-            self.index, self.grad_index = torch.cat(indices, 1), torch.cat(grads, 1)
+            self.index, self.grad_index = self.at_indices()
             if self.index.shape[1] > 1:  # Equal indices all get the sum of their gradients.
                 sums = [
                     self.grad_index.where(self.index == column.unsqueeze(1), 0.0).sum(1)

@@ -300,6 +300,25 @@ def test_nothing_is_multiplied_for_a_gradient_that_is_not_asked_for(name):
     assert products(input, head, Wanted(False, False, True, none)) == 0
 
 
+@pytest.mark.parametrize("text", ["target(z, r0, -100)", "gather(z, r1); index(z, r2)"])
+def test_logits_at_indices_alone_are_gathered(text):
+    """Nothing is as large as the logits or as a tile."""
+    input, head = case(text, 8 * TILE)
+    wanted = Wanted(True, True, True, [False] * len(head.operands))
+    with Products() as products:
+        results = engine.compute_statistics(input, head)
+        engine.compute_gradients(upstream_of(results), results, input, head, wanted)
+    assert products.count == 0
+
+
+def test_many_indices_are_not_gathered():
+    """Rows of the weight would be read more often than in a product."""
+    input, head = case("gather(z, r1)", vocabulary=23)
+    with Products() as products:
+        engine.compute_statistics(input, head)
+    assert products.count == 1
+
+
 def test_the_logits_of_a_head_without_a_gradient_are_not_computed_again():
     input, head = case("logsumexp(p12); max(q14); logsumexp(z)")
     results = engine.compute_statistics(input, head)

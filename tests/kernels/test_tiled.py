@@ -26,7 +26,7 @@ TILE = 128
 TILED = {
     name: text
     for name, text in TILED_PROGRAMS.items()
-    if "topk" not in text and name != "target alone"  # These have no template.
+    if "topk" not in text  # It has no template.
 }
 WITHOUT_TEMPLATE = {
     "topk(z, 4); logsumexp(z)": "topk has no template",
