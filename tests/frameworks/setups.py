@@ -7,9 +7,13 @@ imports its framework itself, so that those that are not installed do no harm.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -610,9 +614,14 @@ def x_transformers(on_step: OnStep) -> None:
 PAIRS, FEATURES = 4096, 64
 
 
-@setup("open_clip, ClipLoss", "open_clip", "torchvision")
+@setup("open_clip, ClipLoss", "open_clip")
 def open_clip(on_step: OnStep) -> None:
-    from open_clip.loss import ClipLoss
+    # The package imports torchvision, which its losses do not use.
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None
+    assert package.origin is not None
+    sys.path.insert(0, str(Path(package.origin).parent))
+    ClipLoss = importlib.import_module("loss").ClipLoss  # noqa: N806
 
     torch.manual_seed(0)
     image, text = nn.Linear(32, FEATURES), nn.Linear(32, FEATURES)
@@ -624,6 +633,28 @@ def open_clip(on_step: OnStep) -> None:
     def step(one: Tensor, other: Tensor) -> Tensor:
         images, texts = F.normalize(image(one), dim=-1), F.normalize(text(other), dim=-1)
         return loss_fn(images, texts, scale.exp())
+
+    for _ in range(STEPS):
+        loss = step(torch.randn(PAIRS, 32), torch.randn(PAIRS, 32))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        on_step(loss)
+
+
+@setup("sentence-transformers, MultipleNegativesRankingLoss", "sentence_transformers")
+def sentence_transformers(on_step: OnStep) -> None:
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    torch.manual_seed(0)
+    embed = nn.Linear(32, FEATURES)
+    loss_fn = MultipleNegativesRankingLoss(model=embed)
+    optimizer = torch.optim.AdamW(embed.parameters(), lr=1e-3)
+
+    @torch.compile
+    def step(anchors: Tensor, positives: Tensor) -> Tensor:
+        embeddings = [embed(anchors), embed(positives)]
+        return loss_fn.compute_loss_from_embeddings(embeddings, labels=None)
 
     for _ in range(STEPS):
         loss = step(torch.randn(PAIRS, 32), torch.randn(PAIRS, 32))
