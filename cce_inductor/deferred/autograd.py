@@ -190,22 +190,41 @@ def operation_with_gradient(logits: DeferredTensor) -> Operation:
     return logits._operation
 
 
-_MOST_NODES = 100
-"""How many nodes `_projections_before` visits. Few operators are applied to logits."""
+def hasten(logits: DeferredTensor, number: int) -> None:
+    """Have a backward go on to the projections of logits before it runs another loss.
+
+    Of the nodes that could run next, autograd takes the one with the highest number. Otherwise, the
+    gradients of several losses, each as large as the weight, would wait for their projections.
+
+    Args:
+        logits: deferred logits that a loss reads.
+        number: the number of the loss's node, which is higher than those of all nodes before.
+    """
+    for node in _nodes_before(_grad_fn(logits)):
+        node._set_sequence_nr(number)
 
 
 def _projections_before(node: Any) -> list[Operation]:
     """Return the nearest projections that autograd has recorded before a node."""
-    found: list[Operation] = []
-    seen = pending = [node]
-    while pending and len(seen) < _MOST_NODES:
+    nodes = [each for each in _nodes_before(node) if isinstance(each, _Product._backward_cls)]
+    return [each.operation for each in nodes if each.operation is not None]
+
+
+_MOST_NODES = 100
+"""How many nodes `_nodes_before` visits. Few operators are applied to logits."""
+
+
+def _nodes_before(node: Any) -> list[Any]:
+    """Return what autograd has recorded from a node back to the nearest projections."""
+    found: list[Any] = []
+    pending = [node]
+    while pending and len(found) < _MOST_NODES:
         node, *pending = pending
-        if isinstance(node, _Product._backward_cls):
-            found += [] if node.operation is None else [node.operation]
-        elif node is not None:
-            before = [function for function, _ in node.next_functions]
-            new = [each for each in before if not any(each is one for one in seen)]
-            seen, pending = seen + new, pending + new
+        if node is None or any(node is each for each in found):
+            continue
+        found.append(node)
+        if not isinstance(node, _Product._backward_cls):
+            pending += [function for function, _ in node.next_functions]
     return found
 
 

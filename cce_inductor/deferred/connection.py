@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cce_inductor.deferred.autograd import operation_with_gradient
+from cce_inductor.deferred.autograd import hasten, operation_with_gradient
 from cce_inductor.deferred.base import DeferredTensor
 from cce_inductor.deferred.dispatch import on_meta
 from cce_inductor.deferred.gradient import (
@@ -69,6 +69,8 @@ class Connection:
         trained = {id(source): source for source in sources if source.requires_grad}
         tensors = [source.read().detach() for source in trained.values()]
         aliases: tuple[Tensor, ...] = _Connect.apply(self, len(logits), *logits, *tensors)
+        for each in logits:
+            hasten(each, aliases[0].grad_fn._sequence_nr())
         made: dict[int, Operation] = {}
         by_source = dict(zip(trained, aliases, strict=True))
         operations = [each.with_tensors(by_source, made) for each in originals]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
 from cce_inductor.deferred import connection
-from cce_inductor.deferred.tensor import DeferredGradient
+from cce_inductor.deferred.tensor import DeferredGradient, defer
 
 
 def loss_of(logits):
@@ -344,6 +344,27 @@ def test_gradients_of_the_weight_do_not_pile_up():
     sum(losses).backward()
     assert len(found) == 2
     assert max(found) <= 2
+
+
+def test_chunks_reach_their_projections_one_after_another():
+    """Each chunk of the hidden state has a projection of its own, which autograd recorded before
+    the losses. The gradients of its weight must not wait until all losses have theirs."""
+    head = Head()
+    chunks = head.hidden.flatten(0, 1).chunk(5)
+    logits = [defer(chunk, head.weight, None, torch.float32) for chunk in chunks]
+    targets = TARGET.flatten().chunk(5)
+    losses = [F.cross_entropy(z.float(), t) for z, t in zip(logits, targets, strict=True)]
+    order = []
+    for number, (each, loss) in enumerate(zip(logits, losses, strict=True)):
+        loss.register_hook(lambda _, number=number: order.append(f"loss {number}"))
+        each.register_hook(lambda _, number=number: order.append(f"projection {number}"))
+    sum(losses).backward()
+    names = ("loss", "projection")
+    assert order == [f"{name} {number}" for number in range(5)[::-1] for name in names]
+    other = Head()
+    loss = F.cross_entropy(other.plain().flatten(0, 1), TARGET.flatten(), reduction="sum") / 2
+    loss.backward()
+    torch.testing.assert_close(head.weight.grad, other.weight.grad)
 
 
 def test_what_a_loss_counts_is_not_counted_twice():

@@ -4,10 +4,10 @@ Each set-up of ``setups.py`` runs in processes of its own, once as it is and onc
 ``cce_inductor.install()``::
 
     pip install -e ".[test,frameworks]"
-    pip install --no-deps litgpt==0.5.13
     python tests/frameworks/run.py --output docs/frameworks.md
 
-Set-ups whose framework is not installed are left out.
+Set-ups whose framework is not installed are left out. The page itself says how all of them are
+measured.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def page(rows: list[str], notes: list[str], versions: list[str]) -> str:
             "",
             "```bash",
             'pip install -e ".[test,frameworks]"',
-            "pip install --no-deps litgpt==0.5.13 torchtune==0.6.1 torchao==0.9.0",
+            "pip install --no-deps litgpt==0.5.13 open_clip_torch==3.3.0 torchtune==0.6.1 torchao==0.9.0",
             "python tests/frameworks/run.py --results frameworks.json --only torchtune",
             "pip uninstall torchao   # PEFT requires another version",
             "python tests/frameworks/run.py --results frameworks.json --output docs/frameworks.md",
