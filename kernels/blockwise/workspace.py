@@ -22,9 +22,8 @@ def rows_of_block(head: Head, every: Sequence[Factors], rows: int, *, backward: 
         rows: the number of rows that there are.
         backward: whether gradients are computed.
     """
-    row_bytes = _block_count(head, len(every), backward=backward) * (
-        _width(head) * head.logit_dtype.itemsize
-    )
+    blocks = _block_count(head, len(every), backward=backward)
+    row_bytes = blocks * _width(head) * head.logit_dtype.itemsize
     row_bytes += sum(_Sizes(head, factors, backward).row_bytes for factors in every)
     return max(1, min(rows, head.workspace_bytes // max(1, row_bytes)))
 
@@ -46,11 +45,11 @@ class _Sizes:
 
     def __init__(self, head: Head, factors: Factors, backward: bool):
         dtype, hidden = operand_dtype(factors.compute_dtype), factors.linear_weight.shape[1]
+        width = _width(head)
         self.with_operand = backward and dtype != head.logit_dtype
-        self.longest = max(_width(head), hidden) if backward else _width(head)
-        self.row_bytes = _width(
-            head
-        ) * dtype.itemsize * self.with_operand + self.longest * WideProduct.scratch_itemsize(dtype)
+        self.longest = max(width, hidden) if backward else width
+        scratch = self.longest * WideProduct.scratch_itemsize(dtype)
+        self.row_bytes = scratch + width * dtype.itemsize * self.with_operand
 
 
 class Workspace:
