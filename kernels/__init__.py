@@ -18,6 +18,6 @@ Words:
 - *kept*: a row that is computed, because its class index is not ignored
 - *step*: one pointwise operator that a program applies to each logit
 - *root*: a value of the program that a statistic reads
-- *operand*: a tensor that a step reads beside the logits
+- *operand*: what a step reads beside the logits: one or several tensors, see `names.OperandKind`
 - *cotangent*: the gradient with respect to a value, through all statistics that read it
 """

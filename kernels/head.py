@@ -53,11 +53,12 @@ class Head:
     Attributes:
         linear_weight: [vocabulary, hidden], any floating dtype and strides.
         linear_bias: [vocabulary] or None.
-        operands: those that `program` names (see `OperandKind`); indices are [rows] or [rows, k].
+        operands: those that `program` names (see `OperandKind`); indices are [rows] or [rows, k],
+            and another head takes two or three operands, one after another.
         program: what is computed from the logits.
         skip_ignored: whether to skip rows whose class indices are all ignored: they are neither
             read nor computed, and their results are 0.
-        compute_dtype: the dtype of the matrix products' operands.
+        compute_dtype: the dtype of the operands of ``input @ linear_weight.T``.
         workspace_bytes: the most memory for a block of logits and the blocks computed from it.
     """
 
@@ -96,8 +97,8 @@ class Head:
         return accumulation_dtype(self.compute_dtype)
 
     def factors(self, input: Tensor) -> dict[Name, Factors]:
-        """Return every matrix product that the program reads: that of the logits, computed from
-        `input`, first, and then those of its operands. They are computed in the dtype of their own
+        """Return the factors of every matrix product that the program reads: those of ``z``, with
+        `input`, first, and then those of other heads, which are computed in the dtype of their
         inputs."""
         logit = Factors(input, self.linear_weight, self.linear_bias, self.compute_dtype)
         every = {LOGIT: logit}

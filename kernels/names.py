@@ -21,11 +21,10 @@ class OperandKind(enum.StrEnum):
     LOGIT = "b"
     """One value for each logit."""
     PRODUCT = "p"
-    """The logit of another head with the same rows and vocabulary, computed like ``z``: the operand
-    is the input of its matrix product, [rows, hidden], and the next operand is its weight,
-    [vocabulary, hidden]."""
+    """The logit of another head with the same rows and vocabulary. It takes two operands: that
+    head's input, [rows, hidden], and its weight, [vocabulary, hidden]."""
     BIASED_PRODUCT = "q"
-    """The same with a bias, [vocabulary], as a third operand."""
+    """The same with a third operand, the bias, [vocabulary]."""
 
     @classmethod
     def of(cls, *, varies_over_rows: bool, varies_over_columns: bool) -> OperandKind:
@@ -60,7 +59,7 @@ class OperandKind(enum.StrEnum):
     def of_block(self, operand: Any, rows: Any, columns: slice) -> Any:
         """Return what of an operand broadcasts against a block [rows, columns] of logits.
 
-        The kind is none of those that stand for a matrix product.
+        Not for products, which have no tensor of their own.
 
         Args:
             operand: the whole tensor, with `rank` dimensions.

@@ -14,7 +14,7 @@ import cce_inductor
 from cce_inductor.options import Options
 from cce_inductor.reporting import notice, reasons
 from cce_inductor.reporting.log import MOST_REPORTS, ReportLog
-from cce_inductor.reporting.notice import exit_warning, is_large
+from cce_inductor.reporting.notice import compiled_in_place, exit_warning, is_large
 from cce_inductor.reporting.report import LossReport
 
 INPUT = torch.randn(1024, 8)
@@ -172,6 +172,18 @@ def test_at_exit(acts, expected):
     )
     lines = [text for text in result.stderr.splitlines() if "cce_inductor" in text]
     assert lines == ([] if expected is None else [f"cce_inductor: {expected}"])
+
+
+def test_linear_modules_that_were_compiled_in_place():
+    class Own(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input)
+
+    before = compiled_in_place()
+    modules = [torch.nn.Linear(2, 3), Own(2, 3), torch.nn.Linear(2, 3)]
+    for module in modules[:2]:  # code of one's own is captured
+        module.compile()
+    assert compiled_in_place() == before + 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, m
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.callers import is_torch_asking
-from cce_inductor.torch_internals.tensors import in_backward, is_composite, lazy_copy
+from cce_inductor.torch_internals.tensors import in_backward, is_composite
 
 aten = torch.ops.aten
 
@@ -67,14 +67,11 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if all(each.is_floating_point() and each.dim() for each in logits):
             func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
     elif func is aten.stack.default:
-        part = like.select(args[1] if len(args) > 1 else 0, 0)
-        if not _is_worth_deferring(logits, part, args):
+        if not _is_stack_worth_deferring(logits, like, args):
             return NotImplemented
     elif args[0] is not logits[0] or len(logits) > 1:
         return NotImplemented
     operation = _operation(func, args, kwargs)
-    if func is aten.stack.default and not operation.requires_grad:
-        return NotImplemented  # logits that are collected may be read after the weight has changed
     if lazy.is_view(func):
         return _views(func, args, kwargs, like, operation)
     return type(logits[0])(like, operation, logits[0].device)
@@ -92,10 +89,11 @@ def _operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Oper
             if has_gradient:
                 return operation_with_gradient(tensor)
             return tensor._operation.without_gradient
+        # In a backward, autograd has saved the operand or has just computed it: nothing else writes
+        # to it. Any other tensor without gradient may be modified before it is read.
         if tensor.requires_grad or (in_backward() and is_torch_asking()):
-            return Guarded(tensor, "an operand")  # autograd has saved or made the latter
-        # A tensor without gradient may be modified before it is read, so it is copied.
-        return Guarded(lazy_copy(tensor), "an operand", copy_of=tensor)
+            return Guarded(tensor, "an operand")
+        return Guarded(tensor.clone(), "an operand", copy_of=tensor)
 
     return Operation(func, *map_only(Tensor, operand, (args, kwargs)))
 
@@ -154,10 +152,11 @@ Each keeps a hidden state alive, and is multiplied again in every reduction.
 
 
 def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: Any) -> bool:
-    """Whether a function depends on few projections, and keeps less memory than its result takes.
+    """Whether it saves memory to defer a function.
 
-    A mask of all logits is smaller than they are. In training, so are a stored teacher's logits:
-    autograd would keep several tensors of this size.
+    It depends on few projections, and the tensors that are copied for it are at most half as large
+    as its result, as masks are. In training they may be as large as the result, as a stored
+    teacher's logits are, because autograd would keep several tensors of that size.
     """
     products = {id(each) for one in logits for each in one._operation.products()}
     if len(products) > _MOST_PRODUCTS or any(like.shape != each.shape for each in logits):
@@ -175,6 +174,14 @@ def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: A
         and all(e.shape == like.shape and e.nbytes <= like.nbytes for e in large)
         and not any(each.requires_grad for each in large)
     )
+
+
+def _is_stack_worth_deferring(logits: list[DeferredTensor], like: Tensor, args: Any) -> bool:
+    """Whether to defer a stack. In an evaluation, people collect logits, and may read them after
+    the weight has changed."""
+    trains = torch.is_grad_enabled() and any(each._operation.requires_grad for each in logits)
+    part = like.select(args[1] if len(args) > 1 else 0, 0)
+    return trains and _is_worth_deferring(logits, part, args)
 
 
 # The operator is composed of others

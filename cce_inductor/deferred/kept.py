@@ -17,7 +17,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from cce_inductor.deferred.base import DeferredTensor
 from cce_inductor.recipe.operation import Operation
 from cce_inductor.recipe.stale import Origin
-from cce_inductor.torch_internals.tensors import identity_of_storage
 
 _projections: WeakSet[Operation] = WeakSet()
 """The projections of all logits that `keep` was called with and that still exist."""
@@ -37,7 +36,9 @@ def _register() -> None:
 
 def _copy_before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    changing = {identity_of_storage(each) for each in parameters if type(each) in _WITH_STORAGE}
+    changing = {
+        each.untyped_storage().data_ptr() for each in parameters if type(each) in _WITH_STORAGE
+    }
     copies: dict[Origin, Tensor] = {}
     for projection in list(_projections):
         memory = projection.memory()

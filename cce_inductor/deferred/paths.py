@@ -52,7 +52,7 @@ class Description(NamedTuple):
         Args:
             number: what makes it differ from others, if it is a number itself.
             is_multiplied: whether it is a matrix, which is never read and needs no memory. A large
-                tensor needs none either.
+                tensor is not given memory either.
         """
         if is_multiplied or math.prod(self.shape) > _LARGE:
             made = torch.zeros((), dtype=self.dtype).expand(self.shape)
@@ -63,7 +63,7 @@ class Description(NamedTuple):
 
 
 _LARGE = 2**20
-"""Elements of a tensor, from which on its memory matters."""
+"""Tensors with more elements than this are replaced by expanded scalars."""
 
 _UNUSUAL = 1_000_003
 """A number that no derivative contains."""

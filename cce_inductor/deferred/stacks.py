@@ -1,4 +1,4 @@
-"""Stacks of deferred logits that are reduced to one value for each logit.
+"""Stacks of deferred logits that are reduced over the new dimension.
 
 ``torch.logsumexp(torch.stack([a, b]), 0)`` is ``torch.logaddexp(a, b)``, a pointwise function whose
 result and gradient are deferred. The logarithm of a mixture of two models is such a function.
@@ -7,7 +7,7 @@ result and gradient are deferred. The logarithm of a mixture of two models is su
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,17 @@ from cce_inductor.deferred.base import DeferredTensor
 
 
 def remember_parts(stack: Any, tensors: Any) -> Any:
-    """Return a stack, after noting what it consists of if it is deferred."""
+    """Note the parts of a deferred stack, and return the stack."""
     if isinstance(stack, DeferredTensor):
         stack._parts = tuple((each, _version(each)) for each in tensors)
     return stack
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Return a number that differs after a change, None if it is not known."""
+    """Return a number that differs after a change, None if changes are not counted.
+
+    Deferred logits are computed when they are changed.
+    """
     if isinstance(tensor, DeferredTensor):
         return 0 if tensor._is_as_recorded else None
     return None if tensor.is_inference() else tensor._version
@@ -34,7 +37,8 @@ def reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """Return a reduction of a stack over its new dimension as a function of its parts.
 
     Returns:
-        NotImplemented if it is not such a reduction, or if the stack or a part has changed.
+        NotImplemented if it is not such a reduction, if the stack or a part has changed, or if
+        somebody will look at the gradient of the stack.
     """
     try:
         stack, dim, keepdim = _arguments(*args, **kwargs)
@@ -46,7 +50,11 @@ def reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return NotImplemented
     place = stack._operation.args[1] if len(stack._operation.args) > 1 else 0
     rank = stack.dim()
-    if dims[0] % rank != place % rank or not stack._is_as_recorded:
+    if not -rank <= dims[0] < rank or dims[0] % rank != place % rank:
+        return NotImplemented
+    if not stack._is_as_recorded or not stack.requires_grad:
+        return NotImplemented
+    if stack._backward_hooks or stack.retains_grad:
         return NotImplemented
     if any(version is None or version != _version(part) for part, version in noted):
         return NotImplemented
@@ -62,8 +70,8 @@ def _folded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return functools.partial(functools.reduce, function)
 
 
-def _mean(parts: tuple[Tensor, ...]) -> Tensor:
-    return _folded(torch.add)(parts) / len(parts)
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    return _folded(torch.add)([part / len(parts) for part in parts])
 
 
 REDUCTIONS: dict[Any, Callable[..., Tensor]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from cce_inductor.torch_internals.tensors import address, detached, identity_of_storage
+from cce_inductor.torch_internals.tensors import detached
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -32,7 +32,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Origin:
-        pointer = address(tensor) if is_plain(tensor) else None
+        pointer = tensor.data_ptr() if is_plain(tensor) else None
         version = None if tensor.is_inference() else tensor._version
         return cls(pointer, version, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
@@ -79,7 +79,7 @@ class Guarded:
         self.requires_grad = tensor.requires_grad
         self.is_plain = is_plain(tensor)
         self._version = None if tensor.is_inference() else tensor._version
-        self._pointer = address(tensor) if self.is_plain else None
+        self._pointer = tensor.data_ptr() if self.is_plain else None
         is_exposed = self.is_plain and (tensor.is_leaf or tensor._is_view())
         self._sample = _sample(tensor) if is_exposed else None
 
@@ -104,13 +104,13 @@ class Guarded:
         A tensor that requires a gradient is not copied: its gradient could not reach the original.
 
         Args:
-            changing: the storages that are about to change, as `identity_of_storage` returns them.
+            changing: the addresses of the storages that are about to change.
             copies: those that have been made, by their origin. One that is made is added.
         """
         tensor = self._tensor
         if self.requires_grad or not self.is_plain or self._change() is not None:
             return
-        if identity_of_storage(tensor) in changing:
+        if tensor.untyped_storage().data_ptr() in changing:
             origin = Origin.of(tensor)
             if origin not in copies:
                 copies[origin] = tensor.detach().clone()
@@ -143,7 +143,7 @@ class Guarded:
         tensor = self._tensor
         if self._version is not None and tensor._version != self._version:
             return "was changed in place (for example by an optimizer step)"
-        if self._pointer is not None and address(tensor) != self._pointer:
+        if self._pointer is not None and tensor.data_ptr() != self._pointer:
             return "was moved or freed (for example by FSDP, after the backward)"
         if self._sample is not None and not _is_capturing(tensor):
             with _disable_current_modes():  # a compiler's fake tensors cannot be compared

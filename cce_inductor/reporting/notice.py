@@ -92,23 +92,24 @@ def warn_at_exit() -> None:
 
 
 def _at_exit() -> None:
-    if tally.rewritten:
-        return
-    message = exit_warning(tally.graphs, tally.losses, compiled_in_place())
     # The workers of a data loader import the script, but are not expected to compile anything.
     is_helper = multiprocessing.parent_process() is not None and not tally.graphs
-    if is_in_force() and not is_helper:
-        _log.warning("cce_inductor: %s", message)
+    if is_in_force() and not is_helper and not tally.rewritten:
+        in_place = 0 if tally.losses else compiled_in_place()
+        _log.warning("cce_inductor: %s", exit_warning(tally.graphs, tally.losses, in_place))
 
 
 def compiled_in_place() -> int:
     """Return how many linear modules were compiled by their method ``compile``.
 
-    Dynamo does not capture them: the frame that it would capture is one of `torch.nn`, which it
-    skips.
+    Dynamo compiles nothing for them: it skips the code of `torch.nn`, and their ``forward`` is
+    there.
     """
+    linear = torch.nn.Linear
     return sum(
-        issubclass(type(each), torch.nn.Linear) and each._compiled_call_impl is not None
+        issubclass(type(each), linear)
+        and type(each).forward is linear.forward
+        and each._compiled_call_impl is not None
         for each in gc.get_objects()
     )
 
@@ -124,8 +125,8 @@ def exit_warning(graphs: int, losses: int, in_place: int) -> str:
     if in_place:
         return (
             f"it was installed, and nothing was rewritten: {in_place} torch.nn.Linear module(s) "
-            "were compiled by module.compile(), which TorchDynamo does not capture. "
-            "torch.compile(module) is captured, and cce_inductor.defer(module) needs no compiler."
+            "were compiled by module.compile(), which compiles nothing for PyTorch's own modules. "
+            "Compile the function that calls them, or use cce_inductor.defer(module)."
         )
     if not graphs:
         return (

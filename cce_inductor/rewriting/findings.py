@@ -64,7 +64,7 @@ class Consumer:
 
     @property
     def origins(self) -> tuple[Node, ...]:
-        """The nodes that compute what it reads. Either all of them are replaced or none."""
+        """The nodes whose matrix products it reads. Either all of them are replaced or none."""
         return origins_of(self.projections)
 
     @property
@@ -105,7 +105,8 @@ class Findings:
     """What a walk over a graph found.
 
     Attributes:
-        stored: the projections whose logits other logits read as a stored tensor.
+        stored: projections that are known to be stored, from an earlier walk: other logits read
+            theirs as a tensor.
         values: what each node holds that holds logits.
         consumers: the nodes that reduce logits or compute a loss, in the order of the graph.
         routers: softmaxes that are taken for those of a router, not for part of a loss.
@@ -151,10 +152,9 @@ class Findings:
 
     # What rules and the rest of the pass ask
 
-    @property
     def stored_beside(self) -> set[Node]:
-        """The projections that have to be stored, and whose logits are read beside others that do
-        not."""
+        """Return the projections that must be stored and whose logits a loss reads beside logits
+        that need not be."""
         stored: set[Node] = set()
         for consumer in self.consumers:
             if consumer.logits is not None:

@@ -122,9 +122,9 @@ def _found(
 ) -> tuple[Findings, list[Returned]]:
     """Return what a walk finds, and the logits that the graph returns and need not compute.
 
-    Logits of several heads are computed together. Where one of the heads has to be stored, the
-    others read it as a stored tensor. This is known only at the end of a walk, so another one
-    follows.
+    If a head that is read beside others must be stored, the others read its logits as a tensor; if
+    it requires a gradient, they are stored, too. Which heads are stored is known only after a walk,
+    so the graph is walked again.
     """
     stored: frozenset[Node] = frozenset()
     while True:
@@ -132,6 +132,7 @@ def _found(
         deferrable, returned = returned_logits(findings, options, deferral)
         for logits, reason in returned:
             findings.kept.add(logits, reason)
-        if findings.stored_beside <= stored:
+        more = findings.stored_beside() - stored
+        if not more:
             return findings, deferrable
-        stored |= findings.stored_beside
+        stored |= more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,34 +61,6 @@ def in_compiled_backward() -> bool:
 def number_of_backward() -> int:
     """Return a number that no other backward has had, or has, than the one in progress."""
     return int(torch._C._current_graph_task_id())
-
-
-_SMALL = 2**16
-"""Elements of a tensor that is copied at once."""
-
-
-def lazy_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy. A large one shares memory with the tensor until either is written to."""
-    if tensor.numel() > _SMALL:
-        try:
-            copy: torch.Tensor = torch._lazy_clone(tensor)
-            return copy
-        except (AttributeError, RuntimeError):
-            pass  # The memory is not PyTorch's own.
-    return tensor.clone()
-
-
-def address(tensor: torch.Tensor) -> int:
-    """Return the address of the elements. ``data_ptr()`` would end the sharing of a `lazy_copy`."""
-    return int(torch._C._data_address(tensor)) if _is_shared(tensor) else tensor.data_ptr()
-
-
-_is_shared: Callable[[torch.Tensor], bool] = getattr(torch._C, "_is_cow_tensor", lambda _: False)
-
-
-def identity_of_storage(tensor: torch.Tensor) -> int:
-    """Return a number that tensors with the same storage share."""
-    return int(torch._C._storage_address(tensor))
 
 
 def in_backward() -> bool:

@@ -70,7 +70,7 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
     indices = all_statistics.prepared_indices(program, kept_operands, vocabulary)
 
     factors = head.factors(input)
-    if selected.applies(program, list(indices.values()), vocabulary):
+    if selected.applies(head, indices):
         by_statistic = {
             each: (Selected(head, factors[LOGIT], kept, index).logits(),)
             for each, index in indices.items()
@@ -188,7 +188,7 @@ def compute_gradients(
     by_value = all_statistics.cotangents(
         program, kept_grads, kept_results, indices, head.logit_dtype
     )
-    # Nothing else has to be computed again.
+    # Statistics without a gradient are dropped, with the heads that only they read.
     program = program.with_gradient([grad is not None for grad in grads])
     skipped = _massless_tiles(head, program, by_value, kept_results[-1], kept.count)
     head = dataclasses.replace(head, program=program)
@@ -197,8 +197,7 @@ def compute_gradients(
     backward = None if program.is_plain else derivative(program, head.operands)
 
     factors = head.factors(input)
-    gathered = [indices[each] for each in program.indexed]
-    if gathered and selected.applies(program, gathered, head.vocabulary):
+    if program.statistics and selected.applies(head, indices):
         index, grad = by_value[LOGIT].at_indices()
         gradients = Selected(head, factors[LOGIT], kept, index).gradients(
             grad, **_wanted(LOGIT, wanted)

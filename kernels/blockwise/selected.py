@@ -5,31 +5,38 @@ A program that reads logits at indices alone needs only the rows of the weight a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from cce_inductor.kernels.all_statistics import Indices
 from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import row_blocks
 from cce_inductor.kernels.head import Factors, Head, accumulation_dtype
-from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
 
-MOST_SHARE = 8
-"""The logits at indices are at most one in this many; gathered rows are slower than a product."""
+COLUMNS_PER_INDEX = 8
+"""Rows of the weight are gathered only if the vocabulary has at least this many columns for each
+index; otherwise a matrix product is faster."""
 
 
-def applies(program: Program, indices: Sequence[Tensor], vocabulary: int) -> bool:
+def applies(head: Head, indices: Indices) -> bool:
     """Whether a program reads nothing but logits at few indices.
 
-    This is for the CPU: on other devices the host would wait for the number of different indices.
+    Only on the CPU: on a device, `unique` would make the host wait.
+
+    Args:
+        head: the program.
+        indices: the indices of its statistics, and maybe of others.
     """
+    program = head.program
     if not program.is_plain or not all(isinstance(each, Indexed) for each in program.statistics):
         return False
-    on_cpu = all(index.device.type == "cpu" for index in indices)
-    return on_cpu and MOST_SHARE * sum(index.shape[1] for index in indices) <= vocabulary
+    count = sum(indices[each].shape[1] for each in program.indexed)
+    on_cpu = head.linear_weight.device.type == "cpu"
+    return on_cpu and COLUMNS_PER_INDEX * count <= head.vocabulary
 
 
 class Selected:
@@ -86,9 +93,10 @@ class Selected:
         """
         grad = grad.where(self._is_somewhere, 0.0).to(self._wide)
         d_input = d_weight = d_bias = None
-        used, place = self._index.unique(return_inverse=True)
         if wants_input:
             d_input = self._input.new_zeros(self._input.shape)
+        if wants_weight or wants_bias:
+            used, place = self._index.unique(return_inverse=True)
         if wants_weight:
             shape = (len(used), self._input.shape[1])
             sums = torch.zeros(shape, dtype=self._wide, device=grad.device)
@@ -98,14 +106,14 @@ class Selected:
                 d_input[block] = torch.bmm(of_block, weight).squeeze(1).to(d_input.dtype)
             if wants_weight:
                 products = torch.bmm(of_block.transpose(1, 2), input)
-                sums.index_put_((place[block],), products, accumulate=True)
+                sums.index_add_(0, place[block].flatten(), products.flatten(0, 1))
         if wants_weight:
             d_weight = self._factors.linear_weight.new_zeros(self._factors.linear_weight.shape)
             d_weight[used] = sums.to(d_weight.dtype)
         if wants_bias:
             assert self._factors.linear_bias is not None, "a gradient for a bias that is not there"
             total = torch.zeros(len(used), dtype=self._wide, device=grad.device)
-            total.index_put_((place,), grad, accumulate=True)
+            total.index_add_(0, place.flatten(), grad.flatten())
             d_bias = self._factors.linear_bias.new_zeros(len(self._factors.linear_bias))
             d_bias[used] = total.to(d_bias.dtype)
         return None if d_input is None else self._kept.restore(d_input), d_weight, d_bias

@@ -11,7 +11,8 @@ The first statements are *steps*: each applies one pointwise ATen operator. The 
 the program of a gradient. Names of values:
 
 - ``z``: the logit; ``j``: its place in the vocabulary
-- ``r0``, ``c0``, ``s0``, ``b0``, ``p0``, ``q0``: operand 0; the letter is its `OperandKind`
+- ``r0``, ``c0``, ``s0``, ``b0``: operand 0; the letter is its `OperandKind`
+- ``p0``: the product of operands 0 and 1; ``q0``: the same with operand 2 as a bias
 - ``t0``: the result of a step
 - ``g0``: in a derivative, the cotangent of the first value that an output reads
 """
@@ -170,7 +171,11 @@ class Program:
         return COLUMN in self.roots or any(COLUMN in step.uses for step in self.steps)
 
     def with_gradient(self, results: Sequence[bool]) -> Program:
-        """Return the statistics of which any result has a gradient, with what they need."""
+        """Return the program of the statistics that have a gradient, and of those they require.
+
+        Args:
+            results: whether each result has one.
+        """
         wanted = [statistic for place, statistic in self.places if any(results[place])]
         required = [each for statistic in wanted for each in statistic.requirements]
         outputs = tuple(dict.fromkeys([*required, *wanted]))

@@ -18,8 +18,8 @@ Glossary:
 - *Column*: one vocabulary entry in every row.
 - `Row`, the type: a value that is computed once for each row, by ordinary tensor operations.
 - *Expression*: a value that is computed for each logit: a graph of pointwise ATen operators.
-- *Operand*: a tensor that an expression reads beside the logits: one value, or one for each row,
-  column or logit.
+- *Operand*: what an expression reads beside the logits: a tensor of one value, or of one for each
+  row, column or logit; or the logits of another head.
 - *RowStatistic*: a reduction over the vocabulary that the fused operator computes (`logsumexp`,
   `gather`, `sum`, ...). Rows are made of statistics.
 - *Late*: computed from a statistic of the same logits, and so unknown until a first pass over the
@@ -50,6 +50,7 @@ from cce_inductor.patterns.language.expression import (
     Expression,
     Operand,
     depends_on_column,
+    is_detached,
     leaves,
     operands_of,
     under_mask,
@@ -162,6 +163,7 @@ __all__ = [
     "example",
     "ignoring",
     "index_mask",
+    "is_detached",
     "is_exactly",
     "is_integer_tensor",
     "is_reduced",

@@ -53,9 +53,9 @@ def read(
     shape = site.shape_of(logits) if shape is None else shape
     if site.is_logits(argument):
         other = site.logits(argument)
-        if same_logits(other, logits) and same_shape(tensor_example(argument).shape, shape):
-            return other.expression
         has_shape = same_shape(tensor_example(argument).shape, shape)
+        if has_shape and same_logits(other, logits):
+            return other.expression
         if has_shape and not site.is_stored(other):
             expression = beside(site, other, logits)
             if expression is not None:

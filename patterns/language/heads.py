@@ -17,6 +17,7 @@ from cce_inductor.kernels.names import OperandKind
 from cce_inductor.patterns.language.expression import (
     LOGIT,
     Expression,
+    Leaf,
     Operand,
     leaves,
     substituted,
@@ -59,36 +60,39 @@ class _Move:
     logits: Logits
 
     def expression(self, expression: Any) -> Any:
-        return substituted(
-            expression,
-            {
-                id(leaf): self._product() if leaf is LOGIT else self._operand(leaf)
-                for leaf in leaves(expression)
-                if leaf is LOGIT or (isinstance(leaf, Operand) and leaf.kind.varies_over_rows)
-            },
-        )
+        made: dict[int, Any] = {}
+        for leaf in leaves(expression):
+            if leaf is LOGIT:
+                made[id(leaf)] = self._product(self.other)
+            elif isinstance(leaf, Operand) and leaf.kind.varies_over_rows:
+                made[id(leaf)] = self._operand(leaf)
+        return substituted(expression, made)
 
-    def _product(self) -> Operand:
-        """Return the logit of the other product, before any function of it, as an operand."""
-        biased = self.other.projection.linear_bias is not None
+    def _product(self, source: Logits) -> Leaf | Operand:
+        """Return the logit of a product, before any function of it: an operand, or the logit itself
+        if the product is that of `logits`."""
+        if same_logits(source, self.logits):
+            return LOGIT
+        biased = source.projection.linear_bias is not None
         kind = OperandKind.BIASED_PRODUCT if biased else OperandKind.PRODUCT
-        source = self.other.replace(expression=LOGIT, path=())
+        source = source.replace(expression=LOGIT, path=())
         rows, dim = self.logits.row_operations, self.logits.vocabulary_dim
         return Operand(kind, source, rows, dim, self.site.node)
 
-    def _operand(self, operand: Any) -> Operand:
+    def _operand(self, operand: Operand) -> Leaf | Operand:
         """Return an operand with the rows of `other` as one with those of `logits`."""
+        if operand.kind.is_product:
+            since = self.other.row_operations[len(operand.row_operations) :]
+            moved = operand.source.replace(
+                row_operations=(*operand.source.row_operations, *since),
+                vocabulary_dim=self.other.vocabulary_dim,
+            )
+            return self._product(moved)
         if operand.kind is OperandKind.ROW:
             try:
                 source: Any = self._row(operand.source)
             except _ImmovableError:
                 source = AtRows(operand, self.other)
-        elif operand.kind.is_product:
-            since = self.other.row_operations[len(operand.row_operations) :]
-            source = operand.source.replace(
-                row_operations=(*operand.source.row_operations, *since),
-                vocabulary_dim=self.other.vocabulary_dim,
-            )
         elif operand.row_operations == self.other.row_operations:
             source = operand.source
         else:

@@ -118,7 +118,8 @@ class Projection:
 
     @property
     def origins(self) -> tuple[Node, ...]:
-        """The nodes that compute its logits."""
+        """The nodes that compute its logits, several if it joins projections. Either all of them
+        are replaced or none."""
         return origins_of(self.joined) if self.joined else (self.node,)
 
 
@@ -164,7 +165,7 @@ class Logits:
 
     @property
     def origins(self) -> tuple[Node, ...]:
-        """The nodes that compute the logits. Either all of them are replaced or none."""
+        """The nodes whose matrix products they read. Either all of them are replaced or none."""
         return origins_of(self.projections)
 
     def with_row_operation(

@@ -12,13 +12,14 @@ from cce_inductor.patterns.language import (
     Algebra,
     Apply,
     LossResult,
+    Operand,
     Site,
     call,
-    is_tensor,
+    is_detached,
+    is_reduced,
     loss,
     loss_reduction,
     read,
-    tensor_example,
     vocabulary_of,
     where,
 )
@@ -37,13 +38,12 @@ def kl_div(
 ) -> LossResult:
     reduction = loss_reduction(size_average, reduce, reduction)
     logits = site.logits(input if site.is_logits(input) else target)
-    is_trained = is_tensor(target) and tensor_example(target).requires_grad
     input, target = read(site, input, logits), read(site, target, logits)
     if log_target:
         difference = Apply("sub.Tensor", (target, input))
         divergence = Apply("mul.Tensor", (Apply("exp", (target,)), difference))
     else:
-        itself = None if is_trained else _negative_entropy(target)
+        itself = _negative_entropy(target)
         if itself is None:
             itself = Apply("xlogy.Tensor", (target, target))
         divergence = Apply("sub.Tensor", (itself, Apply("mul.Tensor", (target, input))))
@@ -65,11 +65,16 @@ def _negative_entropy(target: Any) -> Apply | None:
 
     It is 0 where a logit is -inf, as xlogy is. None if the target is not known to be a softmax.
     """
+    if is_detached(target):
+        inner = _negative_entropy(target.args[0])
+        return None if inner is None else Apply("detach", (inner,))
     if not (isinstance(target, Apply) and target.target == "exp"):
         return None
     logarithm = target.args[0]
     if not (isinstance(logarithm, Apply) and logarithm.target == "sub.Tensor"):
         return None
-    logit, *rest = logarithm.args
+    logit, normalizer = logarithm.args
+    if not (isinstance(normalizer, Operand) and is_reduced(normalizer.source)):
+        return None
     finite = where(Apply("eq.Scalar", (logit, -math.inf)), 0.0, logit)
-    return Apply("mul.Tensor", (target, Apply("sub.Tensor", (finite, *rest), logarithm.kwargs)))
+    return Apply("mul.Tensor", (target, Apply("sub.Tensor", (finite, normalizer))))

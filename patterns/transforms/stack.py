@@ -1,7 +1,7 @@
-"""``torch.stack`` of several heads' logits, and the operations until they are one tensor again.
+"""``torch.stack`` of logits, and what follows.
 
-One head is taken from the stack, or the heads are reduced to one value for each logit: the
-logarithm of a mixture of a student's and a teacher's probabilities is such a `logsumexp`.
+One head is taken, or all are reduced over the new dimension, as the logarithm of a mixture of a
+student's and a teacher's probabilities is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from cce_inductor.patterns.language import (
     HERE,
     Apply,
     Logits,
-    Operand,
     Rule,
     Site,
     Stack,
@@ -44,7 +43,9 @@ from cce_inductor.reporting import reasons
 @transform(torch.stack)
 def stack(site: Site, tensors: Any, dim: Any = 0) -> Stack:
     dim = dimension(dim, site.example.dim())
-    first = next(tensor for tensor in tensors if site.is_logits(tensor))
+    first = next(filter(site.is_logits, tensors), None)
+    if first is None:
+        site.unsupported(reasons.MIXES_PROJECTIONS)
     shape = tuple(tensor_example(first).shape)
     parts = []
     for tensor in tensors:
@@ -122,21 +123,21 @@ def _taken(site: Site, stacked: Stack, input: Any, index: Any) -> TransformResul
 def _unstacked(site: Site, input: Any, part: Logits, dim: int) -> Logits:
     """Return logits without the dimension of the stack.
 
-    If nothing was done to their rows since, they are as they were before.
+    The `unsqueeze` is dropped if it is the last operation and no operand was read since. Otherwise
+    the dimension is indexed.
     """
     *before, last = part.row_operations
     is_last = last.target is torch.unsqueeze and last.args == (HERE, dim)
-    if is_last and not any(o.row_operations == part.row_operations for o in _operands(part)):
+    read_since = any(
+        each.kind.varies_over_rows and each.row_operations == part.row_operations
+        for each in operands_of(part.expression)
+    )
+    if is_last and not read_since:
         vocabulary_dim = before[-1].vocabulary_dim if before else part.projection.vocabulary_dim
         return part.replace(row_operations=tuple(before), vocabulary_dim=vocabulary_dim)
     rank = tensor_example(input).dim()
     entries = (*[slice(None)] * dim, 0, *[slice(None)] * (rank - dim - 1))
     return getitem(site.with_logits(input, part), input, entries)
-
-
-def _operands(logits: Logits) -> list[Operand]:
-    """Return the operands of logits that have rows."""
-    return [each for each in operands_of(logits.expression) if each.kind.varies_over_rows]
 
 
 def _reduced(
@@ -159,7 +160,7 @@ def _reduced(
     every = [p.expression if same_logits(p, first) else beside(site, p, first) for p in parts]
     if None in every:
         site.unsupported(reasons.MIXES_PROJECTIONS)
-    if site.example.dtype == torch.float64:
+    if site.example.dtype == torch.float64:  # `dtype` may have asked for it
         first = first.replace(compute_dtype=torch.float64)
     return first.replace(expression=_COMBINED[site.node.target](every))
 
@@ -177,7 +178,5 @@ _COMBINED: dict[Any, Callable[[list[Any]], Any]] = {
     **dict.fromkeys((torch.sum, "sum"), _folded("add.Tensor")),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys((torch.logsumexp, "logsumexp", torch.special.logsumexp), _folded("logaddexp")),
-    **dict.fromkeys((torch.amax, "amax"), _folded("maximum")),
-    **dict.fromkeys((torch.amin, "amin"), _folded("minimum")),
 }
 """Reductions over the dimension of a stack, as functions of the values of one logit."""

@@ -311,6 +311,25 @@ def test_logits_at_indices_alone_are_gathered(text):
     assert products.count == 0
 
 
+def test_gathered_logits_have_the_same_bits_with_several_threads():
+    """Sums into the same rows of the weight's gradient must not race."""
+    input, head = case("target(z, r0, -100)", vocabulary=TILE, rows=4096, dtype=torch.float32)
+    head.operands[0][:] = torch.arange(4096) % 7
+    wanted = Wanted(True, True, True, [False] * len(head.operands))
+    results = engine.compute_statistics(input, head)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = (
+            engine.compute_gradients(upstream_of(results), results, input, head, wanted)
+            for _ in range(8)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        torch.testing.assert_close(other.computed(), first.computed(), rtol=0, atol=0)
+
+
 def test_many_indices_are_not_gathered():
     """Rows of the weight would be read more often than in a product."""
     input, head = case("gather(z, r1)", vocabulary=23)

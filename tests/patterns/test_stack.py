@@ -74,8 +74,6 @@ REDUCED = {
     "logsumexp of log-probabilities": lambda heads: torch.stack(
         [head.log_softmax(-1) for head in heads]
     ).logsumexp(0),
-    "greatest": lambda heads: torch.stack(heads).amax(0),
-    "least": lambda heads: torch.amin(torch.stack(heads), 0, keepdim=True),
     "of three heads": lambda heads: torch.stack([*heads, heads[0] * 2]).logsumexp(0),
     "with a tensor": lambda heads: torch.stack([torch.ones(2, 3, 50), *heads]).logsumexp(0),
     "scaled before": lambda heads: (torch.stack(heads) / 2).logsumexp(0),
@@ -131,6 +129,7 @@ LEFT_ALONE = {
         "sum",
         MIXED,
     ),
+    "the greatest": (lambda heads: [torch.stack(heads).amax(0)] * 2, "amax", MIXED),
     "the greatest with its index": (
         lambda heads: [torch.stack(heads).max(0)[0]] * 2,
         "max",

@@ -1,5 +1,8 @@
 """Functions of the logits of several heads: neither head's logits are stored."""
 
+import math
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,11 +180,25 @@ def weighted_by_confidence(student, teacher):
     return (kl.sum(-1) * confidence).mean()
 
 
+def jensen_shannon(student, teacher):
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    mixture = torch.logaddexp(student, teacher) - math.log(2)
+    divergences = (student.exp() * (student - mixture), teacher.exp() * (teacher - mixture))
+    return 0.5 * sum(each.sum(-1).mean() for each in divergences)
+
+
+def trained_targets(student, teacher):
+    return F.kl_div(student.log_softmax(-1), teacher.softmax(-1).detach(), reduction="sum")
+
+
 LOSSES = [
     *(forward_kl, reverse_kl, square, beside_a_loss, shifted, other_shape, contrasted, masked),
     *(in_place, scaled_rows, two_scales, both_directions, capped, reduced_before, greatest),
-    weighted_by_confidence,
+    *(weighted_by_confidence, jensen_shannon, trained_targets),
 ]
+TWO_PASSES = (two_scales, greatest, jensen_shannon, square)
+"""Their gradients are rounded twice, see the limits in the README."""
+
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
 
@@ -199,13 +216,19 @@ def test_numbers(loss, teacher):
     reports = rewrite(module, Options(min_logits_bytes=0, on_error="raise"))
     assert all(report.rewritten for report in reports), "\n".join(map(str, reports))
     assert "linear" not in code(module)
-    # The gradients of two passes over the vocabulary are rounded twice.
-    assert_as_accurate_as_eager(fn, *arguments, slack=3.0)
+    assert_as_accurate_as_eager(fn, *arguments, slack=3.0 if loss in TWO_PASSES else 1.5)
+
+
+def test_each_head_is_multiplied_once():
+    """The teacher's divergence, which begins with the teacher's logits, reads the student's."""
+    graph = rewritten_graph(loss_of_two(jensen_shannon), *HEADS)
+    programs = [line for line in graph.splitlines() if "reduce.default" in line]
+    assert all(len(set(re.findall(r"p\d+", program))) == 1 for program in programs)
 
 
 def test_frozen_student():
     student = [each.detach() for each in HEADS[:2]]
-    assert_as_accurate_as_eager(loss_of_two(reverse_kl), *student, *HEADS[2:], slack=3.0)
+    assert_as_accurate_as_eager(loss_of_two(reverse_kl), *student, *HEADS[2:], slack=1.5)
 
 
 def test_bias():
@@ -213,7 +236,7 @@ def test_bias():
         return reverse_kl(F.linear(input, weight), F.linear(other, second, bias))
 
     assert "q0" in rewritten_graph(fn, *HEADS, BIAS)
-    assert_as_accurate_as_eager(fn, *HEADS, BIAS, slack=3.0)
+    assert_as_accurate_as_eager(fn, *HEADS, BIAS, slack=1.5)
 
 
 def test_other_rows_of_the_same_head():
@@ -224,7 +247,7 @@ def test_other_rows_of_the_same_head():
         return reverse_kl(first, second) + reverse_kl(second, first)
 
     assert "linear" not in rewritten_graph(fn, INPUT, WEIGHT)
-    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, slack=3.0)
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, slack=1.5)
 
 
 def test_three_heads():
@@ -235,7 +258,7 @@ def test_three_heads():
         return F.nll_loss(mixture.log().flatten(0, 1), TARGET.flatten())
 
     assert "linear" not in rewritten_graph(fn, *HEADS, BIAS)
-    assert_as_accurate_as_eager(fn, *HEADS, BIAS, slack=3.0)
+    assert_as_accurate_as_eager(fn, *HEADS, BIAS, slack=1.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -257,7 +280,7 @@ def test_autocast():
 def test_dtypes_of_their_own():
     teacher = [each.detach().to(torch.bfloat16) for each in HEADS[2:]]
     fn = loss_of_two(lambda s, t: reverse_kl(s, t.float()))
-    assert_as_accurate_as_eager(fn, *HEADS[:2], *teacher, slack=3.0)
+    assert_as_accurate_as_eager(fn, *HEADS[:2], *teacher, slack=1.5)
 
 
 def test_dynamic_rows():
@@ -287,7 +310,7 @@ def test_teacher_that_is_stored_is_read():
     graph = code(module)
     assert graph.count("linear(") == 1
     assert "b0" in graph
-    assert_as_accurate_as_eager(fn, *HEADS, slack=3.0)
+    assert_as_accurate_as_eager(fn, *HEADS, slack=1.5)
 
 
 def test_trained_teacher_that_is_stored_keeps_the_student():
