@@ -25,7 +25,7 @@ from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation
 from cce_inductor.patterns.language.rows import AtRows, RowStatistic, vocabulary_of
 from cce_inductor.recipe.formula import Formula
 from cce_inductor.rewriting.findings import Consumer, Findings
-from cce_inductor.rewriting.plan import Group
+from cce_inductor.rewriting.plan import Group, Placed
 from cce_inductor.rewriting.returned import Returned
 
 
@@ -72,19 +72,20 @@ class Builder:
     """Inserts nodes with example values into a graph, and can erase them again.
 
     Attributes:
-        group_of: the group of each statistic, by the statistic's identity.
+        placed: the group of each statistic.
         built: the nodes that were inserted.
     """
 
     def __init__(self, graph: Graph, groups: list[Group], findings: Findings, options: Options):
         self.graph = graph
         self.findings = findings
-        self.group_of = {id(s): group for group in groups for s in group.statistics}
+        self.placed = Placed(groups)
         self.options = options
         self.built: list[Node] = []
         self._fake_mode = _fake_mode([example(node) for node in findings.values])
         self._memo: dict[Any, Any] = {}
         self._gradients_off = False
+        self._place = graph.output_node()  # the node before which nodes are inserted
 
     def undo(self) -> None:
         """Erase all nodes that were built."""
@@ -113,6 +114,7 @@ class Builder:
         first = len(self.built)
         replaced = consumer.node
         self._gradients_off = self.findings.gradient_mode[consumer.place] is False
+        self._place = consumer.place
         with self.graph.inserting_before(consumer.place):
             expected = example(replaced)
             if isinstance(consumer.result, tuple):
@@ -175,14 +177,15 @@ class Builder:
 
     def _statistic(self, statistic: RowStatistic, *, flat: bool = False) -> Node:
         """Build a statistic: a result of its group's operator, in the shape of its rows or flat."""
-        group = self.group_of[id(statistic)]
+        group = self.placed.get(statistic, gradients_off=self._gradients_off)
+        assert group is not None, "every statistic of a consumer is in a group"
         if group.results is None:
             self._add_operator(group)
         assert group.results is not None
         output = group.output(statistic)
-        if output not in group.outputs:
-            group.outputs[output] = self.call(operator.getitem, group.results, output)
-        node = group.outputs[output]
+        node = group.outputs.get(output)
+        if node is None or node > self._place:
+            node = group.outputs[output] = self.call(operator.getitem, group.results, output)
         logits, base = statistic.logits, group.logits
         rest = logits.row_operations[len(base.row_operations) :]
         if flat:
@@ -196,6 +199,8 @@ class Builder:
         """Build the operator of a group, at the group's anchor."""
         logits = group.logits
         memo, self._memo = self._memo, {}  # nodes built before may stand after the anchor
+        gradients_off, self._gradients_off = self._gradients_off, group.gradients_off
+        place, self._place = self._place, group.anchor
         with self.graph.inserting_before(group.anchor):
             first = len(self.built)
             input, weight, bias = self._projection(logits)
@@ -215,7 +220,7 @@ class Builder:
                 **{k: value for k, (value, default) in arguments.items() if value != default},
             )
         group.first = self.built[first]
-        self._memo = memo
+        self._memo, self._gradients_off, self._place = memo, gradients_off, place
 
     def _projection(self, logits: Logits) -> tuple[Node, Node, Node | None]:
         """Build the input, weight and bias of the matrix product whose rows are those of `logits`.
@@ -242,6 +247,7 @@ class Builder:
         name = names.name(returned.expression)
         product_dtype = example(logits.projection.node).dtype
         wide = torch.promote_types(logits.compute_dtype, torch.float32)
+        self._place = returned.output
         with self.graph.inserting_before(returned.output):
             input, weight, bias = self._projection(logits)
             operands = self._operands(names, logits)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch.fx import Node
+
 from cce_inductor.kernels.program.tracing import NotPointwiseError
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
@@ -54,9 +56,9 @@ def decide(findings: Findings, options: Options, deferrable: list[Returned]) -> 
         if not_differentiable is None:
             deferred = _deferred(deferrable, chosen, kept, options)
             return Decision(against, chosen, deferred, groups)
-        logits, reason = not_differentiable
+        origins, reason = not_differentiable
         for consumer in chosen:
-            if not set(logits.origins).isdisjoint(consumer.origins):
+            if not origins.isdisjoint(consumer.origins):
                 consumer.reason = reason
 
 
@@ -94,13 +96,13 @@ def _asks_for(returned: Returned, options: Options) -> bool:
     return options.defer_logits == "always"
 
 
-def _not_differentiable(groups: list[Group]) -> tuple[Logits, Reason] | None:
-    """Return the logits of a group without a pointwise derivative, with the reason."""
+def _not_differentiable(groups: list[Group]) -> tuple[set[Node], Reason] | None:
+    """Return the projections that a group without a pointwise derivative reads, with the reason."""
     for group in groups:
         try:
             group.check_derivative()
         except NotPointwiseError as error:
-            return group.logits, reasons.derivative_not_pointwise(str(error))
+            return group.origins, reasons.derivative_not_pointwise(str(error))
     return None
 
 

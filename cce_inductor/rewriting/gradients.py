@@ -6,7 +6,6 @@ may have been written into it, or it may have been detached in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -73,15 +72,16 @@ def trains(of: Logits | Consumer) -> bool:
     return any(map(requires_grad, nodes))
 
 
-def detach_like(node: Node, arguments: Sequence[Node], value: Value) -> Value:
+def detach_like(node: Node, value: Value) -> Value:
     """Return what a node holds, detached if its result has no gradient in the user's graph.
 
     Args:
         node: the node.
-        arguments: those of its arguments that hold logits.
         value: what the rule says that the node holds.
     """
-    if had_gradient(node) or not _has_tensors(node) or not any(map(requires_grad, arguments)):
+    if had_gradient(node) or not _has_tensors(node):
+        return value
+    if not any(map(requires_grad, node.all_input_nodes)):
         return value
     return each_logits(value, lambda v: v.replace(expression=detach_expression(v.expression)))
 

@@ -8,6 +8,7 @@ is not available there gets an operator of its own.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,16 @@ from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Leaf, Operand
-from cce_inductor.patterns.language.logits import Call, Logits, TensorOperation, same_logits
+from cce_inductor.patterns.language.logits import (
+    Call,
+    Logits,
+    TensorOperation,
+    origins_of,
+    same_logits,
+)
 from cce_inductor.patterns.language.rows import (
     AtRows,
     RowStatistic,
-    is_reduced,
     is_sum,
     parts,
     rest_of,
@@ -41,6 +47,7 @@ class Group:
         logits: the logits whose rows the operator reads.
         anchor: the node before which the operator stands.
         level: one more than the highest level of the groups whose results it reads, 0 if none.
+        gradients_off: whether the graph has disabled gradients there.
         statistics: the statistics that it computes.
         operands: the operands of the program by the position of their first tensor; a statistic
             stands for its index.
@@ -50,10 +57,11 @@ class Group:
         outputs: the nodes of the operator's results, by position.
     """
 
-    def __init__(self, logits: Logits, anchor: Node, level: int):
+    def __init__(self, logits: Logits, anchor: Node, level: int, *, gradients_off: bool = False):
         self.logits = logits
         self.anchor = anchor
         self.level = level
+        self.gradients_off = gradients_off
         self.statistics: list[RowStatistic] = []
         self.operands: dict[int, Operand | RowStatistic] = {}
         self.hoisted: list[Node] = []
@@ -88,13 +96,17 @@ class Group:
             NotPointwiseError: it is not, although the derivative of each step is.
         """
         dtypes = [
-            example(operand.source).dtype
-            if isinstance(operand, Operand) and isinstance(operand.source, Node)
-            else torch.float64
+            dtype
             for operand in self.operands.values()
-            for _ in range(_tensors(operand))
+            for dtype in [_dtype(operand)] * _tensors(operand)
         ]
         derivative(self.program, [torch.empty((), dtype=dtype) for dtype in dtypes])
+
+    @property
+    def origins(self) -> set[Node]:
+        """The nodes whose matrix products the operator replaces."""
+        read = (each for statistic in self.statistics for each in statistic.projections)
+        return set(origins_of(read))
 
     @property
     def skip_ignored(self) -> bool:
@@ -161,6 +173,16 @@ def _tensors(operand: Operand | RowStatistic) -> int:
     return operand.kind.tensors if isinstance(operand, Operand) else 1
 
 
+def _dtype(operand: Operand | RowStatistic) -> torch.dtype:
+    """Return the dtype of an operand, or one that is like it if it is computed from statistics."""
+    source = operand.source if isinstance(operand, Operand) else None
+    while isinstance(source, AtRows):
+        source = source.operand.source
+    if isinstance(source, Call) and source.target is torch.unsqueeze:
+        source = source.args[0]
+    return example(source).dtype if isinstance(source, Node) else torch.float64
+
+
 def _same_operand(first: Operand | RowStatistic, second: Operand | RowStatistic) -> bool:
     if isinstance(first, RowStatistic) or isinstance(second, RowStatistic):
         if not (isinstance(first, RowStatistic) and isinstance(second, RowStatistic)):
@@ -181,9 +203,65 @@ def _same_source(first: Any, second: Any) -> bool:
         return len(first) == len(second) and all(map(_same_source, first, second))
     if isinstance(first, AtRows) and isinstance(second, AtRows):
         return first.operand is second.operand and same_logits(first.logits, second.logits)
+    if isinstance(first, RowStatistic) and isinstance(second, RowStatistic):
+        return first is second or _same_statistic(first, second)
     if isinstance(first, (Node, RowStatistic)):
         return first is second
     return type(first) is type(second) and bool(first == second)
+
+
+def _same_statistic(first: RowStatistic, second: RowStatistic) -> bool:
+    """Return whether two statistics are the same function of the same logits."""
+    known: dict[tuple[int, int], bool] = {}
+
+    def same(one: Any, other: Any) -> bool:
+        if one is other or not (isinstance(one, Apply) and isinstance(other, Apply)):
+            if isinstance(one, Operand) and isinstance(other, Operand):
+                return _same_operand(one, other)
+            return one is other or (type(one) is type(other) and bool(one == other))
+        key = id(one), id(other)
+        if key not in known:
+            known[key] = (
+                (one.target, one.kwargs) == (other.target, other.kwargs)
+                and len(one.args) == len(other.args)
+                and all(map(same, one.args, other.args))
+            )
+        return known[key]
+
+    return (
+        (first.kind, first.constants, first.output)
+        == (second.kind, second.constants, second.output)
+        and first.index is second.index
+        and first.ignored == second.ignored
+        and same_logits(first.logits, second.logits)
+        and first.logits.compute_dtype == second.logits.compute_dtype
+        and len(first.values) == len(second.values)
+        and all(map(same, first.values, second.values))
+    )
+
+
+class Placed:
+    """The group of each statistic: one whose results have a gradient, and maybe one that has none.
+
+    The latter is that of a consumer in ``no_grad``, where the statistic could not be computed
+    before.
+    """
+
+    def __init__(self, groups: Sequence[Group] = ()) -> None:
+        self._groups: dict[tuple[int, bool], Group] = {}
+        for group in groups:
+            for statistic in group.statistics:
+                self.add(statistic, group)
+
+    def add(self, statistic: RowStatistic, group: Group) -> None:
+        self._groups[id(statistic), group.gradients_off] = group
+
+    def get(self, statistic: RowStatistic, *, gradients_off: bool) -> Group | None:
+        """Return the group whose results are read where gradients are on or off."""
+        group = self._groups.get((id(statistic), False))
+        if group is None and gradients_off:
+            group = self._groups.get((id(statistic), True))
+        return group
 
 
 def plan(chosen: list[Consumer], findings: Findings) -> list[Group]:
@@ -199,13 +277,14 @@ class _Planner:
     def __init__(self, findings: Findings):
         self.findings = findings
         self.groups: list[Group] = []
-        self.of_statistic: dict[int, Group] = {}
+        self.placed = Placed()
 
     def place(self, statistic: RowStatistic, consumer: Consumer) -> None:
         """Add a statistic that a consumer needs to a group, or to a new one."""
-        if id(statistic) in self.of_statistic:
+        gradients_off = self._is_off(consumer.place)
+        if self.placed.get(statistic, gradients_off=gradients_off) is not None:
             return
-        logits, level = _base(statistic.logits), self._level(statistic)
+        logits, level = _base(statistic.logits), self._level(statistic, consumer)
         for group in self.groups:
             if _joins(group.logits, logits) and group.level == level:
                 hoisted = self._hoisted(statistic, group.anchor, consumer)
@@ -213,15 +292,22 @@ class _Planner:
                     group.hoisted += [node for node in hoisted if node not in group.hoisted]
                     break
         else:
-            group = Group(logits, self._anchor(statistic, consumer), level)
+            anchor = self._anchor(statistic, consumer)
+            group = Group(logits, anchor, level, gradients_off=self._is_off(anchor))
             self.groups.append(group)
         group.add(statistic)
-        self.of_statistic[id(statistic)] = group
+        self.placed.add(statistic, group)
 
-    def _level(self, statistic: RowStatistic) -> int:
+    def _level(self, statistic: RowStatistic, consumer: Consumer) -> int:
         """Return the level of a statistic's group: above those of the statistics that it reads."""
+        return max((group.level + 1 for group in self._inner(statistic, consumer)), default=0)
+
+    def _inner(self, statistic: RowStatistic, consumer: Consumer) -> list[Group]:
+        """Return the groups of the statistics that a statistic reads."""
+        gradients_off = self._is_off(consumer.place)
         inner = [part for part in parts(statistic)[:-1] if isinstance(part, RowStatistic)]
-        return max((self.of_statistic[id(part)].level + 1 for part in inner), default=0)
+        groups = [self.placed.get(part, gradients_off=gradients_off) for part in inner]
+        return [group for group in groups if group is not None]
 
     def _anchor(self, statistic: RowStatistic, consumer: Consumer) -> Node:
         """Return the node before which the operator of a statistic stands.
@@ -250,9 +336,8 @@ class _Planner:
         value = torch.utils._pytree.tree_leaves(example(consumer.node))[0]
         if self._is_off(anchor) and isinstance(value, torch.Tensor) and value.requires_grad:
             return None
-        if anchor is not consumer.place and any(
-            is_reduced(operand.source) for operand in statistic.operands
-        ):
+        inner = [group.anchor for group in self._inner(statistic, consumer)]
+        if any(position[each] > position[anchor] for each in inner):
             return None
         hoisted: list[Node] = []
         pending = [node for node, _ in statistic.reads]

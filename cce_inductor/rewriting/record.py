@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Node
 
 from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
-from cce_inductor.patterns.language.logits import Logits
+from cce_inductor.patterns.language.logits import Logits, Projection
 from cce_inductor.reporting.location import describe, location
 from cce_inductor.reporting.notice import is_large
 from cce_inductor.reporting.reasons import Reason
@@ -37,6 +39,7 @@ def reports_of(findings: Findings, decision: Decision, options: Options) -> list
                 reason,
                 options,
                 deferred=is_deferred,
+                others=consumer.projections,
             )
         )
         if is_rewritten:
@@ -64,6 +67,7 @@ def _report(
     options: Options,
     *,
     deferred: bool = False,
+    others: Sequence[Projection] = (),
 ) -> LossReport:
     """Return the report of a loss, or of logits that the graph returns.
 
@@ -74,6 +78,7 @@ def _report(
         reason: why they are left alone, None if they are not.
         options: the options in force.
         deferred: whether the function returns the logits deferred.
+        others: all projections whose logits the loss reads.
     """
     path = logits.path if logits is not None else ()
     shape = dtype = None
@@ -91,8 +96,15 @@ def _report(
         loss=" > ".join((*path, operation)),
         logits_shape=shape,
         logits_dtype=dtype,
-        bytes_saved=(size or 0) if reason is None else 0,
+        bytes_saved=_bytes_of(logits, others) if reason is None else 0,
         deferred=deferred,
         logits_bytes=size,
         advice=None if reason is None else reason.advice_for(options, size),
     )
+
+
+def _bytes_of(logits: Logits | None, others: Sequence[Projection]) -> int:
+    """Return the bytes of the results of all projections, each counted once."""
+    own = () if logits is None else logits.projections
+    nodes = {projection.node for projection in (*own, *others)}
+    return sum(tensor_bytes(example(node)) or 0 for node in nodes)

@@ -174,7 +174,7 @@ class _Walker:
         if result is None:
             return False
         if isinstance(result, Logits):
-            self._record_value(node, detach_like(node, arguments, result))
+            self._record_value(node, detach_like(node, result))
             return True
         if self.changes.written:
             raise UnsupportedError(reasons.REDUCES_AND_CHANGES)
@@ -194,7 +194,7 @@ class _Walker:
     def _visit_result(self, site: Site, arguments: list[Node], value: Value) -> None:
         """Record logits that a node computes from logits, or writes into them."""
         node = site.node
-        value = detach_like(node, arguments, value)
+        value = detach_like(node, value)
         changed = [a for a in arguments if storage_of(a) in self.changes.written]
         if len(changed) > 1:
             raise UnsupportedError(reasons.CHANGES_SEVERAL_LOGITS)
@@ -247,7 +247,7 @@ class _Walker:
             result: LossResult = site.apply(rule)
             self._keep_stored(site)
             if isinstance(result, Logits):
-                self._record_value(node, detach_like(node, arguments, result))
+                self._record_value(node, detach_like(node, result))
                 return
             consumer.result = detach_rows_like(node, result)
         except UnsupportedError as error:

@@ -7,7 +7,6 @@ imports its framework itself, so that those that are not installed do no harm.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import os
 import sys
@@ -620,13 +619,17 @@ def open_clip(on_step: OnStep) -> None:
     package = importlib.util.find_spec("open_clip")
     assert package is not None
     assert package.origin is not None
-    sys.path.insert(0, str(Path(package.origin).parent))
-    ClipLoss = importlib.import_module("loss").ClipLoss  # noqa: N806
+    file = Path(package.origin).with_name("loss.py")
+    found = importlib.util.spec_from_file_location("open_clip_loss", file)
+    assert found is not None
+    assert found.loader is not None
+    losses = sys.modules["open_clip_loss"] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(losses)
 
     torch.manual_seed(0)
     image, text = nn.Linear(32, FEATURES), nn.Linear(32, FEATURES)
     scale = nn.Parameter(torch.tensor(2.66))
-    loss_fn = ClipLoss()
+    loss_fn = losses.ClipLoss()
     optimizer = torch.optim.AdamW([*image.parameters(), *text.parameters(), scale], lr=1e-3)
 
     @torch.compile

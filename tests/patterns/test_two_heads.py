@@ -17,7 +17,9 @@ from checks import (
 )
 from expecttest import assert_expected_inline
 
+from cce_inductor.kernels.program.tracing import NotPointwiseError
 from cce_inductor.options import Options
+from cce_inductor.rewriting.plan import Group
 from cce_inductor.rewriting.rewrite import rewrite
 
 torch.manual_seed(0)
@@ -226,6 +228,11 @@ def test_each_head_is_multiplied_once():
     assert all(len(set(re.findall(r"p\d+", program))) == 1 for program in programs)
 
 
+def test_report_counts_both_heads():
+    (report,) = reports_of(loss_of_two(reverse_kl), *HEADS)
+    assert report.bytes_saved == 2 * (2 * 3 * 50 * 4)
+
+
 def test_frozen_student():
     student = [each.detach() for each in HEADS[:2]]
     assert_as_accurate_as_eager(loss_of_two(reverse_kl), *student, *HEADS[2:], slack=1.5)
@@ -350,3 +357,79 @@ def test_change_of_a_weight_between_the_products():
     reports = reports_of(fn, *HEADS[:2], *frozen)
     assert reports
     assert all(MAY_CHANGE in report.reason for report in reports)
+
+
+# Gradients that are off
+
+
+UNDER_NO_GRAD = {
+    "temperature": lambda z, operand: z / operand[0],
+    "added bias": lambda z, operand: z + operand,
+    "scale of columns": lambda z, operand: z * operand,
+    "scale of rows": lambda z, operand: z * operand[:3, None],
+    "in place": lambda z, operand: z.clone().add_(operand),
+    "stacked": lambda z, operand: torch.stack([z, z * operand[1]]).logsumexp(0),
+}
+
+
+@pytest.mark.parametrize("change", UNDER_NO_GRAD.values(), ids=UNDER_NO_GRAD)
+def test_trained_operand_in_no_grad_has_no_gradient(change):
+    def fn(input, weight, other, second, operand):
+        with torch.no_grad():
+            teacher = change(F.linear(other, second), operand)
+        return forward_kl(F.linear(input, weight), teacher)
+
+    assert_as_accurate_as_eager(fn, *HEADS, BIAS, slack=1.5)
+    assert_as_accurate_as_eager(fn, *HEADS[:2], *(each.detach() for each in HEADS[2:]), BIAS)
+
+
+def test_statistic_that_is_first_read_in_no_grad():
+    """It is computed where gradients are on, because a loss reads it later."""
+
+    def fn(input, weight, other, second):
+        logits = F.linear(other, second).softmax(-1).log_softmax(-1) - F.linear(input, weight)
+        with torch.no_grad():
+            total = logits.logsumexp(-1).mean()
+        return logits.logsumexp(-1).sum() + total
+
+    assert_as_accurate_as_eager(fn, *HEADS, slack=3.0)
+
+
+def test_statistic_that_can_only_be_computed_in_no_grad():
+    def fn(input, weight):
+        probabilities = F.linear(input, weight).softmax(-1)
+        with torch.no_grad():
+            scale = input.detach().sum(-1, keepdim=True).cumsum(1)
+            shift = (probabilities * scale).log_softmax(-1).amax(-1, keepdim=True)
+        return (probabilities.log_softmax(-1) * 3 - shift).exp().sum()
+
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, slack=3.0)
+
+
+def test_row_mask_of_the_second_head():
+    rows = torch.tensor([[True, False, True], [False, True, False]]).unsqueeze(-1)
+
+    def fn(input, weight, other, second):
+        teacher = F.linear(other, second)
+        teacher.mul_(2)
+        masked = teacher.masked_fill(rows, 0.5)
+        return teacher.logsumexp(-1).sum() + forward_kl(F.linear(input, weight), masked)
+
+    assert "linear" not in rewritten_graph(fn, *HEADS)
+    assert_as_accurate_as_eager(fn, *HEADS, slack=1.5)
+
+
+def test_heads_of_a_loss_without_a_pointwise_derivative_are_all_left_alone(monkeypatch):
+    """Such a loss is found after the walk. The in-place change must not be lost."""
+
+    def fn(input, weight, other, second):
+        teacher = F.linear(other, second)
+        teacher.mul_(2)
+        return teacher.logsumexp(-1).sum() + forward_kl(F.linear(input, weight), teacher)
+
+    def check(group):
+        if any("p" in name for name in map(str, group.program.operands)):
+            raise NotPointwiseError("for the test")
+
+    monkeypatch.setattr(Group, "check_derivative", check)
+    assert not any(report.rewritten for report in reports_of(fn, *HEADS))
