@@ -167,9 +167,8 @@ def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: A
         if isinstance(each, Tensor) and not isinstance(each, DeferredTensor)
     ]
     large = [each for each in others if 2 * each.nbytes > like.nbytes]
-    trains = torch.is_grad_enabled() and any(each._operation.requires_grad for each in logits)
     return not large or (
-        (trains or in_backward())
+        (_trains(logits) or in_backward())
         and like.is_floating_point()
         and all(e.shape == like.shape and e.nbytes <= like.nbytes for e in large)
         and not any(each.requires_grad for each in large)
@@ -179,9 +178,13 @@ def _is_worth_deferring(logits: list[DeferredTensor], like: Tensor, arguments: A
 def _is_stack_worth_deferring(logits: list[DeferredTensor], like: Tensor, args: Any) -> bool:
     """Whether to defer a stack. In an evaluation, people collect logits, and may read them after
     the weight has changed."""
-    trains = torch.is_grad_enabled() and any(each._operation.requires_grad for each in logits)
     part = like.select(args[1] if len(args) > 1 else 0, 0)
-    return trains and _is_worth_deferring(logits, part, args)
+    return _trains(logits) and _is_worth_deferring(logits, part, args)
+
+
+def _trains(logits: list[DeferredTensor]) -> bool:
+    """Whether autograd records a function of logits."""
+    return torch.is_grad_enabled() and any(each._operation.requires_grad for each in logits)
 
 
 # The operator is composed of others

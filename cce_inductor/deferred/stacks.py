@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.deferred.base import DeferredTensor
+from cce_inductor.torch_internals.tensors import version_of
 
 
 def remember_parts(stack: Any, tensors: Any) -> Any:
@@ -30,7 +31,7 @@ def _version(tensor: Tensor) -> int | None:
     """
     if isinstance(tensor, DeferredTensor):
         return 0 if tensor._is_as_recorded else None
-    return None if tensor.is_inference() else tensor._version
+    return version_of(tensor)
 
 
 def reduced(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from cce_inductor.torch_internals.tensors import detached
+from cce_inductor.torch_internals.tensors import detached, version_of
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,8 +33,7 @@ class Origin(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Origin:
         pointer = tensor.data_ptr() if is_plain(tensor) else None
-        version = None if tensor.is_inference() else tensor._version
-        return cls(pointer, version, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return cls(pointer, version_of(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 class Guarded:
@@ -78,7 +77,7 @@ class Guarded:
         self._tensor = tensor
         self.requires_grad = tensor.requires_grad
         self.is_plain = is_plain(tensor)
-        self._version = None if tensor.is_inference() else tensor._version
+        self._version = version_of(tensor)
         self._pointer = tensor.data_ptr() if self.is_plain else None
         is_exposed = self.is_plain and (tensor.is_leaf or tensor._is_view())
         self._sample = _sample(tensor) if is_exposed else None

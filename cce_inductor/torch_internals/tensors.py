@@ -63,6 +63,11 @@ def number_of_backward() -> int:
     return int(torch._C._current_graph_task_id())
 
 
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Return PyTorch's count of changes in place, None in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def in_backward() -> bool:
     """Return whether this thread runs a backward."""
     return number_of_backward() >= 0

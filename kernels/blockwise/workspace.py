@@ -38,18 +38,22 @@ class _Sizes:
     """What one matrix product needs besides its block of logits.
 
     Attributes:
+        dtype: the dtype in which the factors are multiplied.
+        width: the columns of a tile.
         with_operand: whether the gradient of the block is converted to another dtype.
+        capacity_of_weight: the elements of a tile's weight gradient, 0 without gradients.
         longest: the longest row of a result.
         row_bytes: the bytes for each row of the block.
     """
 
     def __init__(self, head: Head, factors: Factors, backward: bool):
-        dtype, hidden = operand_dtype(factors.compute_dtype), factors.linear_weight.shape[1]
-        width = _width(head)
-        self.with_operand = backward and dtype != head.logit_dtype
-        self.longest = max(width, hidden) if backward else width
-        scratch = self.longest * WideProduct.scratch_itemsize(dtype)
-        self.row_bytes = scratch + width * dtype.itemsize * self.with_operand
+        hidden = factors.linear_weight.shape[1]
+        self.dtype, self.width = operand_dtype(factors.compute_dtype), _width(head)
+        self.with_operand = backward and self.dtype != head.logit_dtype
+        self.capacity_of_weight = hidden * self.width if backward else 0
+        self.longest = max(self.width, hidden) if backward else self.width
+        scratch = self.longest * WideProduct.scratch_itemsize(self.dtype)
+        self.row_bytes = scratch + self.width * self.dtype.itemsize * self.with_operand
 
 
 class Workspace:
@@ -68,16 +72,15 @@ class Workspace:
 
     def __init__(self, head: Head, factors: Factors, rows: int, *, backward: bool):
         sizes, device = _Sizes(head, factors, backward), factors.input.device
-        dtype, hidden = operand_dtype(factors.compute_dtype), factors.linear_weight.shape[1]
         self.rows = rows
 
         def buffer(dtype: torch.dtype) -> Tensor:
-            return torch.empty(rows * _width(head), dtype=dtype, device=device)
+            return torch.empty(rows * sizes.width, dtype=dtype, device=device)
 
-        capacity = max(rows * sizes.longest, hidden * _width(head) if backward else 0)
-        self.product = WideProduct(dtype, capacity, device)
+        capacity = max(rows * sizes.longest, sizes.capacity_of_weight)
+        self.product = WideProduct(sizes.dtype, capacity, device)
         self._logits = buffer(self.product.wide)
-        self._operand = buffer(dtype) if sizes.with_operand else None
+        self._operand = buffer(sizes.dtype) if sizes.with_operand else None
 
     def logits(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return a block of logits, [rows, tile] in the accumulation dtype.

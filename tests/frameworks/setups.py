@@ -613,6 +613,16 @@ def x_transformers(on_step: OnStep) -> None:
 PAIRS, FEATURES = 4096, 64
 
 
+def train_on_pairs(step: Any, optimizer: torch.optim.Optimizer, on_step: OnStep) -> None:
+    """Train by the loss `step` of random pairs, as contrastive learning does."""
+    for _ in range(STEPS):
+        loss = step(torch.randn(PAIRS, 32), torch.randn(PAIRS, 32))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        on_step(loss)
+
+
 @setup("open_clip, ClipLoss", "open_clip")
 def open_clip(on_step: OnStep) -> None:
     # The package imports torchvision, which its losses do not use.
@@ -637,12 +647,7 @@ def open_clip(on_step: OnStep) -> None:
         images, texts = F.normalize(image(one), dim=-1), F.normalize(text(other), dim=-1)
         return loss_fn(images, texts, scale.exp())
 
-    for _ in range(STEPS):
-        loss = step(torch.randn(PAIRS, 32), torch.randn(PAIRS, 32))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        on_step(loss)
+    train_on_pairs(step, optimizer, on_step)
 
 
 @setup("sentence-transformers, MultipleNegativesRankingLoss", "sentence_transformers")
@@ -659,12 +664,7 @@ def sentence_transformers(on_step: OnStep) -> None:
         embeddings = [embed(anchors), embed(positives)]
         return loss_fn.compute_loss_from_embeddings(embeddings, labels=None)
 
-    for _ in range(STEPS):
-        loss = step(torch.randn(PAIRS, 32), torch.randn(PAIRS, 32))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        on_step(loss)
+    train_on_pairs(step, optimizer, on_step)
 
 
 @setup(
