@@ -18,7 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 from cce_inductor.deferred import lazy
 from cce_inductor.deferred.autograd import operation_with_gradient
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
-from cce_inductor.deferred.eager import PYTORCH_ERRORS
+from cce_inductor.deferred.form import PYTORCH_ERRORS
 from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, map_only
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.surprise import surprised

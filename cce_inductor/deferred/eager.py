@@ -8,24 +8,22 @@ cached for reductions of the same form.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
-from cce_inductor.deferred.tape import Call, Tape, add_calls
-from cce_inductor.options import Options, options_in_force
-from cce_inductor.patterns.language.examples import example
+from cce_inductor.deferred.form import PYTORCH_ERRORS, Form
+from cce_inductor.deferred.tape import Tape
 from cce_inductor.patterns.language.tables import loss, reduction
 from cce_inductor.recipe.operation import Operation, leaves_of, project
 from cce_inductor.rewriting.mutation import storage_of
 from cce_inductor.rewriting.returned import Deferral, DeferredOutput
 from cce_inductor.rewriting.rewrite import rewrite, rewrite_reductions
 from cce_inductor.surprise import surprised
-from cce_inductor.torch_internals.capture import ThreadFakeTensorMode
+from cce_inductor.torch_internals.symbols import Versions
 
 
 def spelling(func: Any) -> Any | None:
@@ -52,15 +50,13 @@ def compute_reduction(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return NotImplemented
     tape = Tape()
     tape.record(target, args, kwargs)
-    calls = tuple(tape.calls)
+    form, numbers = Form.of(tape)
     try:
-        hash(calls)
-    except TypeError:  # an argument is of a type that no rule knows
+        versions = _reduction(form)
+    except TypeError:  # an argument is of a type that no rule knows, and cannot be hashed
         return NotImplemented
-    fused = _reduction(calls, _Situation.now(tape))
-    if fused is None:
-        return NotImplemented
-    return fused(*tape.tensors)
+    fused = versions.get(numbers)
+    return NotImplemented if fused is None else fused(*tape.tensors, *numbers)
 
 
 _INDEX_DTYPES = (torch.int64, torch.bool)
@@ -88,107 +84,76 @@ def from_rows(operation: Operation, project: Callable[..., Tensor]) -> Tensor | 
     """
     tape = Tape()
     tape.argument(operation)
-    rows = _rows(tuple(tape.calls), _Situation.now(tape))
+    form, numbers = Form.of(tape)
+    rows = _rows(form).get(numbers)
     if rows is None:
         return None
-    module, output = rows
-    return output.make(tape.tensors, module(*tape.tensors), project)
+    run, output = rows
+    inputs = [*tape.tensors, *numbers]
+    return output.make(inputs, run(*inputs), project)
 
 
-class _Description(NamedTuple):
-    """A tensor without its values."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Description:
-        return cls(
-            tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-        )
-
-    def example(self) -> Tensor:
-        return torch.empty_strided(
-            self.shape,
-            self.strides,
-            dtype=self.dtype,
-            device=self.device,
-            requires_grad=self.requires_grad,
-        )
+Made = TypeVar("Made")
 
 
-class _Situation(NamedTuple):
-    """All that a rewritten graph depends on besides the calls on the tape."""
+def _versions(
+    form: Form,
+    make: Callable[[Form, GraphModule, Callable[[Any], Any]], Made | None],
+    otherwise: str,
+) -> Versions[Made]:
+    """Return what the pass makes of a form.
 
-    tensors: tuple[_Description, ...]
-    grad_enabled: bool
-    default_dtype: torch.dtype
-    autocast_device: str
-    autocast_dtype: torch.dtype | None
-    workspace_bytes: int
+    Args:
+        form: the form.
+        make: runs the pass. It is given the graph of the form, and the type of the graph's result.
+        otherwise: what happens if the pass fails, for the log.
+    """
 
-    @classmethod
-    def now(cls, tape: Tape) -> _Situation:
-        device = tape.tensors[0].device.type
-        return cls(
-            tensors=tuple(map(_Description.of, tape.tensors)),
-            grad_enabled=torch.is_grad_enabled(),
-            default_dtype=torch.get_default_dtype(),
-            autocast_device=device,
-            autocast_dtype=(
-                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            ),
-            workspace_bytes=options_in_force().workspace_bytes,
-        )
+    def made(numbers: Any, environment: Any) -> Made | None:
+        try:
+            module, kind = form.graph(numbers, environment)
+        except PYTORCH_ERRORS:
+            return None  # on real values, the calls raise their own error, or none
+        try:
+            return make(form, module, kind)
+        except Exception:
+            surprised(otherwise)
+            return None
 
-    @property
-    def options(self) -> Options:
-        return Options(min_logits_bytes=0, workspace_bytes=self.workspace_bytes, on_error="raise")
+    return Versions(form.factors, made)
 
 
 @functools.lru_cache(maxsize=256)
-def _reduction(calls: tuple[Call, ...], situation: _Situation) -> Callable[..., Any] | None:
-    """Return a function from the tape's tensors to the result of its last call.
+def _reduction(form: Form) -> Versions[Callable[..., Any]]:
+    """Return the functions that compute the result of the last call of a form."""
+    return _versions(form, _fuse, "a reduction of deferred logits computes all of the logits")
 
-    Returns:
-        None if the pass cannot rewrite all of its reductions.
-    """
-    try:
-        captured = _captured(calls, situation.tensors)
-        if captured is None:
-            return None
-        module, kind = captured
-        if _returns_view(module.graph) or not rewrite_reductions(module.graph, situation.options):
-            return None
-    except Exception:
-        surprised("a reduction of deferred logits computes all of the logits")
+
+def _fuse(form: Form, module: GraphModule, kind: Callable[[Any], Any]) -> Callable[..., Any] | None:
+    """Return a graph as a function, None if the pass cannot rewrite all of its reductions."""
+    if _returns_view(module.graph) or not rewrite_reductions(module.graph, form.options):
         return None
     run = _without_examples(module)
-    return lambda *tensors: kind(run(*tensors))
+    return lambda *inputs: kind(run(*inputs))
 
 
 @functools.lru_cache(maxsize=256)
-def _rows(
-    calls: tuple[Call, ...], situation: _Situation
-) -> tuple[Callable[..., Any], DeferredOutput] | None:
-    """Return how to compute the last call's logits, as a graph and what it returns.
+def _rows(form: Form) -> Versions[tuple[Callable[..., Any], DeferredOutput]]:
+    """Return the functions that compute the logits of the last call of a form.
 
-    Returns:
-        None if the pass cannot defer them.
+    Each consists of a graph, and of how the logits are computed from its results.
     """
+    return _versions(
+        form, _select_rows, "some rows of deferred logits are computed together with all others"
+    )
+
+
+def _select_rows(
+    form: Form, module: GraphModule, kind: Callable[[Any], Any]
+) -> tuple[Callable[..., Any], DeferredOutput] | None:
+    """Return what is computed instead of a graph's logits, None if the pass cannot defer them."""
     deferral = Deferral()
-    try:
-        captured = _captured(calls, situation.tensors)
-        if captured is None:
-            return None
-        module, _ = captured
-        rewrite(module, situation.options, deferral=deferral)
-    except Exception:
-        surprised("some rows of deferred logits are computed together with all others")
-        return None
+    rewrite(module, form.options, deferral=deferral)
     if deferral.outputs is None or isinstance(deferral.outputs[0], int):
         return None
     return _without_examples(module), deferral.outputs[0]
@@ -208,45 +173,3 @@ def _without_examples(module: GraphModule) -> Callable[..., Any]:
         node.meta.clear()
     module.recompile()
     return module.forward
-
-
-PYTORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
-"""Raised by functions of PyTorch for wrong arguments, and for results that depend on values."""
-
-
-def _captured(
-    calls: tuple[Call, ...], tensors: tuple[_Description, ...]
-) -> tuple[GraphModule, Callable[[Any], Any]] | None:
-    """Return the calls as a graph, and the type of its result.
-
-    Returns:
-        None if a call raises an error on example values. On real values it raises its own error,
-        or none.
-    """
-    try:
-        return _graph(calls, tensors)
-    except PYTORCH_ERRORS:
-        return None
-
-
-def _graph(
-    calls: tuple[Call, ...], tensors: tuple[_Description, ...]
-) -> tuple[GraphModule, Callable[[Any], Any]]:
-    graph = Graph()
-    nodes = []
-    with ThreadFakeTensorMode():
-        for number, tensor in enumerate(tensors):
-            nodes.append(graph.placeholder(f"tensor_{number}"))
-            nodes[-1].meta["example_value"] = tensor.example()
-        result = add_calls(graph, calls, nodes)
-    value = example(result)
-    if isinstance(value, Tensor):
-        graph.output((result,))
-        return GraphModule({}, graph), operator.itemgetter(0)
-    parts = []
-    for number, part in enumerate(value):
-        node = graph.call_function(operator.getitem, (result, number))
-        node.meta["example_value"] = part
-        parts.append(node)
-    graph.output(tuple(parts))
-    return GraphModule({}, graph), type(value)

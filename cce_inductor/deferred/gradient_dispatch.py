@@ -16,7 +16,7 @@ from torch import Tensor
 from cce_inductor.deferred import lazy
 from cce_inductor.deferred.base import DeferredTensor, deferred_among
 from cce_inductor.deferred.dispatch import computed, on_meta
-from cce_inductor.deferred.eager import PYTORCH_ERRORS
+from cce_inductor.deferred.form import PYTORCH_ERRORS
 from cce_inductor.deferred.gradient import (
     IDENTITIES,
     FusedBackward,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -36,8 +36,21 @@ class Number:
     text: str
 
 
+class Size(NamedTuple):
+    """A number that depends on the number of rows, in the calls of a `form.Form`.
+
+    Attributes:
+        number: its position among those of the form.
+    """
+
+    number: int
+
+
 class Call(NamedTuple):
-    """A call on a tape, with `Ref` in the place of tensors and `Number` in that of numbers."""
+    """A call on a tape, with `Ref` in the place of tensors and `Number` in that of numbers.
+
+    Calls of a `form.Form` also contain `Size`.
+    """
 
     function: Callable[..., Any] | str
     args: tuple[Any, ...]
@@ -129,19 +142,23 @@ def replay(
     return values
 
 
-def add_calls(graph: Graph, calls: tuple[Call, ...], tensors: list[Node]) -> Node:
+def add_calls(
+    graph: Graph, calls: tuple[Call, ...], tensors: Sequence[Node], sizes: Sequence[Node] = ()
+) -> Node:
     """Add the calls to a graph, as Dynamo would have captured them.
 
     Args:
         graph: nodes are added at its insertion point.
-        calls: the calls of a tape.
+        calls: the calls of a tape or a form.
         tensors: a node for each tensor of the tape, with an example value. The fake mode of the
             examples must be in force.
+        sizes: a node for each number that a `Size` stands for.
 
     Returns:
         The node of the last call.
     """
-    values = {Ref("tensor", number): node for number, node in enumerate(tensors)}
+    values: dict[Any, Node] = {Ref("tensor", number): node for number, node in enumerate(tensors)}
+    values.update((Size(number), node) for number, node in enumerate(sizes))
     for number, call in enumerate(calls):
         args, kwargs = _filled((call.args, dict(call.kwargs)), values)
         target, node_args, node_kwargs = spelled(call.function, args, kwargs)
@@ -162,9 +179,9 @@ def _function(call: Call) -> Callable[..., Any]:
     return getattr(torch.Tensor, function) if isinstance(function, str) else function
 
 
-def _filled(value: Any, values: Mapping[Ref, Any]) -> Any:
-    """Return an argument with the values of its references and numbers."""
-    if isinstance(value, Ref):
+def _filled(value: Any, values: Mapping[Any, Any]) -> Any:
+    """Return an argument with the values of its references, sizes and numbers."""
+    if isinstance(value, Ref | Size):
         return values[value]
     if isinstance(value, Number):
         return value.value

@@ -88,20 +88,33 @@ def _reduce_rows_backward(
     return gradients.computed()
 
 
+def has_templates(input: Tensor, head: Head) -> bool:
+    """Whether the operators have templates for the rows of `input` and a head."""
+    return _has_rows_on_device(input) and _reason_against(input.device, head) is None
+
+
 def _is_tiled(input: Tensor, head: Head) -> bool:
-    if input.device.type not in tiled.DEVICES:
+    """Return `has_templates`, and warn of a reason against them."""
+    if not _has_rows_on_device(input):
         return False
-    if isinstance(input.shape[0], int) and input.shape[0] == 0:
-        return False  # There is nothing to launch.
-    why = tiled.reason_against(head)
-    if why is None:
-        why = _reason_against(input.device)
+    why = _reason_against(input.device, head)
     if why is not None:
         _warn(why)
     return why is None
 
 
-def _reason_against(device: torch.device) -> str | None:
+def _has_rows_on_device(input: Tensor) -> bool:
+    """Whether there is something to launch, on a kind of device for which templates exist."""
+    is_empty = isinstance(input.shape[0], int) and input.shape[0] == 0
+    return input.device.type in tiled.DEVICES and not is_empty
+
+
+def _reason_against(device: torch.device, head: Head) -> str | None:
+    """Return why there are no templates for a head on a device; None if there are."""
+    return tiled.reason_against(head) or _reason_against_device(device)
+
+
+def _reason_against_device(device: torch.device) -> str | None:
     """Return why a device has no templates; None if it has some."""
     if not has_triton():
         return "Triton is not installed"

@@ -26,6 +26,7 @@ from cce_inductor.kernels.names import LOGIT, NAMESPACE, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.operators import inductor
+from cce_inductor.operators.compiled import run_compiled
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
 
 
@@ -41,8 +42,10 @@ def _without_autocast(input: Tensor) -> torch.autocast:
 )
 def reduce_rows(input: Tensor, *head: Any) -> list[Tensor]:
     """See `kernels.blockwise.engine.compute_statistics`; `head` are the arguments of `Head.of`."""
+    parsed = Head.of(*head)
     with _without_autocast(input):
-        return engine.compute_statistics(input, Head.of(*head))
+        results = run_compiled("reduce_rows", input, parsed, (input, *head))
+        return engine.compute_statistics(input, parsed) if results is None else results
 
 
 @reduce_rows.register_fake
@@ -74,10 +77,13 @@ def reduce_rows_backward(
     The last argument, `output_mask`, selects among input, weight, bias and each operand; only the
     selected gradients are returned.
     """
-    *head, output_mask = arguments
-    wanted = Wanted.of(output_mask)
+    head, wanted = Head.of(*arguments[:-1]), Wanted.of(arguments[-1])
     with _without_autocast(input):
-        return engine.compute_gradients(grads, results, input, Head.of(*head), wanted).computed()
+        every = (grads, results, input, *arguments)
+        gradients = run_compiled("reduce_rows_backward", input, head, every)
+        if gradients is None:
+            gradients = engine.compute_gradients(grads, results, input, head, wanted).computed()
+        return gradients
 
 
 @reduce_rows_backward.register_fake

@@ -1,8 +1,14 @@
-"""Sizes and numbers that Dynamo keeps symbolic."""
+"""Sizes and numbers that are symbolic in a graph."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
 import torch
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
@@ -11,3 +17,97 @@ def size_hint(size: int | torch.SymInt) -> int | None:
         return size
     hint = size.node.hint
     return int(hint) if isinstance(hint, int) else None
+
+
+Factors = Sequence[tuple[int, ...] | None]
+"""For each of several numbers, the positions of the earlier ones that it is the product of; None if
+it is no product."""
+
+
+class _Symbols:
+    """Symbols for numbers, and what a compiler concludes from their values.
+
+    Attributes:
+        environment: the environment of the symbols.
+        numbers: the symbols, and the products of symbols.
+    """
+
+    def __init__(self, values: Sequence[int], factors: Factors):
+        self.environment = ShapeEnv()
+        self.numbers: list[int | torch.SymInt] = []
+        for value, positions in zip(values, factors, strict=True):
+            if positions is None:
+                self.numbers.append(self._symbol(value))
+            else:
+                self.numbers.append(math.prod(self.numbers[position] for position in positions))
+
+    def _symbol(self, value: int) -> int | torch.SymInt:
+        source = ConstantSource(f"number_{len(self.numbers)}")
+        symbol = self.environment.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+        return self.environment.create_symintnode(symbol, hint=value, source=source)
+
+    def guard(self) -> Callable[[tuple[int, ...]], bool]:
+        """Return whether all that has been concluded until now is true of other values."""
+        environment = self.environment
+        code = environment.produce_guards_expression(self.numbers, ignore_static=False)
+
+        def holds(values: tuple[int, ...]) -> bool:
+            return code is None or bool(environment.evaluate_guards_expression(code, values))
+
+        return holds
+
+
+Made = TypeVar("Made")
+
+
+class _Version(NamedTuple, Generic[Made]):
+    """What was made, and the numbers that it is right for."""
+
+    holds: Callable[[tuple[int, ...]], bool]
+    made: Made | None
+
+
+class Versions(Generic[Made]):
+    """What is made for numbers, like sizes, and serves other numbers as well.
+
+    As with `torch.compile`, the first version is for the first numbers alone, which costs least.
+    If there are others, the next version is made with symbols in their place, and what was
+    concluded from the symbols is guarded. If nothing can be made with symbols, each of the numbers
+    has a version.
+
+    Args:
+        factors: describes the numbers, which are greater than 1.
+        make: returns what is made, None if it cannot be. Its arguments are the numbers, which may
+            be symbols, and the environment of the symbols, which may be None.
+    """
+
+    def __init__(
+        self,
+        factors: Factors,
+        make: Callable[[Sequence[int | torch.SymInt], ShapeEnv | None], Made | None],
+    ):
+        self._factors = factors
+        self._make = make
+        self._takes_symbols = True
+        self._versions: tuple[_Version[Made], ...] = ()
+
+    def get(self, numbers: tuple[int, ...]) -> Made | None:
+        """Return what is made for some numbers, None if it cannot be."""
+        for version in self._versions:
+            if version.holds(numbers):
+                return version.made
+        version = self._version(numbers)
+        self._versions = (version, *self._versions[: _MOST_VERSIONS - 1])
+        return version.made
+
+    def _version(self, numbers: tuple[int, ...]) -> _Version[Made]:
+        if self._versions and self._takes_symbols:
+            symbols = _Symbols(numbers, self._factors)
+            made = self._make(symbols.numbers, symbols.environment)
+            if made is not None or self._versions[-1].made is None:
+                return _Version(symbols.guard(), made)
+            self._takes_symbols = False
+        return _Version(numbers.__eq__, self._make(numbers, None))
+
+
+_MOST_VERSIONS = 64

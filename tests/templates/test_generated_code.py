@@ -487,11 +487,11 @@ def test_devices_without_templates(patched, why, monkeypatch):
     monkeypatch.setattr(inductor, "has_triton", lambda: True)
     for name, value in patched.items():
         monkeypatch.setattr(f"cce_inductor.{name}", value)
-    assert inductor._reason_against(torch.device("cuda", 0)) == why
+    assert inductor._reason_against_device(torch.device("cuda", 0)) == why
 
 
 def test_old_devices_have_no_templates(monkeypatch):
     monkeypatch.setattr(inductor, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    why = inductor._reason_against(torch.device("cuda", 0))
+    why = inductor._reason_against_device(torch.device("cuda", 0))
     assert why == "the templates are for devices of compute capability 8.0 and later"

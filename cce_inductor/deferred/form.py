@@ -1,0 +1,243 @@
+"""The form of a computation on deferred logits: all that its rewritten graph depends on.
+
+Computations that differ only in their numbers of rows have the same form. The graph of a form has
+symbols in the place of those numbers, like a graph that Dynamo captures with dynamic shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from cce_inductor.deferred.tape import Call, Number, Size, Tape, add_calls
+from cce_inductor.options import Options, options_in_force
+from cce_inductor.patterns.language.examples import example
+from cce_inductor.recipe.operation import project, strided
+from cce_inductor.torch_internals.capture import ThreadFakeTensorMode
+
+Sizes = tuple[int | Size, ...]
+
+PYTORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
+"""Raised by functions of PyTorch for wrong arguments, and for results that depend on values."""
+
+
+class Description(NamedTuple):
+    """A tensor without its values.
+
+    Attributes:
+        strides: None if the tensor is contiguous.
+    """
+
+    shape: Sizes
+    strides: Sizes | None
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def example(self, numbers: Sequence[Any]) -> Tensor:
+        """Return a tensor with these properties, given what each `Size` stands for."""
+        kind: Any = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "requires_grad": self.requires_grad,
+        }
+        shape, strides = (
+            None if sizes is None else [_value(size, numbers) for size in sizes]
+            for sizes in (self.shape, self.strides)
+        )
+        if strides is None:
+            return torch.empty(shape, **kind)
+        return torch.empty_strided(shape, strides, **kind)
+
+
+def _value(size: int | Size, numbers: Sequence[Any]) -> Any:
+    return numbers[size.number] if isinstance(size, Size) else size
+
+
+class Form(NamedTuple):
+    """The form of the calls on a tape.
+
+    Attributes:
+        calls: the calls, with `Size` in the place of numbers that depend on the number of rows.
+        tensors: what the calls read.
+        factors: for each number that a `Size` stands for, those that it is the product of; None if
+            it is a symbol.
+    """
+
+    calls: tuple[Call, ...]
+    tensors: tuple[Description, ...]
+    factors: tuple[tuple[int, ...] | None, ...]
+    grad_enabled: bool
+    default_dtype: torch.dtype
+    autocast_device: str
+    autocast_dtype: torch.dtype | None
+    workspace_bytes: int
+
+    @classmethod
+    def of(cls, tape: Tape) -> tuple[Form, tuple[int, ...]]:
+        """Return the form of the calls on a tape, and the number that each `Size` stands for."""
+        device = tape.tensors[0].device.type
+        sizes = _SizesOfTape(tape)
+        form = cls(
+            calls=tuple(map(sizes.in_call, tape.calls)),
+            tensors=tuple(map(sizes.of_tensor, tape.tensors)),
+            factors=tuple(sizes.factors),
+            grad_enabled=torch.is_grad_enabled(),
+            default_dtype=torch.get_default_dtype(),
+            autocast_device=device,
+            autocast_dtype=(
+                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            ),
+            workspace_bytes=options_in_force().workspace_bytes,
+        )
+        return form, tuple(sizes.numbers)
+
+    @property
+    def options(self) -> Options:
+        """The options that the pass runs with."""
+        return Options(min_logits_bytes=0, workspace_bytes=self.workspace_bytes, on_error="raise")
+
+    def graph(
+        self, numbers: Sequence[Any], environment: ShapeEnv | None
+    ) -> tuple[GraphModule, Callable[[Any], Any]]:
+        """Return the calls as a graph, and the type of its result.
+
+        The inputs of the graph are the tensors, followed by the numbers that each `Size` stands
+        for. Its outputs are the parts of the result.
+
+        Args:
+            numbers: what each `Size` stands for; integers or symbols.
+            environment: the environment of the symbols, None if they are integers.
+
+        Raises:
+            RuntimeError, TypeError, ValueError, IndexError: a call does not accept its arguments.
+        """
+        graph = Graph()
+
+        def placeholder(name: str, value: Any) -> Node:
+            node = graph.placeholder(name)
+            node.meta["example_value"] = value
+            return node
+
+        with ThreadFakeTensorMode(shape_env=environment):
+            tensors = [
+                placeholder(f"tensor_{at}", tensor.example(numbers))
+                for at, tensor in enumerate(self.tensors)
+            ]
+            sizes = [placeholder(f"size_{at}", number) for at, number in enumerate(numbers)]
+            result = add_calls(graph, self.calls, tensors, sizes)
+        value = example(result)
+        if isinstance(value, Tensor):
+            graph.output((result,))
+            return GraphModule({}, graph), _only
+        parts = []
+        for number, part in enumerate(value):
+            node = graph.call_function(operator.getitem, (result, number))
+            node.meta["example_value"] = part
+            parts.append(node)
+        graph.output(tuple(parts))
+        return GraphModule({}, graph), type(value)
+
+
+_only = operator.itemgetter(0)
+
+
+class _SizesOfTape:
+    """Finds the numbers on a tape that depend on the number of rows.
+
+    These are sizes of tensors, and arguments that are sizes, but not the sizes of a weight. Equal
+    numbers get the same `Size`, as with Dynamo. The number of all rows of a hidden state gets one,
+    too, which is a product, so that it is known to be equal to the size of flattened targets.
+
+    Attributes:
+        numbers: what each `Size` stands for.
+        factors: see `Form`.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        products = [call for call in tape.calls if call.function is project]
+        self._fixed = {size for call in products for size in _shape(tape, call.args[1])}
+        self.numbers: list[int] = []
+        self.factors: list[tuple[int, ...] | None] = []
+        self._known: dict[int, Size] = {}
+        for call in products:
+            rows = map(self._size, _shape(tape, call.args[0])[:-1])
+            factors = tuple(size.number for size in rows if isinstance(size, Size))
+            if len(factors) > 1:
+                self._add(math.prod(self.numbers[factor] for factor in factors), factors)
+
+    def _add(self, number: int, factors: tuple[int, ...] | None = None) -> Size:
+        if number not in self._known:
+            self._known[number] = Size(len(self.numbers))
+            self.numbers.append(number)
+            self.factors.append(factors)
+        return self._known[number]
+
+    def _size(self, number: int) -> int | Size:
+        if number in self._fixed or not 1 < number < _LARGEST:
+            return number
+        return self._add(number)
+
+    def of_tensor(self, tensor: Tensor) -> Description:
+        contiguous = tensor.is_contiguous()
+        return Description(
+            shape=tuple(map(self._size, tensor.shape)),
+            strides=None if contiguous else tuple(map(self._size, tensor.stride())),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            requires_grad=tensor.requires_grad,
+        )
+
+    def in_call(self, call: Call) -> Call:
+        at = _arguments_that_are_sizes(call.function)
+        if not at:
+            return call
+        return call._replace(
+            args=tuple(self._argument(a) if n in at else a for n, a in enumerate(call.args)),
+            kwargs=tuple((n, self._argument(a) if n in at else a) for n, a in call.kwargs),
+        )
+
+    def _argument(self, value: Any) -> Any:
+        if type(value) is tuple:  # not a `Ref`
+            return tuple(map(self._argument, value))
+        if isinstance(value, Number) and type(value.value) is int:
+            size = self._size(value.value)
+            return size if isinstance(size, Size) else value
+        return value
+
+
+_LARGEST = 2**62
+"""Larger numbers mean "to the end" as the end of a slice."""
+
+
+def _shape(tape: Tape, tensor: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor that a projection reads."""
+    return tuple(tape.tensors[tensor.number].shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _arguments_that_are_sizes(function: Any) -> frozenset[int | str]:
+    """Return the positions and names of the arguments of a function that are sizes."""
+    if function is strided:
+        return frozenset({1})
+    if not isinstance(function, torch._ops.OpOverload):
+        return frozenset()
+    return frozenset(
+        key
+        for position, argument in enumerate(function._schema.arguments)
+        if argument.name != "step" and _is_size(argument.real_type)
+        for key in (position, argument.name)
+    )
+
+
+def _is_size(kind: Any) -> bool:
+    """Whether an argument of this type may be symbolic."""
+    return kind.kind() == "SymIntType" or any(map(_is_size, kind.containedTypes()))
