@@ -30,6 +30,9 @@ class DeferredTensor(Tensor):
     _gradient_kind: ClassVar[type[Any]]
     """The class of its gradient, a `gradient.GradientTensor`."""
 
+    _numbered_kind: ClassVar[type[Any]]
+    """The class of logits whose values must not be read; see `row_gradients`."""
+
     _WHAT: ClassVar[str] = "deferred logits"
     """What warnings and texts call the values, in the plural."""
 

@@ -22,10 +22,13 @@ from cce_inductor.deferred.gradient import (
     FusedBackward,
     GradientTensor,
     Known,
+    NotByRowsError,
     Paths,
     sent_term,
 )
 from cce_inductor.deferred.paths import Description, find_paths
+from cce_inductor.deferred.row_gradients import gradients_by_rows
+from cce_inductor.deferred.rows import Rows, rows_of_logits, vocabulary_dim
 from cce_inductor.deferred.tape import Ref, Tape
 from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, project
 from cce_inductor.recipe.stale import Guarded, is_plain
@@ -151,6 +154,7 @@ class Connection:
             ],
             aliases.parts,
             functools.partial(call.gradients, gradients),
+            functools.partial(call.gradients_by_rows, gradients, logits),
         )
         self._gradients = {}
         if not keeps_graph():
@@ -296,23 +300,69 @@ class _Call:
             StaleLogitsError: an argument has changed since the call.
         """
         computed = [each.without_gradient.compute() for each in self.operations]
+        leaves = [each.detach().requires_grad_() for each in computed]
+        found = self._run(leaves, of_results, {})
+        pairs = zip(found, leaves, strict=True)
+        return [torch.zeros_like(leaf) if each is None else each for each, leaf in pairs]
+
+    def gradients_by_rows(self, of_results: dict[int, Guarded], logits: _Logits) -> list[Rows]:
+        """Return the rows of the gradients of the logits.
+
+        Args:
+            of_results: the gradients of the results, by their number.
+            logits: the logits.
+
+        Raises:
+            NotByRowsError: some rows cannot be computed without the others.
+            StaleLogitsError: an argument has changed since the call.
+        """
+        others = [each for each in leaves_of(self.arguments) if isinstance(each, DeferredTensor)]
+        others = list({id(each): each for each in others}.values())
+        if not all(each.is_deferred for each in others):
+            raise NotByRowsError
+        trained = len(self.operations)
+        operations = [*self.operations, *(each._operation for each in others)]
+        likes = [*(each.requires_grad_() for each in logits.likes), *map(on_meta, others)]
+        rows = [
+            rows_of_logits(operation, like.shape, vocabulary_dim(operation, like.shape))
+            for operation, like in zip(operations, likes, strict=True)
+        ]
+
+        def run(numbered: list[Tensor]) -> None:
+            replaced = {id(each): n for each, n in zip(others, numbered[trained:], strict=True)}
+            self._run(numbered[:trained], of_results, replaced)
+
+        return gradients_by_rows(rows, likes, logits.kinds[0], logits.device, run)
+
+    def _run(
+        self,
+        logits: Sequence[Tensor],
+        of_results: dict[int, Guarded],
+        others: dict[int, Tensor],
+    ) -> tuple[Tensor | None, ...]:
+        """Repeat the call with other logits, and return their gradients.
+
+        Args:
+            logits: in the place of those that the gradient is asked for.
+            of_results: the gradients of the results, by their number.
+            others: in the place of deferred arguments without a gradient, by their identity.
+        """
+
+        def value(argument: Any) -> Any:
+            if isinstance(argument, _Place):
+                return logits[argument.number]
+            return others.get(id(argument), _read(argument))
+
         with torch.enable_grad(), self.autocast():
-            logits = [each.detach().requires_grad_() for each in computed]
-
-            def value(argument: Any) -> Any:
-                return logits[argument.number] if isinstance(argument, _Place) else _read(argument)
-
             args, kwargs = map_arguments(value, self.arguments)
             made = leaves_of(self.function(*args, **kwargs))
             results = [each for each in made if isinstance(each, Tensor)]
-            found = torch.autograd.grad(
+            return torch.autograd.grad(
                 [results[number] for number in of_results],
                 logits,
                 list(map(_read, of_results.values())),
                 allow_unused=True,
             )
-        pairs = zip(found, logits, strict=True)
-        return [torch.zeros_like(leaf) if each is None else each for each, leaf in pairs]
 
 
 def _read(value: Any) -> Any:

@@ -41,6 +41,10 @@ class NoValuesError(Exception):
     """Values are needed where paths are being found."""
 
 
+class NotByRowsError(Exception):
+    """Some rows cannot be computed without the others."""
+
+
 class Recorder:
     """Stands for the backward of a loss whose paths are being found."""
 
@@ -126,12 +130,13 @@ class GradientTensor(DeferredTensor):
 def _total(terms: Sequence[Operation], like: Tensor, device: torch.device) -> Operation:
     if len(terms) == 1:
         return terms[0]
-    return Operation(_sum, (terms, tuple(like.shape), like.dtype, device))
+    return Operation(sum_of, (terms, tuple(like.shape), like.dtype, device))
 
 
-def _sum(
+def sum_of(
     terms: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    """Return the sum of any number of terms."""
     total = torch.zeros(shape, dtype=dtype, device=device)
     for term in terms:
         total += term
@@ -348,6 +353,7 @@ class FusedBackward:
         gradients: the gradient of each tensor in `known`, None if it needs none.
         parts: for each projection, the positions in `known` of its input, weight and bias.
         compute: computes the gradient of each of the logits that the loss reads, with the logits.
+        by_rows: prepares the computation of some rows of these gradients.
 
     Attributes:
         number: differs from that of every other.
@@ -361,6 +367,7 @@ class FusedBackward:
         gradients: Sequence[Tensor | None],
         parts: Sequence[tuple[int | None, ...]],
         compute: Callable[[], list[Tensor]],
+        by_rows: Callable[[], list[Any]],
     ):
         self.number = next(_numbers)
         self._projections = [weakref.ref(each) for each in projections]
@@ -369,6 +376,8 @@ class FusedBackward:
         self._gradients_of_operands = {at: gradients[at] for at in paths.operands}
         self._compute: Callable[[], list[Tensor]] | None = compute
         self._values: list[Tensor] = []
+        self._by_rows: Callable[[], list[Any]] | None = by_rows
+        self._rows: list[Any] = []
         self._lock = threading.Lock()
         self._pools = [Pool.of(each) for each in projections]
         for pool, positions in zip(self._pools, parts, strict=True):
@@ -380,7 +389,20 @@ class FusedBackward:
         with self._lock:
             if self._compute is not None:
                 self._values, self._compute = self._compute(), None
+                self._rows, self._by_rows = [], None
             return self._values
+
+    def rows(self, position: int) -> Any:
+        """Return the `rows.Rows` of the gradient of one of the logits that the loss reads.
+
+        Raises:
+            NotByRowsError: some rows cannot be computed without the others, or all have been.
+        """
+        with self._lock:
+            if self._by_rows is None:
+                raise NotByRowsError
+            self._rows = self._rows or self._by_rows()
+            return self._rows[position]
 
     def pool(self, projection: Operation) -> Pool | None:
         """Return the pool of a projection, None if the loss does not depend on it."""

@@ -25,9 +25,10 @@ from cce_inductor.deferred.gradient import (
     added,
     terms_by_source,
 )
-from cce_inductor.recipe.operation import Operation, map_arguments, map_only
+from cce_inductor.deferred.gradient_reductions import is_large, reduced
+from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, map_only
 from cce_inductor.recipe.stale import Guarded
-from cce_inductor.torch_internals.callers import is_torch_asking
+from cce_inductor.torch_internals.callers import is_autograd_asking, is_torch_asking
 from cce_inductor.torch_internals.tensors import detached
 
 aten = torch.ops.aten
@@ -50,6 +51,10 @@ def dispatch_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             result = _where(*args)
         elif _is_linear(func, args, kwargs) and len(gradients) == 1:
             result = _linear(func, args, kwargs, gradients[0])
+        elif lazy.is_pointwise(func) and not is_autograd_asking():
+            result = _pointwise(func, args, kwargs, gradients)
+        if result is NotImplemented:
+            result = reduced(func, args, kwargs)
     return computed(func, args, kwargs) if result is NotImplemented else result
 
 
@@ -185,6 +190,28 @@ def _linear(
         others = args[1:]
         return gradient._part(like, terms, lambda parent: func(parent, *others, **kwargs))
     return type(gradient)._of(like, terms, gradient.device)
+
+
+def _pointwise(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: list[GradientTensor]
+) -> Any:
+    """Return a function of large gradients, which may be reduced next, like their magnitude."""
+    try:
+        like = func(*map_only(Tensor, on_meta, args), **map_only(Tensor, on_meta, kwargs))
+    except PYTORCH_ERRORS:
+        return NotImplemented  # on values, the operator raises its own error
+    leaves = leaves_of((args, kwargs))
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
+    plain = [each for each in tensors if not isinstance(each, DeferredTensor)]
+    same = all(each.shape == like.shape for each in tensors if isinstance(each, DeferredTensor))
+    if (
+        not same
+        or not all(map(is_large, gradients))
+        or any(2 * e.nbytes > like.nbytes for e in plain)
+    ):
+        return NotImplemented
+    operation = Operation(func, *map_arguments(_operand, (args, kwargs)))
+    return type(gradients[0])._of(like, (operation,), gradients[0].device)
 
 
 _PLACE = object()

@@ -13,7 +13,7 @@ from cce_inductor.deferred.autograd import deferred_product, to_plain
 from cce_inductor.deferred.base import DeferredTensor
 from cce_inductor.deferred.dispatch import dispatch
 from cce_inductor.deferred.flatten import PREFIX, flatten, unflatten
-from cce_inductor.deferred.gradient import GradientTensor
+from cce_inductor.deferred.gradient import GradientTensor, NotByRowsError
 from cce_inductor.deferred.gradient_dispatch import dispatch_gradient
 from cce_inductor.deferred.overrides import override
 from cce_inductor.deferred.tape import Call
@@ -96,7 +96,18 @@ class DeferredGradient(GradientTensor, DeferredLogits):
         return dispatch_gradient(func, args, kwargs or {})
 
 
+class NumberedLogits(DeferredLogits):
+    """Logits that are never computed. See `row_gradients`."""
+
+    def _values(self) -> Tensor:
+        raise NotByRowsError
+
+    def _materialize(self) -> Tensor:
+        raise NotByRowsError
+
+
 DeferredLogits._gradient_kind = DeferredGradient
+DeferredLogits._numbered_kind = NumberedLogits
 
 
 def defer(

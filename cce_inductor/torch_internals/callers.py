@@ -10,6 +10,7 @@ because the evidence is private to PyTorch.
 | `in_torch` | the file is below the folder of `torch` |
 | `users_frame` | the innermost frame outside of `torch` and of this package |
 | `is_torch_asking` | the innermost frame outside of this package is in `torch` |
+| `is_autograd_asking` | that frame is in ``torch.autograd``, or the thread is autograd's |
 | `is_compiler_asking` | that frame is in a folder of the compiler, or an expression it evaluates |
 | `is_tracing_transform` | functorch has an interpreter on its stack |
 | `is_about_memory` | the text of the error |
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_AUTOGRAD = f"{_TORCH}autograd{os.sep}"
 _PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 _COMPILER = (
     *(
@@ -59,6 +61,11 @@ def users_frame() -> FrameType:
 def is_torch_asking() -> bool:
     """Whether a function of PyTorch has called this package, rather than the user's code."""
     return in_torch(_file(_asking_frame()))
+
+
+def is_autograd_asking() -> bool:
+    """Whether a node of a backward has called this package, rather than a hook."""
+    return _file(_asking_frame()).startswith((_AUTOGRAD, _DISABLE))
 
 
 def is_compiler_asking() -> bool:

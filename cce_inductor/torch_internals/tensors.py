@@ -78,6 +78,24 @@ def without_torch_function() -> Any:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+@contextlib.contextmanager
+def as_outside_of_dispatch() -> Iterator[None]:
+    """Within `__torch_dispatch__`, call functions as a user's code does: autograd records them, and
+    ``__torch_function__`` sees them."""
+    with (
+        torch.overrides.enable_reentrant_dispatch(),
+        torch._C._EnableTorchFunction(),
+        torch._C._PreserveDispatchKeyGuard(),
+    ):
+        # The caller may be a mode of the user's. While it is handling the call, it is not active,
+        # but the state that was restored says that a mode is.
+        if torch._C._len_torch_dispatch_stack() == 0:
+            for name in ("Python", "PythonTLSSnapshot"):
+                key = getattr(torch._C.DispatchKey, name)
+                torch._C._dispatch_tls_set_dispatch_key_included(key, False)
+        yield
+
+
 def is_composite(func: torch._ops.OpOverload) -> bool:
     """Whether an operator is implemented by other operators, gradients included."""
     return bool(

@@ -1,5 +1,6 @@
 """Each question of `torch_internals.callers`, asked by the code it is about and by other code."""
 
+import operator
 import os
 import subprocess
 import sys
@@ -47,6 +48,14 @@ def test_is_torch_asking():
     assert not callers.is_torch_asking()
     assert called_by_torch(callers.is_torch_asking)
     assert not torch._dynamo.disable(callers.is_torch_asking)()
+
+
+def test_is_autograd_asking():
+    ask = torch.autograd.function.once_differentiable(operator.methodcaller("__call__"))
+    with torch.no_grad():
+        assert ask(callers.is_autograd_asking)
+    assert not called_by_torch(callers.is_autograd_asking)
+    assert not callers.is_autograd_asking()
 
 
 def test_is_compiler_asking():
