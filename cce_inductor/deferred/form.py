@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -127,7 +128,8 @@ class Form(NamedTuple):
             node.meta["example_value"] = value
             return node
 
-        with ThreadFakeTensorMode(shape_env=environment):
+        # Without Python's dispatcher, `linear` and others ask for sizes as integers.
+        with ThreadFakeTensorMode(shape_env=environment), enable_python_dispatcher():
             tensors = [
                 placeholder(f"tensor_{at}", tensor.example(numbers))
                 for at, tensor in enumerate(self.tensors)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import cce_inductor
+from cce_inductor.operators import compiled
 from cce_inductor.testing import relative_error
 
 DEVICE = "cuda"
@@ -77,6 +78,33 @@ def test_losses_in_eager_code(name):
     assert logits.is_deferred
 
 
+def test_losses_in_eager_code_run_templates(monkeypatch):
+    """They are compiled for the first length and for all others, and do not wait for the host."""
+    versions = []
+    original = compiled._compiled
+    monkeypatch.setattr(compiled, "_compiled", lambda *a: versions.append(a[0]) or original(*a))
+    compiled._versions.cache_clear()
+    weight = torch.randn(VOCABULARY, HIDDEN, device=DEVICE, requires_grad=True)
+    for rows in (512, 512, 300, 700, 700):
+        hidden = torch.randn(rows, HIDDEN, device=DEVICE, requires_grad=True)
+        target = torch.arange(rows, device=DEVICE)
+        ours = cce_inductor.linear_cross_entropy(hidden, weight, target)
+        theirs = F.cross_entropy(hidden @ weight.t(), target)
+        for mine, their in zip(
+            (ours, *torch.autograd.grad(ours, (hidden, weight))),
+            (theirs, *torch.autograd.grad(theirs, (hidden, weight))),
+            strict=True,
+        ):
+            assert relative_error(mine, their) < 1e-3
+    assert versions == 2 * ["reduce_rows", "reduce_rows_backward"]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cce_inductor.linear_cross_entropy(hidden, weight, target).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_accuracy():
     model, ids, _ = problem()
     logits = torch.compile(model)(ids)
@@ -87,10 +115,10 @@ def test_accuracy():
 
 def test_a_step_does_not_wait_for_the_host():
     model, ids, target = problem()
-    compiled = torch.compile(model)
+    model_compiled = torch.compile(model)
 
     def step():
-        loss, logits = compiled(ids, target)
+        loss, logits = model_compiled(ids, target)
         loss.backward()
         return logits
 
@@ -132,7 +160,7 @@ def test_cuda_graphs():
 
     def step():
         torch.compiler.cudagraph_mark_step_begin()
-        loss, logits = compiled(ids, target)
+        loss, logits = model_compiled(ids, target)
         return torch.autograd.grad(loss, list(model.parameters())), logits
 
     for _ in range(4):
