@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import cce_inductor
-from cce_inductor.operators import compiled
+from cce_inductor.operators import compiled as operators
 from cce_inductor.testing import relative_error
 
 DEVICE = "cuda"
@@ -81,9 +81,9 @@ def test_losses_in_eager_code(name):
 def test_losses_in_eager_code_run_templates(monkeypatch):
     """They are compiled for the first length and for all others, and do not wait for the host."""
     versions = []
-    original = compiled._compiled
-    monkeypatch.setattr(compiled, "_compiled", lambda *a: versions.append(a[0]) or original(*a))
-    compiled._versions.cache_clear()
+    original = operators._compiled
+    monkeypatch.setattr(operators, "_compiled", lambda *a: versions.append(a[0]) or original(*a))
+    operators._versions.cache_clear()
     weight = torch.randn(VOCABULARY, HIDDEN, device=DEVICE, requires_grad=True)
     for rows in (512, 512, 300, 700, 700):
         hidden = torch.randn(rows, HIDDEN, device=DEVICE, requires_grad=True)
@@ -115,10 +115,10 @@ def test_accuracy():
 
 def test_a_step_does_not_wait_for_the_host():
     model, ids, target = problem()
-    model_compiled = torch.compile(model)
+    compiled = torch.compile(model)
 
     def step():
-        loss, logits = model_compiled(ids, target)
+        loss, logits = compiled(ids, target)
         loss.backward()
         return logits
 
@@ -160,7 +160,7 @@ def test_cuda_graphs():
 
     def step():
         torch.compiler.cudagraph_mark_step_begin()
-        loss, logits = model_compiled(ids, target)
+        loss, logits = compiled(ids, target)
         return torch.autograd.grad(loss, list(model.parameters())), logits
 
     for _ in range(4):
