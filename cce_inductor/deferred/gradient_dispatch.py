@@ -8,6 +8,7 @@ any other operator the values are computed.
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from cce_inductor.deferred.gradient import (
     terms_by_source,
 )
 from cce_inductor.deferred.gradient_reductions import is_large, reduced
+from cce_inductor.deferred.memory import Memory
 from cce_inductor.recipe.operation import Operation, leaves_of, map_arguments, map_only
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.torch_internals.callers import is_autograd_asking, is_torch_asking
-from cce_inductor.torch_internals.tensors import detached
+from cce_inductor.torch_internals.tensors import at_end_of_backward, detached, in_backward
 
 aten = torch.ops.aten
 
@@ -51,7 +53,7 @@ def dispatch_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             result = _where(*args)
         elif _is_linear(func, args, kwargs) and len(gradients) == 1:
             result = _linear(func, args, kwargs, gradients[0])
-        elif lazy.is_pointwise(func) and not is_autograd_asking():
+        elif lazy.is_pointwise(func) and in_backward() and not is_autograd_asking():
             result = _pointwise(func, args, kwargs, gradients)
         if result is NotImplemented:
             result = reduced(func, args, kwargs)
@@ -195,23 +197,33 @@ def _linear(
 def _pointwise(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: list[GradientTensor]
 ) -> Any:
-    """Return a function of large gradients, which may be reduced next, like their magnitude."""
+    """Return a function of large gradients, which a hook may reduce next.
+
+    If the result still exists when the backward has finished, its values are computed. After that,
+    the weight may change.
+    """
     try:
-        like = func(*map_only(Tensor, on_meta, args), **map_only(Tensor, on_meta, kwargs))
+        like_args, like_kwargs = map_only(Tensor, on_meta, (args, kwargs))
+        like = func(*like_args, **like_kwargs)
     except PYTORCH_ERRORS:
         return NotImplemented  # on values, the operator raises its own error
-    leaves = leaves_of((args, kwargs))
-    tensors = [each for each in leaves if isinstance(each, Tensor)]
+    tensors = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
+    deferred = [each for each in tensors if isinstance(each, DeferredTensor)]
     plain = [each for each in tensors if not isinstance(each, DeferredTensor)]
-    same = all(each.shape == like.shape for each in tensors if isinstance(each, DeferredTensor))
-    if (
-        not same
-        or not all(map(is_large, gradients))
-        or any(2 * e.nbytes > like.nbytes for e in plain)
-    ):
+    if not all(map(is_large, gradients)) or any(each.shape != like.shape for each in deferred):
+        return NotImplemented
+    if any(2 * each.nbytes > like.nbytes for each in plain):
         return NotImplemented
     operation = Operation(func, *map_arguments(_operand, (args, kwargs)))
-    return type(gradients[0])._of(like, (operation,), gradients[0].device)
+    made = type(gradients[0])._of(like, (operation,), gradients[0].device)
+    at_end_of_backward(functools.partial(_compute_if_alive, weakref.ref(made._memory)))
+    return made
+
+
+def _compute_if_alive(reference: weakref.ref[Memory]) -> None:
+    memory = reference()
+    if memory is not None:
+        memory.values()
 
 
 _PLACE = object()

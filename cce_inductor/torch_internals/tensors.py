@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ def version_of(tensor: torch.Tensor) -> int | None:
 def in_backward() -> bool:
     """Return whether this thread runs a backward."""
     return number_of_backward() >= 0
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward that is in progress has finished."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def without_torch_function() -> Any:

@@ -206,6 +206,19 @@ def test_a_function_that_a_hook_returns(computed):
     assert computed
 
 
+def test_a_function_that_a_hook_keeps():
+    """It is computed before an optimizer can change the weight."""
+    kept = []
+    for kind in ("deferred", "plain"):
+        head = Head()
+        logits = getattr(head, kind)()
+        logits.register_hook(lambda gradient: kept.append(gradient.abs()))
+        loss_of(logits).backward()
+        torch.optim.SGD(head.leaves, lr=1.0).step()
+    torch.testing.assert_close(kept[0].sum(), kept[1].sum())
+    torch.testing.assert_close(kept[0].plain(), kept[1])
+
+
 def test_a_loss_that_reads_the_values(computed):
     def loss(logits):
         return loss_of(logits) * logits.std()
