@@ -41,23 +41,31 @@ def dispatch_gradient(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     gradients = [e for e in deferred_among((args, kwargs)) if isinstance(e, GradientTensor)]
     result = NotImplemented
     if all(each._is_as_recorded for each in gradients):
-        if func is aten.add.Tensor and not kwargs:
-            result = _sum_of(*args)
-        elif func is aten.new_zeros.default:
-            result = _zeros(*args, **kwargs)
-        elif func in _SUMS:
-            result = _summed(func, args, kwargs)
-        elif func in _INTO_ZEROS:
-            result = _into_zeros(func, args, kwargs)
-        elif func is aten.where.self:
-            result = _where(*args)
-        elif _is_linear(func, args, kwargs) and len(gradients) == 1:
-            result = _linear(func, args, kwargs, gradients[0])
-        elif lazy.is_pointwise(func) and in_backward() and not is_autograd_asking():
+        result = _passed_on(func, args, kwargs, gradients)
+        if result is NotImplemented and lazy.is_pointwise(func):
             result = _pointwise(func, args, kwargs, gradients)
         if result is NotImplemented:
             result = reduced(func, args, kwargs)
     return computed(func, args, kwargs) if result is NotImplemented else result
+
+
+def _passed_on(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: list[GradientTensor]
+) -> Any:
+    """Return what autograd's nodes make of gradients, each term by itself."""
+    if func is aten.add.Tensor and not kwargs:
+        return _sum_of(*args)
+    if func is aten.new_zeros.default:
+        return _zeros(*args, **kwargs)
+    if func in _SUMS:
+        return _summed(func, args, kwargs)
+    if func in _INTO_ZEROS:
+        return _into_zeros(func, args, kwargs)
+    if func is aten.where.self:
+        return _where(*args)
+    if _is_linear(func, args, kwargs) and len(gradients) == 1:
+        return _linear(func, args, kwargs, gradients[0])
+    return NotImplemented
 
 
 def _sum_of(one: Tensor, other: Any) -> Any:
@@ -165,13 +173,14 @@ def _linear(
 ) -> Any:
     """Return a function of a gradient that is linear in it."""
     if func is aten._to_copy.default:
-        if not lazy.only_casts(gradient, **kwargs):
+        if not lazy.only_casts(gradient, **kwargs) or not kwargs["dtype"].is_floating_point:
             return NotImplemented
         kwargs = {"dtype": kwargs["dtype"]}
     like = _like_result(func, args, kwargs, gradient)
     if like is None:
         return NotImplemented
-    func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
+    if gradient.is_floating_point():
+        func, args, kwargs = lazy.scalars_to_tensors(func, args, kwargs)
     is_view = lazy.is_view(func)
     if func is aten.view.default:
         func = aten.reshape.default  # the values may have other strides
@@ -202,6 +211,8 @@ def _pointwise(
     If the result still exists when the backward has finished, its values are computed. After that,
     the weight may change.
     """
+    if not in_backward() or is_autograd_asking() or not all(map(is_large, gradients)):
+        return NotImplemented
     try:
         like_args, like_kwargs = map_only(Tensor, on_meta, (args, kwargs))
         like = func(*like_args, **like_kwargs)
@@ -210,7 +221,7 @@ def _pointwise(
     tensors = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
     deferred = [each for each in tensors if isinstance(each, DeferredTensor)]
     plain = [each for each in tensors if not isinstance(each, DeferredTensor)]
-    if not all(map(is_large, gradients)) or any(each.shape != like.shape for each in deferred):
+    if any(each.shape != like.shape for each in deferred):
         return NotImplemented
     if any(2 * each.nbytes > like.nbytes for each in plain):
         return NotImplemented

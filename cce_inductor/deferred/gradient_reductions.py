@@ -13,6 +13,8 @@ from cce_inductor.deferred.dispatch import on_meta
 from cce_inductor.deferred.gradient import GradientTensor, NotByRowsError
 from cce_inductor.deferred.rows import blocks_of_rows, rows_of
 from cce_inductor.options import options_in_force
+from cce_inductor.recipe.stale import StaleLogitsError
+from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.tensors import as_outside_of_dispatch
 
 aten = torch.ops.aten
@@ -29,17 +31,23 @@ class _Reduction(NamedTuple):
             the dimensions, and the operator's other arguments by their names.
         combine: returns one result for several, [parts, ...].
         finish: returns what the operator returns.
+        of_floats: whether the operator does not accept integers.
     """
 
     of_block: Callable[[Tensor, Dims, dict[str, Any]], Tensor]
     combine: Callable[[Tensor, dict[str, Any]], Tensor]
     finish: Callable[[Tensor, dict[str, Any]], Tensor] = lambda result, named: result
+    of_floats: bool = False
 
 
 def is_large(gradient: Tensor) -> bool:
-    """Whether a gradient has not been computed, and takes more memory than the workspace."""
-    limit = options_in_force().workspace_bytes
-    return isinstance(gradient, GradientTensor) and gradient.is_deferred and gradient.nbytes > limit
+    """Whether a gradient, or a function of one, has not been computed and exceeds the workspace."""
+    return (
+        isinstance(gradient, GradientTensor)
+        and gradient.is_deferred
+        and not gradient.is_complex()
+        and gradient.numel() * torch.float32.itemsize > options_in_force().workspace_bytes
+    )
 
 
 def reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,24 +60,45 @@ def reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if reduction is None or not is_large(args[0]):
         return NotImplemented
     gradient, *others = args
-    like = func(on_meta(gradient), *others, **kwargs)
     names = [argument.name for argument in func._schema.arguments]
     named = {**dict(zip(names[1:], others, strict=False)), **kwargs}
     dims = _dims(named.get("dim"), gradient.dim())
+    over_everything = len(dims) == gradient.dim()
+    if not (over_everything or len(dims) == 1) or not _accepts(reduction, gradient.dtype, named):
+        return NotImplemented
+    if named.get("dim") in ([], ()) and func in _KEEPS_ELEMENTS:
+        return NotImplemented
+    like = func(on_meta(gradient), *others, **kwargs)
     try:
-        with as_outside_of_dispatch(), torch.no_grad():
+        with as_outside_of_dispatch(), torch.inference_mode(False), torch.no_grad():
             rows = rows_of(gradient._operation)
-            if len(dims) < gradient.dim() and dims != {rows.dim}:
+            if not over_everything and dims != {rows.dim}:
                 return NotImplemented
-            over = (1,) if dims == {rows.dim} else (0, 1)
             parts = [
-                reduction.of_block(rows.compute(block), over, named)
+                reduction.of_block(rows.compute(block), (0, 1) if over_everything else (1,), named)
                 for block in blocks_of_rows(rows.count, rows.shape[rows.dim], gradient.device)
             ]
+            whole = (
+                reduction.combine(torch.stack(parts), named)
+                if over_everything
+                else torch.cat(parts)
+            )
+            return reduction.finish(whole, named).to(like.dtype).reshape(like.shape)
     except NotByRowsError:
         return NotImplemented
-    whole = torch.cat(parts) if over == (1,) else reduction.combine(torch.stack(parts), named)
-    return reduction.finish(whole, named).to(like.dtype).reshape(like.shape)
+    except StaleLogitsError:
+        raise
+    except Exception:
+        surprised("a reduction of the gradient of deferred logits computes the gradient")
+        return NotImplemented
+
+
+def _accepts(reduction: _Reduction, dtype: torch.dtype, named: dict[str, Any]) -> bool:
+    """Whether a reduction of elements of a dtype is what the operator computes."""
+    if reduction.of_floats and not dtype.is_floating_point:
+        return False
+    cast = named.get("dtype")  # The operator casts the elements first.
+    return cast is None or torch.promote_types(cast, dtype) == cast
 
 
 def _dims(dim: Any, rank: int) -> set[int]:
@@ -139,13 +168,14 @@ _ALL = _Reduction(
 _COUNT = _Reduction(lambda block, dims, named: (block != 0).sum(dims), _total)
 
 _REDUCTIONS: dict[Any, _Reduction] = {
-    aten.linalg_vector_norm.default: _Reduction(_norm, _norm_of_norms),
+    aten.linalg_vector_norm.default: _Reduction(_norm, _norm_of_norms, of_floats=True),
     **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), _Reduction(_sum, _total)),
     **dict.fromkeys(
-        (aten.mean.default, aten.mean.dim), _Reduction(_moments, _joint_moments, _mean)
+        (aten.mean.default, aten.mean.dim),
+        _Reduction(_moments, _joint_moments, _mean, of_floats=True),
     ),
-    aten.var.correction: _Reduction(_moments, _joint_moments, _variance),
-    aten.std.correction: _Reduction(_moments, _joint_moments, _deviation),
+    aten.var.correction: _Reduction(_moments, _joint_moments, _variance, of_floats=True),
+    aten.std.correction: _Reduction(_moments, _joint_moments, _deviation, of_floats=True),
     **dict.fromkeys((aten.amax.default, aten.max.default), _MAXIMUM),
     **dict.fromkeys((aten.amin.default, aten.min.default), _MINIMUM),
     **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), _ANY),
@@ -153,3 +183,6 @@ _REDUCTIONS: dict[Any, _Reduction] = {
     **dict.fromkeys((aten.count_nonzero.default, aten.count_nonzero.dim_IntList), _COUNT),
 }
 """The operators that are computed in this way."""
+
+_KEEPS_ELEMENTS = (aten.any.dims, aten.all.dims)
+"""Operators that reduce nothing if they are given no dimension; the others reduce everything."""

@@ -25,8 +25,7 @@ from cce_inductor.deferred.rows import Rows, blocks_of_rows
 from cce_inductor.kernels import all_statistics, reference
 from cce_inductor.kernels.head import Factors, Head, tile_count
 from cce_inductor.kernels.names import LOGIT, Name
-from cce_inductor.recipe.stale import StaleLogitsError, is_plain
-from cce_inductor.surprise import surprised
+from cce_inductor.recipe.stale import is_plain
 from cce_inductor.torch_internals.capture import in_this_thread
 
 
@@ -50,19 +49,13 @@ def gradients_by_rows(
         NotByRowsError: the loss reads values of the logits, not only their statistics.
     """
     operators = _Operators(logits)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
         numbered = [
             _numbered_logits(kind._numbered_kind, number, rows, like, device)
             for number, (rows, like) in enumerate(zip(logits, likes, strict=True))
         ]
-        try:
-            with in_this_thread(operators):
-                run(numbered)
-        except (NotByRowsError, StaleLogitsError):
-            raise
-        except Exception as error:
-            surprised("a reduction of the gradient of deferred logits computes the gradient")
-            raise NotByRowsError from error
+        with in_this_thread(operators):
+            run(numbered)
     return [
         dataclasses.replace(rows, compute=operators.gradient_of(number, like.dtype))
         for number, (rows, like) in enumerate(zip(logits, likes, strict=True))
@@ -73,7 +66,7 @@ def _numbered_logits(
     kind: type[DeferredTensor], head: int, rows: Rows, like: Tensor, device: torch.device
 ) -> Tensor:
     outer = [size for at, size in enumerate(rows.shape) if at != rows.dim]
-    input = numbered(rows.count, head, like.dtype, device).view(*outer, -1)
+    input = numbered(rows.count, head, like.dtype, device).view(*outer, _COLUMNS)
     weight = numbered(rows.shape[rows.dim], head, like.dtype, device)
     input.requires_grad_(like.requires_grad)
     made = deferred_product(kind, input, weight, None, like.dtype)
@@ -86,6 +79,7 @@ _BASE = 256
 """Numbers are written in this base. bfloat16 represents all integers up to it."""
 
 _DIGITS = 4
+_COLUMNS = 2 + _DIGITS
 
 
 def numbered(count: int, head: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -107,7 +101,7 @@ def numbered(count: int, head: int, dtype: torch.dtype, device: torch.device) ->
 
 def _numbers_in(matrix: Tensor) -> tuple[int, Tensor]:
     """Return what `numbered` was given and gave to the rows of a matrix: the head, the numbers."""
-    if matrix.shape[1] != 2 + _DIGITS or not bool(matrix[:, 0].isnan().all()):
+    if matrix.shape[1] != _COLUMNS or not bool(matrix[:, 0].isnan().all()):
         raise NotByRowsError
     heads, *digits = matrix[:, 1:].to(torch.int64).unbind(1)
     head, *others = heads.unique().tolist() or [0]
@@ -215,7 +209,8 @@ class _Read:
             found = selection.rows.new_full((self.logits[head].count,), -1)
             found[rows] = torch.arange(len(rows), device=rows.device)
             row_of = found[selection.rows]
-            for places in (row_of >= 0).nonzero().squeeze(1).split(max(len(rows), 1)):
+            chosen = (row_of >= 0).nonzero().squeeze(1)
+            for places in chosen.split(len(rows)) if len(chosen) else ():
                 gradient = self._gradient(name, places).to(total.dtype)
                 if selection.is_whole:
                     total.index_add_(0, row_of[places], gradient)
@@ -239,6 +234,11 @@ class _Read:
             return torch.autograd.grad(results, leaf, grads, materialize_grads=True)[0]
 
 
+def _is_numbered(input: Tensor) -> bool:
+    """Whether the operator is called with numbers of rows: the pass gives it fake tensors."""
+    return is_plain(input) and input.shape[0] > 0
+
+
 class _Operators(TorchDispatchMode):
     """Computes the operators of a loss of numbered logits.
 
@@ -258,9 +258,9 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         operators = torch.ops.cce_inductor
-        if func is operators.reduce_rows.default and is_plain(args[0]):
+        if func is operators.reduce_rows.default and _is_numbered(args[0]):
             return self._forward(*args)
-        if func is operators.reduce_rows_backward.default and is_plain(args[2]):
+        if func is operators.reduce_rows_backward.default and _is_numbered(args[2]):
             return self._backward(*args)
         return func(*args, **(kwargs or {}))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.deferred import lazy
+from cce_inductor.deferred.dispatch import on_meta
 from cce_inductor.deferred.eager import few_rows
 from cce_inductor.deferred.gradient import (
     IDENTITIES,
@@ -24,7 +25,7 @@ from cce_inductor.deferred.gradient import (
     sum_of,
 )
 from cce_inductor.options import options_in_force
-from cce_inductor.recipe.operation import Operation, map_arguments
+from cce_inductor.recipe.operation import Operation, map_arguments, project
 from cce_inductor.recipe.stale import Guarded
 
 aten = torch.ops.aten
@@ -75,7 +76,13 @@ class Rows:
 
         def compute(rows: Tensor) -> Tensor:
             source = flat[rows.cpu()].to(rows.device)
-            return self.compute((source - 1).clamp(min=0)).masked_fill((source == 0)[:, None], 0)
+            present = source.nonzero().squeeze(1)
+            if len(present) == 0:
+                return torch.zeros(len(rows), shape[dim], device=rows.device)
+            found = self.compute(source[present] - 1)
+            if len(present) == len(rows):
+                return found
+            return found.new_zeros(len(rows), shape[dim]).index_copy_(0, present, found)
 
         return Rows(tuple(shape), dim, compute)
 
@@ -139,7 +146,7 @@ def rows_of_tensor(tensor: Tensor, shape: Sequence[int], dim: int) -> Rows:
     own = tensor.shape[:-1]
     others = [size for at, size in enumerate(shape) if at != dim]
     numbers = torch.arange(math.prod(own)).view(own).expand(others).flatten()
-    flat = tensor.reshape(math.prod(own), -1)
+    flat = tensor.reshape(math.prod(own), tensor.shape[-1])
     return Rows(tuple(shape), dim, lambda rows: flat[numbers[rows.cpu()].to(flat.device)])
 
 
@@ -217,7 +224,28 @@ def _rows_of_argument(
         return rows_of(argument)
     if argument.function in IDENTITIES:
         return _rows_of_argument(argument.args[0], shape, dim)
+    if _shape_of(argument) != shape:
+        raise NotByRowsError
     return rows_of_logits(argument, shape, dim)
+
+
+def _shape_of(operation: Operation) -> tuple[int, ...]:
+    """Return the shape of deferred logits."""
+    likes: dict[int, Tensor] = {}
+
+    def like(argument: Any) -> Any:
+        if isinstance(argument, Guarded):
+            return on_meta(argument.tensor)
+        return likes[id(argument)] if isinstance(argument, Operation) else argument
+
+    for each in operation.history():
+        args, kwargs = map_arguments(like, (each.args, each.kwargs))
+        if each.function is project:
+            shape = (*args[0].shape[:-1], args[1].shape[0])
+            likes[id(each)] = torch.empty(shape, dtype=args[-1], device="meta")
+        else:
+            likes[id(each)] = each.function(*args, **kwargs)
+    return tuple(likes[id(operation)].shape)
 
 
 def _is_pointwise(function: Any) -> bool:

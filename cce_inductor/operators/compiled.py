@@ -83,27 +83,31 @@ class _Description(NamedTuple):
     Attributes:
         has_rows: whether its first size is the number of rows, which may be symbolic.
         shape: without that size.
-        strides: None if it is contiguous.
+        strides: None if it is contiguous. A stride that is the number of rows, as in a tensor that
+            is stored by columns, is None.
     """
 
     has_rows: bool
     shape: tuple[int, ...]
-    strides: tuple[int, ...] | None
+    strides: tuple[int | None, ...] | None
     dtype: torch.dtype
     device: torch.device
 
     @classmethod
     def of(cls, tensor: Tensor, numbers: tuple[int, ...]) -> _Description:
-        has_rows = tensor.shape[:1] == numbers
+        has_rows = numbers != () and tensor.shape[:1] == numbers
         shape = tuple(tensor.shape[has_rows:])
-        strides = None if tensor.is_contiguous() else tensor.stride()
+        strides = None
+        if not tensor.is_contiguous():
+            strides = tuple(None if (each,) == numbers else each for each in tensor.stride())
         return cls(has_rows, shape, strides, tensor.dtype, tensor.device)
 
     def example(self, numbers: Sequence[Any]) -> Tensor:
         shape = (*numbers, *self.shape) if self.has_rows else self.shape
         if self.strides is None:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
-        return torch.empty_strided(shape, self.strides, dtype=self.dtype, device=self.device)
+        strides = [numbers[0] if each is None else each for each in self.strides]
+        return torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
 
 
 def _mapped(kind: type[Any], function: Callable[[Any], Any], argument: Any) -> Any:

@@ -3,15 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from deferred_logits import REDUCTIONS, TARGET, Head
+from deferred_logits import LENGTH, REDUCTIONS, TARGET, Head
 from test_gradient import WITH_GRADIENT
 from test_several_heads import LOSSES, Heads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cce_inductor
+from cce_inductor.deferred import rows
+from cce_inductor.deferred.eager import few_rows
 from cce_inductor.deferred.gradient import NotByRowsError, Recorder, sent_term
 from cce_inductor.deferred.row_gradients import _numbers_in, numbered
-from cce_inductor.deferred.rows import rows_of
 from cce_inductor.deferred.tensor import defer
 
 pytestmark = pytest.mark.usefixtures("small_workspace")
@@ -176,6 +177,105 @@ def test_gradients_of_the_head_stay_fused(computed):
     assert not computed
 
 
+def norm_under_anomaly_mode(gradient):
+    with torch.autograd.detect_anomaly():
+        return gradient.norm()
+
+
+UNUSUAL = {
+    "sum of integers": lambda g: (g * 1000).sum(dtype=torch.int64),
+    "sum of integers in each row": lambda g: (g * 1000).sum(-1, dtype=torch.int32),
+    "sum in double precision": lambda g: g.sum(dtype=torch.float64),
+    "complex deviation": lambda g: (g * 1j).std(),
+    "complex norm of each row": lambda g: (g * 1j).norm(dim=-1),
+    "complex mean": lambda g: ((g * 1j) * (g * 1j) * 1j).mean(),
+    "dtype of a condition": lambda g: ((g > 0) * 0.5).sort().values,
+    "sum of truths": lambda g: g.bool().sum(),
+    "sum of truncated": lambda g: (g * 1000).long().sum(),
+    "any of each element": lambda g: (g > 0).any(dim=()),
+    "sum over no dimensions": lambda g: g.sum(()),
+    "sum with a number": lambda g: (g + 1e-8).norm(),
+    "product with a row of logits": lambda g: (g * SHIFT[:1]).norm(),
+    "under inference mode": lambda g: torch.inference_mode()(g.norm)(),
+    "under anomaly mode": norm_under_anomaly_mode,
+}
+SHIFT = torch.randn(*TARGET.shape, 50, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_reductions(name):
+    assert_same_reductions(loss_of, reductions={name: UNUSUAL[name]})
+
+
+def test_errors_are_those_of_pytorch():
+    logits = Head().deferred()
+    logits.register_hook(lambda gradient: (gradient > 0).var())
+    with pytest.raises(RuntimeError, match="floating point"):
+        loss_of(logits).backward()
+
+
+def test_the_terms_of_a_cast_to_integers_are_added_first():
+    """The gradients of two equal losses cancel before the cast, not after it."""
+
+    def loss(logits):
+        return loss_of(logits) + 0.3 * logits.logsumexp(-1).square().mean()
+
+    some = {key: UNUSUAL[key] for key in ("sum of truncated", "sum of truths")}
+    assert_same_reductions(loss, reductions=some)
+    assert_same_reductions(lambda z: loss_of(z) - loss_of(z), reductions=some)
+
+
+def test_logits_that_broadcast_against_the_gradient():
+    norms = []
+    for kind in ("deferred", "plain"):
+        logits = getattr(Head(), kind)()
+        first = logits.detach()[:1]
+        logits.register_hook(
+            lambda gradient, first=first: norms.append(
+                [(gradient * first).norm(), torch.where(first > 0, gradient, 0.0).norm()]
+            )
+        )
+        loss_of(logits).backward()
+    torch.testing.assert_close(*norms)
+
+
+EMPTY = {
+    "no row": lambda z: F.cross_entropy(z[TARGET < 0], TARGET[TARGET < 0], reduction="sum"),
+    "no row beside others": lambda z: EMPTY["no row"](z) + loss_of(z),
+    "shifted by all": lambda z: (
+        F.cross_entropy(z[:, LENGTH:].flatten(0, 1), TARGET[:, LENGTH:].flatten(), reduction="sum")
+        + loss_of(z)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_losses_without_rows(name):
+    some = {key: GRADIENT_REDUCTIONS[key] for key in ("norm", "largest magnitude", "any nan")}
+    assert_same_reductions(EMPTY[name], reductions=some)
+
+
+def test_each_row_is_computed_for_its_own_chunk(monkeypatch):
+    calls = []
+    monkeypatch.setattr(rows, "few_rows", lambda each: calls.append(each) or few_rows(each))
+    count = 24
+    x, weight = torch.randn(count, 4, requires_grad=True), torch.randn(30, 4)
+    logits = defer(x, weight, None, torch.float32)
+    norms = []
+    logits.register_hook(lambda gradient: norms.append(gradient.norm()))
+    sum(F.cross_entropy(logits[i : i + 1], torch.tensor([i])) for i in range(count)).backward()
+    assert len(norms) == 1
+    assert len(calls) == 2 * count
+
+
+def test_the_kind_of_numbers_does_not_decide(computed):
+    """A condition of float32 takes a quarter of the memory, and is computed from the float32."""
+    with cce_inductor.installed(workspace_bytes=2 * TARGET.numel() * 50):
+        assert_same_reductions(loss_of, reductions={"any nan": GRADIENT_REDUCTIONS["any nan"]})
+    assert not computed
+
+
 COMPUTED = {
     "norm of each column": lambda g: g.norm(dim=(0, 1)),
     "sorted": lambda g: g.sort().values.sum(),
@@ -259,8 +359,8 @@ class LargestResult(TorchDispatchMode):
 
 
 def test_memory():
-    rows, hidden, vocabulary = 64, 4, 1000
-    x, weight = torch.randn(rows, hidden, requires_grad=True), torch.randn(vocabulary, hidden)
+    count, hidden, vocabulary = 64, 4, 1000
+    x, weight = torch.randn(count, hidden, requires_grad=True), torch.randn(vocabulary, hidden)
     logits = defer(x, weight, None, torch.float32)
     norms = []
 
@@ -271,9 +371,9 @@ def test_memory():
 
     logits.register_hook(note)
     with cce_inductor.installed(workspace_bytes=2**17):
-        F.cross_entropy(logits, torch.arange(rows)).backward()
+        F.cross_entropy(logits, torch.arange(count)).backward()
     (gradient,) = torch.autograd.grad(
-        F.cross_entropy(plain := F.linear(x, weight), torch.arange(rows)), plain
+        F.cross_entropy(plain := F.linear(x, weight), torch.arange(count)), plain
     )
     torch.testing.assert_close(norms[0], gradient.norm())
     assert norms[1] <= 10 * vocabulary
@@ -313,4 +413,4 @@ def test_numbered_rows(dtype):
 
 def test_a_gradient_whose_paths_are_being_found():
     with pytest.raises(NotByRowsError):
-        rows_of(sent_term(Recorder(), 0))
+        rows.rows_of(sent_term(Recorder(), 0))

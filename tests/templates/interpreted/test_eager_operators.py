@@ -75,6 +75,13 @@ def test_every_length(dtype, compilations):
     ]
 
 
+def test_a_hidden_state_that_is_stored_by_columns(compilations):
+    for rows in (70, 33, 50):
+        input, head = case(CROSS_ENTROPY, rows=rows)
+        assert_near(reduce_rows(input.t().contiguous().t(), head), expected(input, head)[0])
+    assert compilations == [("reduce_rows", 70), ("reduce_rows", "any")]
+
+
 @pytest.mark.parametrize("rows", [0, 1, 40, 300])
 def test_numbers_of_rows_that_are_not_symbolic(rows, compilations):
     """40 and 300 are sizes of the weight as well."""
