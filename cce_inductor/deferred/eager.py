@@ -120,7 +120,7 @@ def _versions(
             surprised(otherwise)
             return None
 
-    return Versions(form.factors, made)
+    return Versions(form.terms, made)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,6 @@ symbols in the place of those numbers, like a graph that Dynamo captures with dy
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from cce_inductor.options import Options, options_in_force
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.recipe.operation import project, strided
 from cce_inductor.torch_internals.capture import ThreadFakeTensorMode
+from cce_inductor.torch_internals.symbols import Term
 
 Sizes = tuple[int | Size, ...]
 
@@ -69,13 +69,12 @@ class Form(NamedTuple):
     Attributes:
         calls: the calls, with `Size` in the place of numbers that depend on the number of rows.
         tensors: what the calls read.
-        factors: for each number that a `Size` stands for, those that it is the product of; None if
-            it is a symbol.
+        terms: what each number is that a `Size` stands for, None if it is a symbol.
     """
 
     calls: tuple[Call, ...]
     tensors: tuple[Description, ...]
-    factors: tuple[tuple[int, ...] | None, ...]
+    terms: tuple[Term | None, ...]
     grad_enabled: bool
     default_dtype: torch.dtype
     autocast_device: str
@@ -90,7 +89,7 @@ class Form(NamedTuple):
         form = cls(
             calls=tuple(map(sizes.in_call, tape.calls)),
             tensors=tuple(map(sizes.of_tensor, tape.tensors)),
-            factors=tuple(sizes.factors),
+            terms=tuple(sizes.terms),
             grad_enabled=torch.is_grad_enabled(),
             default_dtype=torch.get_default_dtype(),
             autocast_device=device,
@@ -156,37 +155,50 @@ class _SizesOfTape:
     """Finds the numbers on a tape that depend on the number of rows.
 
     These are sizes of tensors, and arguments that are sizes, but not the sizes of a weight. Equal
-    numbers get the same `Size`, as with Dynamo. The number of all rows of a hidden state gets one,
-    too, which is a product, so that it is known to be equal to the size of flattened targets.
+    numbers get the same `Size`, as with Dynamo. So that more sizes are known to be equal, some
+    numbers are known from others: the number of all rows of a hidden state, and one less than any
+    size, which is the number of rows after a shift by one.
 
     Attributes:
         numbers: what each `Size` stands for.
-        factors: see `Form`.
+        terms: see `Form`.
     """
 
     def __init__(self, tape: Tape) -> None:
         products = [call for call in tape.calls if call.function is project]
         self._fixed = {size for call in products for size in _shape(tape, call.args[1])}
         self.numbers: list[int] = []
-        self.factors: list[tuple[int, ...] | None] = []
+        self.terms: list[Term | None] = []
         self._known: dict[int, Size] = {}
         for call in products:
             rows = map(self._size, _shape(tape, call.args[0])[:-1])
             factors = tuple(size.number for size in rows if isinstance(size, Size))
             if len(factors) > 1:
-                self._add(math.prod(self.numbers[factor] for factor in factors), factors)
+                self._add_term(Term(factors))
 
-    def _add(self, number: int, factors: tuple[int, ...] | None = None) -> Size:
+    def _add(self, number: int, term: Term | None) -> Size:
         if number not in self._known:
             self._known[number] = Size(len(self.numbers))
             self.numbers.append(number)
-            self.factors.append(factors)
+            self.terms.append(term)
         return self._known[number]
 
+    def _add_term(self, term: Term) -> Size:
+        number = term.of(self.numbers)
+        assert isinstance(number, int), "only `Versions` has symbols"
+        return self._add(number, term)
+
     def _size(self, number: int) -> int | Size:
+        if number < -1:
+            size = self._size(-number)
+            return self._add_term(Term((size.number,), -1)) if isinstance(size, Size) else number
         if number in self._fixed or not 1 < number < _LARGEST:
             return number
-        return self._add(number)
+        if number not in self._known:
+            size = self._add(number, None)
+            if number > 2:
+                self._add_term(Term((size.number,), offset=-1))
+        return self._known[number]
 
     def of_tensor(self, tensor: Tensor) -> Description:
         contiguous = tensor.is_contiguous()

@@ -69,9 +69,12 @@ def reduced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if named.get("dim") in ([], ()) and func in _KEEPS_ELEMENTS:
         return NotImplemented
     like = func(on_meta(gradient), *others, **kwargs)
+    operation = gradient._operation
+    while over_everything and operation.function in _RESHAPES:
+        operation = operation.args[0]
     try:
         with as_outside_of_dispatch(), torch.inference_mode(False), torch.no_grad():
-            rows = rows_of(gradient._operation)
+            rows = rows_of(operation)
             if not over_everything and dims != {rows.dim}:
                 return NotImplemented
             parts = [
@@ -186,3 +189,6 @@ _REDUCTIONS: dict[Any, _Reduction] = {
 
 _KEEPS_ELEMENTS = (aten.any.dims, aten.all.dims)
 """Operators that reduce nothing if they are given no dimension; the others reduce everything."""
+
+_RESHAPES = (aten.reshape.default, aten._unsafe_view.default)
+"""Operators that matter to no reduction over everything."""

@@ -48,6 +48,8 @@ def gradients_by_rows(
     Raises:
         NotByRowsError: the loss reads values of the logits, not only their statistics.
     """
+    if len(logits) > _BASE:
+        raise NotByRowsError
     operators = _Operators(logits)
     with torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
         numbered = [
@@ -89,7 +91,7 @@ def numbered(count: int, head: int, dtype: torch.dtype, device: torch.device) ->
 
     Args:
         count: the number of rows.
-        head: another number, which all rows have; less than 256.
+        head: another number, which all rows have, from 0 to 255.
         dtype: any floating dtype.
         device: the device.
     """

@@ -19,9 +19,23 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return int(hint) if isinstance(hint, int) else None
 
 
-Factors = Sequence[tuple[int, ...] | None]
-"""For each of several numbers, the positions of the earlier ones that it is the product of; None if
-it is no product."""
+class Term(NamedTuple):
+    """A number that is known from others: their product, times a number, plus a number.
+
+    Attributes:
+        factors: the positions of the others, which come before it.
+    """
+
+    factors: tuple[int, ...]
+    scale: int = 1
+    offset: int = 0
+
+    def of(self, numbers: Sequence[int | torch.SymInt]) -> int | torch.SymInt:
+        return math.prod(numbers[at] for at in self.factors) * self.scale + self.offset
+
+
+Terms = Sequence[Term | None]
+"""What each of several numbers is; None for one that is not known from others."""
 
 
 class _Symbols:
@@ -29,17 +43,14 @@ class _Symbols:
 
     Attributes:
         environment: the environment of the symbols.
-        numbers: the symbols, and the products of symbols.
+        numbers: the symbols, and what is known from them.
     """
 
-    def __init__(self, values: Sequence[int], factors: Factors):
+    def __init__(self, values: Sequence[int], terms: Terms):
         self.environment = ShapeEnv()
         self.numbers: list[int | torch.SymInt] = []
-        for value, positions in zip(values, factors, strict=True):
-            if positions is None:
-                self.numbers.append(self._symbol(value))
-            else:
-                self.numbers.append(math.prod(self.numbers[position] for position in positions))
+        for value, term in zip(values, terms, strict=True):
+            self.numbers.append(self._symbol(value) if term is None else term.of(self.numbers))
 
     def _symbol(self, value: int) -> int | torch.SymInt:
         source = ConstantSource(f"number_{len(self.numbers)}")
@@ -76,17 +87,17 @@ class Versions(Generic[Made]):
     has a version.
 
     Args:
-        factors: describes the numbers, which are greater than 1.
+        terms: what the numbers are. Those that get a symbol are greater than 1.
         make: returns what is made, None if it cannot be. Its arguments are the numbers, which may
             be symbols, and the environment of the symbols, which may be None.
     """
 
     def __init__(
         self,
-        factors: Factors,
+        terms: Terms,
         make: Callable[[Sequence[int | torch.SymInt], ShapeEnv | None], Made | None],
     ):
-        self._factors = factors
+        self._terms = terms
         self._make = make
         self._takes_symbols = True
         self._versions: tuple[_Version[Made], ...] = ()
@@ -102,7 +113,7 @@ class Versions(Generic[Made]):
 
     def _version(self, numbers: tuple[int, ...]) -> _Version[Made]:
         if self._versions and self._takes_symbols:
-            symbols = _Symbols(numbers, self._factors)
+            symbols = _Symbols(numbers, self._terms)
             made = self._make(symbols.numbers, symbols.environment)
             if made is not None or self._versions[-1].made is None:
                 return _Version(symbols.guard(), made)

@@ -55,7 +55,8 @@ GRADIENT_REDUCTIONS = {
     "deviation of each row": lambda g: g.std(-1),
     "maximum of each row": lambda g: g.abs().amax(-1),
     "scaled": lambda g: (g / 0.5).norm(),
-    "reshaped": lambda g: g.flatten().norm() if g.dim() == 1 else g.reshape(-1, g.shape[-1]).norm(),
+    "reshaped": lambda g: g.reshape(-1, g.shape[-1]).norm(dim=-1),
+    "flattened": lambda g: g.flatten().norm(),
 }
 """Reductions that are computed in blocks of rows."""
 

@@ -10,7 +10,7 @@ from cce_inductor.deferred import eager
 from cce_inductor.deferred.form import Form
 from cce_inductor.deferred.tape import Size, Tape
 from cce_inductor.deferred.tensor import defer
-from cce_inductor.torch_internals.symbols import Versions
+from cce_inductor.torch_internals.symbols import Term, Versions
 
 VOCABULARY, HIDDEN = 37, 13
 WEIGHT = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -44,6 +44,12 @@ LOSSES = {
     "transposed": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
     "part of the vocabulary": lambda z, y: F.cross_entropy(z[..., :30].flatten(0, 1), y.flatten()),
     "gathered": lambda z, y: z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1).sum(),
+    "shifted and gathered": lambda z, y: (
+        z[:, :-1].log_softmax(-1).gather(-1, y[:, 1:, None]).squeeze(-1).sum()
+    ),
+    "last rows": lambda z, y: F.cross_entropy(
+        z[:, -(z.shape[1] // 2 + 1) :].flatten(0, 1), y[:, -(z.shape[1] // 2 + 1) :].flatten()
+    ),
     "weighted rows": lambda z, y: (z.logsumexp(-1) * y).sum(),
     "distilled": lambda z, y: F.kl_div(
         z.log_softmax(-1), torch.eye(VOCABULARY)[y], reduction="batchmean"
@@ -108,11 +114,14 @@ def test_the_form_names_sizes():
     tape = Tape()
     tape.record(F.cross_entropy, (z._operation, torch.zeros(16, dtype=torch.int64)), {})
     form, numbers = Form.of(tape)
-    assert numbers == (4, 6, 24, 5, 16)
-    assert form.factors == (None, None, (0, 1), None, None)
-    assert form.tensors[0].shape == (Size(0), Size(1), HIDDEN)
+    assert numbers == (4, 3, 6, 5, 24, 16, 15)
+    assert form.terms == (
+        *(None, Term((0,), offset=-1), None, Term((2,), offset=-1)),
+        *(Term((0, 2)), None, Term((5,), offset=-1)),
+    )
+    assert form.tensors[0].shape == (Size(0), Size(2), HIDDEN)
     assert form.tensors[1].shape == (VOCABULARY, HIDDEN)
-    assert form.tensors[2].shape == (Size(4),)
+    assert form.tensors[2].shape == (Size(5),)
 
 
 def test_versions():

@@ -106,12 +106,13 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 # Plain PyTorch
 
 
+class WithLoss(Model):
+    def forward(self, ids: Tensor, target: Tensor) -> Tensor:
+        return loss_of(super().forward(ids), target)
+
+
 @setup("PyTorch, loss in the model")
 def loss_inside(on_step: OnStep) -> None:
-    class WithLoss(Model):
-        def forward(self, ids: Tensor, target: Tensor) -> Tensor:
-            return loss_of(super().forward(ids), target)
-
     model = torch.compile(WithLoss())
     optimizer = optimizer_of(model)
     for ids, target in batches():
@@ -713,10 +714,14 @@ def distributed(train: Callable[[OnStep], None]) -> Callable[[OnStep], None]:
 
 
 def train_outside(model: nn.Module, parameters: Any, on_step: OnStep) -> None:
+    train(lambda ids, target: loss_of(model(ids), target), parameters, on_step)
+
+
+def train(step: Callable[..., Tensor], parameters: Any, on_step: OnStep) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     rank = int(os.environ["RANK"])
     for ids, target in batches():
-        loss = loss_of(model(ids.roll(rank, 1)), target.roll(rank, 1))
+        loss = step(ids.roll(rank, 1), target.roll(rank, 1))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -730,6 +735,15 @@ def ddp(on_step: OnStep) -> None:
 
     model = DistributedDataParallel(Model())
     train_outside(torch.compile(model), model.parameters(), on_step)
+
+
+@setup("FSDP2, the model is one unit with the loss in it", processes=2)
+@distributed
+def fsdp2_with_loss(on_step: OnStep) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(WithLoss())
+    train(torch.compile(model), model.parameters(), on_step)
 
 
 @setup("FSDP2, the model is one unit", processes=2)

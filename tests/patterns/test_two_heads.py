@@ -403,7 +403,7 @@ def test_statistic_that_can_only_be_computed_in_no_grad():
             shift = (probabilities * scale).log_softmax(-1).amax(-1, keepdim=True)
         return (probabilities.log_softmax(-1) * 3 - shift).exp().sum()
 
-    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, slack=3.0)
+    assert_as_accurate_as_eager(fn, INPUT, WEIGHT, slack=4.0)
 
 
 def test_row_mask_of_the_second_head():
