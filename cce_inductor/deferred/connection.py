@@ -322,7 +322,8 @@ class _Call:
             raise NotByRowsError
         trained = len(self.operations)
         operations = [*self.operations, *(each._operation for each in others)]
-        likes = [*(each.requires_grad_() for each in logits.likes), *map(on_meta, others)]
+        likes = [each.detach().requires_grad_() for each in logits.likes]
+        likes += map(on_meta, others)
         rows = [
             rows_of_logits(operation, like.shape, vocabulary_dim(operation, like.shape))
             for operation, like in zip(operations, likes, strict=True)

@@ -17,50 +17,15 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cce_inductor.deferred.tape import Call, Number, Size, Tape, add_calls
+from cce_inductor.deferred.tape import Call, Number, Tape, add_calls
 from cce_inductor.options import Options, options_in_force
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.recipe.operation import project, strided
 from cce_inductor.torch_internals.capture import ThreadFakeTensorMode
-from cce_inductor.torch_internals.symbols import Term
-
-Sizes = tuple[int | Size, ...]
+from cce_inductor.torch_internals.symbols import Description, Size, Term
 
 PYTORCH_ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
 """Raised by functions of PyTorch for wrong arguments, and for results that depend on values."""
-
-
-class Description(NamedTuple):
-    """A tensor without its values.
-
-    Attributes:
-        strides: None if the tensor is contiguous.
-    """
-
-    shape: Sizes
-    strides: Sizes | None
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-    def example(self, numbers: Sequence[Any]) -> Tensor:
-        """Return a tensor with these properties, given what each `Size` stands for."""
-        kind: Any = {
-            "dtype": self.dtype,
-            "device": self.device,
-            "requires_grad": self.requires_grad,
-        }
-        shape, strides = (
-            None if sizes is None else [_value(size, numbers) for size in sizes]
-            for sizes in (self.shape, self.strides)
-        )
-        if strides is None:
-            return torch.empty(shape, **kind)
-        return torch.empty_strided(shape, strides, **kind)
-
-
-def _value(size: int | Size, numbers: Sequence[Any]) -> Any:
-    return numbers[size.number] if isinstance(size, Size) else size
 
 
 class Form(NamedTuple):
@@ -201,14 +166,7 @@ class _SizesOfTape:
         return self._known[number]
 
     def of_tensor(self, tensor: Tensor) -> Description:
-        contiguous = tensor.is_contiguous()
-        return Description(
-            shape=tuple(map(self._size, tensor.shape)),
-            strides=None if contiguous else tuple(map(self._size, tensor.stride())),
-            dtype=tensor.dtype,
-            device=tensor.device,
-            requires_grad=tensor.requires_grad,
-        )
+        return Description.of(tensor, self._size)
 
     def in_call(self, call: Call) -> Call:
         at = _arguments_that_are_sizes(call.function)

@@ -11,7 +11,7 @@ function of the user's has done something else to it, or reads it, its values ar
 Glossary:
 
 - *Term*: the chain of operators from the gradient that one loss sent out. A gradient is the sum of
-  its terms, one for each loss.
+  its terms, one for each loss. What a hook makes of a gradient, like its magnitude, is one term.
 - *Path*: a term without its tensors, as the calls of a tape. Two terms with the same path and the
   same tensors have the same values.
 """

@@ -1,8 +1,9 @@
 """Deferred gradients below autograd: ATen operators, as they reach ``__torch_dispatch__``.
 
 The result of an operator that is linear in a deferred gradient is a deferred gradient, too. These
-are the operators of which autograd's nodes for views, casts and pointwise functions consist. For
-any other operator the values are computed.
+are the operators of which autograd's nodes for views, casts and pointwise functions consist. In a
+hook, any pointwise function of a large gradient is deferred as well, and `gradient_reductions` has
+the reductions that are computed by blocks. For any other operator the values are computed.
 """
 
 from __future__ import annotations

@@ -270,10 +270,14 @@ def _sum(function: Any, terms: Sequence[Operation], shape: Any, dtype: Any, devi
     if len(dims) != 1:
         raise NotByRowsError
     (dim,) = dims
-    every = [found.get(id(each)) or _rows_of_argument(each, shape, dim) for each in terms]
+    every: list[Rows] = []
+    for each in terms:
+        rows_of_term = found.get(id(each)) or _rows_of_argument(each, shape, dim)
+        assert rows_of_term is not None, "a term has the shape of the sum"
+        every.append(rows_of_term)
 
     def compute(rows: Tensor) -> Tensor:
-        values = [each.compute(rows) for each in every if each is not None]
+        values = [each.compute(rows) for each in every]
         made: Tensor = function(values, values[0].shape, dtype, device)
         return made
 

@@ -17,6 +17,7 @@ from cce_inductor.recipe.operation import Operation, project
 from cce_inductor.recipe.stale import Guarded
 from cce_inductor.rewriting.build import computing_examples
 from cce_inductor.rewriting.returned import ARRIVED
+from cce_inductor.torch_internals.symbols import Size
 
 aten = torch.ops.aten
 
@@ -36,20 +37,10 @@ class Number:
     text: str
 
 
-class Size(NamedTuple):
-    """A number that depends on the number of rows, in the calls of a `form.Form`.
-
-    Attributes:
-        number: its position among those of the form.
-    """
-
-    number: int
-
-
 class Call(NamedTuple):
     """A call on a tape, with `Ref` in the place of tensors and `Number` in that of numbers.
 
-    Calls of a `form.Form` also contain `Size`.
+    Calls of a `form.Form` also have `Size`, for numbers that depend on the number of rows.
     """
 
     function: Callable[..., Any] | str

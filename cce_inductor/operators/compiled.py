@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from operator import getitem
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from cce_inductor.operators import inductor
 from cce_inductor.operators.fingerprint import tagged
 from cce_inductor.options import Options
 from cce_inductor.surprise import surprised
-from cce_inductor.torch_internals.symbols import Versions
+from cce_inductor.torch_internals.symbols import Description, Size, Versions
 
 
 def run_compiled(
@@ -48,9 +48,12 @@ def run_compiled(
     numbers = (rows,) if rows > 1 and rows not in head.linear_weight.shape else ()
     tensors: list[Tensor] = []
 
-    def described(tensor: Tensor) -> _Description:
+    def size(number: int) -> int | Size:
+        return Size(0) if (number,) == numbers else number
+
+    def described(tensor: Tensor) -> Description:
         tensors.append(tensor)
-        return _Description.of(tensor, numbers)
+        return Description.of(tensor, size)._replace(requires_grad=False)
 
     properties = _mapped(Tensor, described, arguments)
     run = _versions(operator, properties, len(numbers)).get(numbers)
@@ -75,39 +78,6 @@ class _State(threading.local):
 
 
 _state = _State()
-
-
-class _Description(NamedTuple):
-    """The properties of a tensor.
-
-    Attributes:
-        has_rows: whether its first size is the number of rows, which may be symbolic.
-        shape: without that size.
-        strides: None if it is contiguous. A stride that is the number of rows, as in a tensor that
-            is stored by columns, is None.
-    """
-
-    has_rows: bool
-    shape: tuple[int, ...]
-    strides: tuple[int | None, ...] | None
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor, numbers: tuple[int, ...]) -> _Description:
-        has_rows = numbers != () and tensor.shape[:1] == numbers
-        shape = tuple(tensor.shape[has_rows:])
-        strides = None
-        if not tensor.is_contiguous():
-            strides = tuple(None if (each,) == numbers else each for each in tensor.stride())
-        return cls(has_rows, shape, strides, tensor.dtype, tensor.device)
-
-    def example(self, numbers: Sequence[Any]) -> Tensor:
-        shape = (*numbers, *self.shape) if self.has_rows else self.shape
-        if self.strides is None:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        strides = [numbers[0] if each is None else each for each in self.strides]
-        return torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
 
 
 def _mapped(kind: type[Any], function: Callable[[Any], Any], argument: Any) -> Any:
@@ -153,16 +123,16 @@ def _compiled(
     graph = Graph()
     inputs: list[Tensor] = []
 
-    def example(description: _Description) -> Tensor:
+    def example(description: Description) -> Tensor:
         inputs.append(description.example(numbers))
         return inputs[-1]
 
-    def placeholder(description: _Description) -> torch.fx.Node:
+    def placeholder(description: Description) -> torch.fx.Node:
         return graph.placeholder(f"tensor_{len(graph.nodes)}")
 
     with FakeTensorMode(shape_env=environment):
-        results = function(*_mapped(_Description, example, arguments))
-    node = graph.call_function(function, _mapped(_Description, placeholder, arguments))
+        results = function(*_mapped(Description, example, arguments))
+    node = graph.call_function(function, _mapped(Description, placeholder, arguments))
     graph.output(tuple(graph.call_function(getitem, (node, at)) for at in range(len(results))))
     inductor.register()
     tag = tagged(torch.compiler.config.cache_key_tag, Options())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -17,6 +18,60 @@ def size_hint(size: int | torch.SymInt) -> int | None:
         return size
     hint = size.node.hint
     return int(hint) if isinstance(hint, int) else None
+
+
+class Size(NamedTuple):
+    """Stands for a number that may be symbolic.
+
+    Attributes:
+        number: its position among several.
+    """
+
+    number: int
+
+
+class Description(NamedTuple):
+    """A tensor without its values.
+
+    Attributes:
+        strides: None if the tensor is contiguous.
+    """
+
+    shape: tuple[int | Size, ...]
+    strides: tuple[int | Size, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor, size: Callable[[int], int | Size]) -> Description:
+        """Return the description of a tensor, with `size` of its sizes and strides."""
+        return cls(
+            shape=tuple(map(size, tensor.shape)),
+            strides=None if tensor.is_contiguous() else tuple(map(size, tensor.stride())),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            requires_grad=tensor.requires_grad,
+        )
+
+    def example(self, numbers: Sequence[Any]) -> Tensor:
+        """Return a tensor with these properties, given what each `Size` stands for."""
+        kind: Any = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "requires_grad": self.requires_grad,
+        }
+        shape, strides = (
+            None if sizes is None else [_value(size, numbers) for size in sizes]
+            for sizes in (self.shape, self.strides)
+        )
+        if strides is None:
+            return torch.empty(shape, **kind)
+        return torch.empty_strided(shape, strides, **kind)
+
+
+def _value(size: int | Size, numbers: Sequence[Any]) -> Any:
+    return numbers[size.number] if isinstance(size, Size) else size
 
 
 class Term(NamedTuple):
@@ -60,10 +115,11 @@ class _Symbols:
     def guard(self) -> Callable[[tuple[int, ...]], bool]:
         """Return whether all that has been concluded until now is true of other values."""
         environment = self.environment
-        code = environment.produce_guards_expression(self.numbers, ignore_static=False)
+        text = environment.produce_guards_expression(self.numbers, ignore_static=False)
+        code = compile(text or "True", "<guard>", "eval")  # it is evaluated in every call
 
         def holds(values: tuple[int, ...]) -> bool:
-            return code is None or bool(environment.evaluate_guards_expression(code, values))
+            return bool(environment.evaluate_guards_expression(code, values))
 
         return holds
 

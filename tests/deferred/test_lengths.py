@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from cce_inductor.deferred import eager
 from cce_inductor.deferred.form import Form
-from cce_inductor.deferred.tape import Size, Tape
+from cce_inductor.deferred.tape import Tape
 from cce_inductor.deferred.tensor import defer
-from cce_inductor.torch_internals.symbols import Term, Versions
+from cce_inductor.torch_internals.symbols import Size, Term, Versions
 
 VOCABULARY, HIDDEN = 37, 13
 WEIGHT = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
