@@ -16,6 +16,7 @@ from cce_inductor.reporting import notice, reasons
 from cce_inductor.reporting.log import MOST_REPORTS, ReportLog
 from cce_inductor.reporting.notice import compiled_in_place, exit_warning, is_large
 from cce_inductor.reporting.report import LossReport
+from cce_inductor.torch_internals.capture import compile_did_nothing
 
 INPUT = torch.randn(1024, 8)
 WEIGHT = torch.randn(4096, 8)
@@ -147,13 +148,23 @@ for act in sys.argv[1:]:
 """
 
 
+def is_captured_in_place(module):
+    graphs = []
+    module.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    module(torch.randn(4, module.in_features))
+    return bool(graphs)
+
+
 @pytest.mark.parametrize(
     ("acts", "expected"),
     [
         ([], exit_warning(0, 0, 0)),
         (["explain"], exit_warning(0, 0, 0)),
         (["other"], exit_warning(1, 0, 0)),
-        (["in place"], exit_warning(0, 0, 1)),
+        (
+            ["in place"],
+            None if is_captured_in_place(torch.nn.Linear(8, 50)) else exit_warning(0, 0, 1),
+        ),
         (["in place", "step"], None),
         (["step"], None),
         (["other", "step"], None),
@@ -174,16 +185,22 @@ def test_at_exit(acts, expected):
     assert lines == ([] if expected is None else [f"cce_inductor: {expected}"])
 
 
-def test_linear_modules_that_were_compiled_in_place():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_linear_modules_that_were_compiled_in_place(wrapped):
+    """Code of one's own is captured, and also PyTorch's if it is wrapped."""
+
     class Own(torch.nn.Linear):
         def forward(self, input):
             return super().forward(input)
 
     before = compiled_in_place()
-    modules = [torch.nn.Linear(2, 3), Own(2, 3), torch.nn.Linear(2, 3)]
-    for module in modules[:2]:  # code of one's own is captured
-        module.compile()
-    assert compiled_in_place() == before + 1
+    modules = [torch.nn.Linear(2, 3), Own(2, 3)]
+    with torch._dynamo.config.patch(wrap_top_frame=wrapped):
+        captured = [is_captured_in_place(module) for module in modules]
+    assert captured[0] or not wrapped
+    assert captured[1]
+    assert compiled_in_place() == before + captured.count(False)
+    assert not compile_did_nothing(torch.nn.Linear(2, 3))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 
 from cce_inductor.options import DEFAULT_MIN_LOGITS_BYTES, Options, is_in_force
 from cce_inductor.reporting.report import LossReport
+from cce_inductor.torch_internals.capture import compile_did_nothing
 
 _log = logging.getLogger(__name__)
 
@@ -100,18 +101,9 @@ def _at_exit() -> None:
 
 
 def compiled_in_place() -> int:
-    """Return how many linear modules were compiled by their method ``compile``.
-
-    Dynamo compiles nothing for them: it skips the code of `torch.nn`, and their ``forward`` is
-    there.
-    """
-    linear = torch.nn.Linear
-    return sum(
-        issubclass(type(each), linear)
-        and type(each).forward is linear.forward
-        and each._compiled_call_impl is not None
-        for each in gc.get_objects()
-    )
+    """Return how many linear modules their method ``compile`` did not compile."""
+    every = gc.get_objects()
+    return sum(issubclass(type(m), torch.nn.Linear) and compile_did_nothing(m) for m in every)
 
 
 def exit_warning(graphs: int, losses: int, in_place: int) -> str:
@@ -125,7 +117,8 @@ def exit_warning(graphs: int, losses: int, in_place: int) -> str:
     if in_place:
         return (
             f"it was installed, and nothing was rewritten: {in_place} torch.nn.Linear module(s) "
-            "were compiled by module.compile(), which compiles nothing for PyTorch's own modules. "
+            "were compiled by module.compile(), which compiles nothing for PyTorch's own modules "
+            "in this version. "
             "Compile the function that calls them, or use cce_inductor.defer(module)."
         )
     if not graphs:

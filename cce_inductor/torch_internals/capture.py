@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +39,19 @@ def forget_compiled(backend: Callable[..., Any]) -> None:
 
 get_data = getattr(torch._C._autograd, "_get_data_attr", None)
 """The function that stands for ``tensor.data`` in a captured graph."""
+
+
+def compile_did_nothing(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, but Dynamo does not capture the module.
+
+    Dynamo skips the code of `torch.nn`: that of the method that it is given to compile, and then
+    that of ``forward`` in PyTorch's own modules. From 2.14, for such modules, it wraps the method
+    in a function that it captures, as it always does with ``wrap_top_frame``.
+    """
+    compiled = module._compiled_call_impl
+    if compiled is None or type(module).forward.__module__.split(".")[0] != "torch":
+        return False
+    return inspect.ismethod(getattr(compiled, "__wrapped__", compiled))
 
 
 @contextlib.contextmanager

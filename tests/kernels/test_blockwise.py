@@ -718,7 +718,7 @@ def test_the_measure_of_memory():
 def test_memory_stays_within_the_workspace(name, dtype, backward):
     """Beside the workspace: what is as long as the rows or as the vocabulary, and one tile's
     weight gradient."""
-    rows, workspace_bytes = 1024, MIB // 2
+    rows, workspace_bytes = 256, MIB // 2
     input, head = case(
         PROGRAMS[name], 2 * TILE, rows=8, dtype=dtype, workspace_bytes=workspace_bytes
     )
