@@ -16,7 +16,7 @@ from cce_inductor.reporting import notice, reasons
 from cce_inductor.reporting.log import MOST_REPORTS, ReportLog
 from cce_inductor.reporting.notice import compiled_in_place, exit_warning, is_large
 from cce_inductor.reporting.report import LossReport
-from cce_inductor.torch_internals.capture import compile_did_nothing
+from cce_inductor.torch_internals.capture import is_compiled_in_vain
 
 INPUT = torch.randn(1024, 8)
 WEIGHT = torch.randn(4096, 8)
@@ -200,7 +200,7 @@ def test_linear_modules_that_were_compiled_in_place(wrapped):
     assert captured[0] or not wrapped
     assert captured[1]
     assert compiled_in_place() == before + captured.count(False)
-    assert not compile_did_nothing(torch.nn.Linear(2, 3))
+    assert not is_compiled_in_vain(torch.nn.Linear(2, 3))
 
 
 @pytest.mark.parametrize(

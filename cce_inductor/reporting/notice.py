@@ -13,7 +13,7 @@ import torch
 
 from cce_inductor.options import DEFAULT_MIN_LOGITS_BYTES, Options, is_in_force
 from cce_inductor.reporting.report import LossReport
-from cce_inductor.torch_internals.capture import compile_did_nothing
+from cce_inductor.torch_internals.capture import is_compiled_in_vain
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +101,14 @@ def _at_exit() -> None:
 
 
 def compiled_in_place() -> int:
-    """Return how many linear modules their method ``compile`` did not compile."""
-    every = gc.get_objects()
-    return sum(issubclass(type(m), torch.nn.Linear) and compile_did_nothing(m) for m in every)
+    """Return for how many of PyTorch's linear modules ``module.compile()`` compiled nothing."""
+    linear = torch.nn.Linear
+    return sum(
+        issubclass(type(each), linear)
+        and type(each).forward is linear.forward
+        and is_compiled_in_vain(each)
+        for each in gc.get_objects()
+    )
 
 
 def exit_warning(graphs: int, losses: int, in_place: int) -> str:
@@ -118,7 +123,7 @@ def exit_warning(graphs: int, losses: int, in_place: int) -> str:
         return (
             f"it was installed, and nothing was rewritten: {in_place} torch.nn.Linear module(s) "
             "were compiled by module.compile(), which compiles nothing for PyTorch's own modules "
-            "in this version. "
+            "before torch 2.14. "
             "Compile the function that calls them, or use cce_inductor.defer(module)."
         )
     if not graphs:

@@ -41,17 +41,15 @@ get_data = getattr(torch._C._autograd, "_get_data_attr", None)
 """The function that stands for ``tensor.data`` in a captured graph."""
 
 
-def compile_did_nothing(module: torch.nn.Module) -> bool:
-    """Whether ``module.compile()`` was called, but Dynamo does not capture the module.
+def is_compiled_in_vain(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called for a module of `torch.nn`, and compiles nothing.
 
-    Dynamo skips the code of `torch.nn`: that of the method that it is given to compile, and then
-    that of ``forward`` in PyTorch's own modules. From 2.14, for such modules, it wraps the method
-    in a function that it captures, as it always does with ``wrap_top_frame``.
+    Dynamo skips the code of `torch.nn`: the method that it is given to compile, and what that calls
+    there. From 2.14, it gets the method in a function that it captures. Before, that happens only
+    with ``wrap_top_frame``.
     """
     compiled = module._compiled_call_impl
-    if compiled is None or type(module).forward.__module__.split(".")[0] != "torch":
-        return False
-    return inspect.ismethod(getattr(compiled, "__wrapped__", compiled))
+    return compiled is not None and inspect.ismethod(getattr(compiled, "__wrapped__", compiled))
 
 
 @contextlib.contextmanager
