@@ -123,8 +123,8 @@ def exit_warning(graphs: int, losses: int, in_place: int) -> str:
         return (
             f"it was installed, and nothing was rewritten: {in_place} torch.nn.Linear module(s) "
             "were compiled by module.compile(), which compiles nothing for PyTorch's own modules "
-            "before torch 2.14. "
-            "Compile the function that calls them, or use cce_inductor.defer(module)."
+            "before torch 2.14. Compile the function that calls them, or use "
+            "cce_inductor.defer(module)."
         )
     if not graphs:
         return (

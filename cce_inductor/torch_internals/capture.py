@@ -48,8 +48,7 @@ def is_compiled_in_vain(module: torch.nn.Module) -> bool:
     there. From 2.14, it gets the method in a function that it captures. Before, that happens only
     with ``wrap_top_frame``.
     """
-    compiled = module._compiled_call_impl
-    return compiled is not None and inspect.ismethod(getattr(compiled, "__wrapped__", compiled))
+    return inspect.ismethod(getattr(module._compiled_call_impl, "__wrapped__", None))
 
 
 @contextlib.contextmanager
