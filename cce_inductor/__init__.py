@@ -3,7 +3,7 @@
     import cce_inductor
     cce_inductor.install()      # before torch.compile; the model stays as it is
 
-See `install`, `explain`, `reports` and `linear_cross_entropy`.
+See `install`, `explain`, `reports`, `linear_cross_entropy` and `share_visited`.
 """
 
 import importlib
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cce_inductor.functional import linear_cross_entropy
     from cce_inductor.heads import defer, undefer
     from cce_inductor.installation import install, installed, is_installed, uninstall
+    from cce_inductor.kernels.visited import share_visited
     from cce_inductor.options import Options
     from cce_inductor.recipe.stale import StaleLogitsError
     from cce_inductor.reporting.log import clear_reports, reports
@@ -38,6 +39,7 @@ _HOME = {
     "is_installed": "installation",
     "linear_cross_entropy": "functional",
     "reports": "reporting.log",
+    "share_visited": "kernels.visited",
     "undefer": "heads",
     "uninstall": "installation",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "is_installed",
     "linear_cross_entropy",
     "reports",
+    "share_visited",
     "undefer",
     "uninstall",
 ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cce_inductor.operators import ops as _ops  # noqa: F401  (registers torch.ops.cce_inductor)
+from cce_inductor.options import check_sample_below
 
 
 def linear_cross_entropy(
@@ -23,6 +24,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
+    sample_below: float = 0.0,
 ) -> Tensor:
     """Return ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without logits.
 
@@ -40,6 +42,7 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         softcap: if given, logits become ``softcap * tanh(logits / softcap)`` (Gemma 2,
             arXiv 2408.00118); greater than 0.
+        sample_below: 0 for exact gradients; otherwise they are unbiased and cheaper, see `Options`.
 
     Returns:
         The loss in the dtype of `input`: a scalar, or [tokens] for ``reduction="none"``.
@@ -47,7 +50,7 @@ def linear_cross_entropy(
     Raises:
         RuntimeError, ValueError, TypeError: what `linear` and `cross_entropy` raise for the same
             arguments. A second derivative raises RuntimeError; a `softcap` that is not finite or
-            not greater than 0 raises ValueError.
+            not greater than 0 raises ValueError, and so does a `sample_below` outside of [0, 1].
         IndexError: a target out of bounds (CPU).
         NotImplementedError: targets that are class probabilities, or a `linear_weight` for a
             K-dimensional loss; `cross_entropy` takes both.
@@ -61,6 +64,7 @@ def linear_cross_entropy(
         )
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"expected a finite softcap greater than 0, got {softcap}")
+    check_sample_below(sample_below)
     if target.is_floating_point():
         raise NotImplementedError(
             "linear_cross_entropy takes class indices; for targets that are class probabilities "
@@ -105,6 +109,7 @@ def linear_cross_entropy(
         operands,
         "; ".join(statements),
         skip_ignored=True,
+        sample_below=float(sample_below),
     )
     return torch.ops.cce_inductor.cross_entropy(
         lse,

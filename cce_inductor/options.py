@@ -26,6 +26,11 @@ class Options:
             block of their gradients. A block has at least 1,024 columns on the CPU and 8,192 on
             CUDA (128 MiB for 8,192 tokens in bfloat16). Each block reads and writes the float32
             sum of the input's gradient, which would cost the most if blocks were narrow.
+        sample_below: 0 computes exact gradients. Otherwise the gradient of a pair of a row and a
+            block of 1,024 vocabulary entries that holds less of the row's softmax than this is
+            computed with a probability of mass / `sample_below`, and weighted by the inverse. The
+            loss is exact and the gradient unbiased; a larger number saves more time and adds more
+            noise (docs/sampling.md). At most 1.
         defer_logits: which logits that a compiled function returns are computed only when they are
             used (`DeferredLogits`). ``"with_loss"``: those with a loss that is rewritten.
             ``"auto"``: also those that a loss is expected to follow, because they require a
@@ -50,6 +55,7 @@ class Options:
 
     min_logits_bytes: int = DEFAULT_MIN_LOGITS_BYTES
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    sample_below: float = 0.0
     defer_logits: DeferLogits = "auto"
     stale_logits: StaleLogits = "raise"
     eager_heads: bool = False
@@ -58,6 +64,7 @@ class Options:
     def __post_init__(self) -> None:
         _check_bytes("min_logits_bytes", self.min_logits_bytes, at_least=0)
         _check_bytes("workspace_bytes", self.workspace_bytes, at_least=1)
+        check_sample_below(self.sample_below)
         _check_choice("defer_logits", self.defer_logits, get_args(DeferLogits))
         _check_choice("stale_logits", self.stale_logits, get_args(StaleLogits))
         if not isinstance(self.eager_heads, bool):
@@ -96,6 +103,19 @@ def put_in_force(options: Options | None) -> None:
 
 
 _in_force: Options | None = None
+
+
+def check_sample_below(value: object) -> None:
+    """Check `Options.sample_below`, which is also an argument of `linear_cross_entropy`.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not in [0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"sample_below must be a float, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"sample_below must be in [0, 1], got {value}")
 
 
 def _check_bytes(name: str, value: object, *, at_least: int) -> None:

@@ -6,6 +6,7 @@ These are the arguments that all kernels share.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,9 @@ from cce_inductor.kernels.program.text import Program
 
 TILE = 1024
 """Vocabulary entries of a tile: wide enough for products to run at full speed."""
+
+GROUP = 8
+"""Tiles of a group. Sums over the tiles of a group are added to the sums of other groups."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,6 +64,10 @@ class Head:
             read nor computed, and their results are 0.
         compute_dtype: the dtype of the operands of ``input @ linear_weight.T``.
         workspace_bytes: the most memory for a block of logits and the blocks computed from it.
+        sample_below: pairs of a row and a tile that hold less of the row's softmax than this are
+            sampled in the backward (see `kernels.sampling`); 0 computes everything.
+        order: [vocabulary] int64, the order in which the vocabulary is divided into tiles; None if
+            it is divided as it lies.
     """
 
     linear_weight: Tensor
@@ -69,10 +77,12 @@ class Head:
     skip_ignored: bool
     compute_dtype: torch.dtype
     workspace_bytes: int
+    sample_below: float = 0.0
+    order: Tensor | None = None
 
     SCHEMA: ClassVar[str] = (
         "Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, str program, "
-        "bool skip_ignored, ScalarType compute_dtype, SymInt workspace_bytes"
+        "bool skip_ignored, ScalarType compute_dtype, SymInt workspace_bytes, float sample_below"
     )
     """The attributes, as arguments in an operator's schema."""
 
@@ -111,6 +121,26 @@ class Head:
         """Yield each tile's number and its range of the vocabulary."""
         for number, start in enumerate(range(0, self.vocabulary, TILE)):
             yield number, slice(start, min(start + TILE, self.vocabulary))
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of tiles, each of which one thread computes."""
+        return -(-tile_count(self.vocabulary) // GROUP)
+
+    def neighbours(self, group: int) -> Iterator[tuple[int, slice]]:
+        """Yield the number and range of each tile of a group of adjacent tiles."""
+        return itertools.islice(self.tiles(), group * GROUP, (group + 1) * GROUP)
+
+    def strided(self, group: int) -> Iterator[tuple[int, slice]]:
+        """Yield the number and range of each tile of a group of distant tiles.
+
+        So each group has its share of the likely entries if the vocabulary is in their order.
+        """
+        return itertools.islice(self.tiles(), group, None, self.groups)
+
+    def columns(self, tile: slice) -> slice | Tensor:
+        """Return the vocabulary entries of a range of the order."""
+        return tile if self.order is None else self.order[tile]
 
 
 @dataclasses.dataclass(frozen=True)

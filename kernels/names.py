@@ -56,7 +56,7 @@ class OperandKind(enum.StrEnum):
         """The dimensions of a block that the gradient of an operand is summed over."""
         return [0] * (not self.varies_over_rows) + [1] * (not self.varies_over_columns)
 
-    def of_block(self, operand: Any, rows: Any, columns: slice) -> Any:
+    def of_block(self, operand: Any, rows: Any, columns: Any) -> Any:
         """Return what of an operand broadcasts against a block [rows, columns] of logits.
 
         Not for products, which have no tensor of their own.
@@ -64,7 +64,7 @@ class OperandKind(enum.StrEnum):
         Args:
             operand: the whole tensor, with `rank` dimensions.
             rows: a slice of the rows, or their indices.
-            columns: the block's range of the vocabulary.
+            columns: a slice of the vocabulary, or indices.
         """
         if self.varies_over_rows:
             operand = operand[rows]

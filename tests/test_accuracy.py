@@ -229,6 +229,9 @@ class Distillation(Spelling):
 class TwoHeads(Spelling):
     """From a model much like the student, whose head is in the graph, too."""
 
+    # The gradient of the bias is a small difference of sums, whose error differs most by chance.
+    seeds: int = 24
+
     def unfused(self, input, weight, bias, target, reduction):
         with torch.no_grad():
             teacher = self.logits(F.linear(1.5 * input, weight, bias))

@@ -57,6 +57,7 @@ def arguments_of(program, dtype=torch.float32, bias=True, vocabulary=VOCABULARY,
         kwargs.get("skip_ignored", False),
         kwargs.get("compute_dtype", dtype),
         kwargs.get("workspace_bytes", 2**20),
+        0.0,
     )
 
 
@@ -181,7 +182,7 @@ def test_symbolic_sizes():
     program = "logsumexp(z); target(z, r0, -100); gather(z, r1); topk(z, 2)"
     with mode:
         results = OPS.reduce_rows(
-            input, weight, None, [target, index], program, False, torch.float32, 2**20
+            input, weight, None, [target, index], program, False, torch.float32, 2**20, 0.0
         )
     lse, _, gathered, top, where, tiles = results
     assert str(lse.shape[0]) == str(input.shape[0])

@@ -74,6 +74,7 @@ def gradient(problem: Problem, block_width: int) -> Kernel:
             True,
             input.dtype,
             workspace_bytes,
+            0.0,
             [True, False, False, False],
         )
 

@@ -45,6 +45,7 @@ class Form(NamedTuple):
     autocast_device: str
     autocast_dtype: torch.dtype | None
     workspace_bytes: int
+    sample_below: float
 
     @classmethod
     def of(cls, tape: Tape) -> tuple[Form, tuple[int, ...]]:
@@ -62,13 +63,19 @@ class Form(NamedTuple):
                 torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             ),
             workspace_bytes=options_in_force().workspace_bytes,
+            sample_below=options_in_force().sample_below,
         )
         return form, tuple(sizes.numbers)
 
     @property
     def options(self) -> Options:
         """The options that the pass runs with."""
-        return Options(min_logits_bytes=0, workspace_bytes=self.workspace_bytes, on_error="raise")
+        return Options(
+            min_logits_bytes=0,
+            workspace_bytes=self.workspace_bytes,
+            sample_below=self.sample_below,
+            on_error="raise",
+        )
 
     def graph(
         self, numbers: Sequence[Any], environment: ShapeEnv | None

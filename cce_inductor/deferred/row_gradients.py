@@ -23,8 +23,9 @@ from cce_inductor.deferred.base import DeferredTensor
 from cce_inductor.deferred.gradient import NotByRowsError
 from cce_inductor.deferred.rows import Rows, blocks_of_rows
 from cce_inductor.kernels import all_statistics, reference
-from cce_inductor.kernels.head import Factors, Head, tile_count
+from cce_inductor.kernels.head import Factors, Head
 from cce_inductor.kernels.names import LOGIT, Name
+from cce_inductor.kernels.saved import saved_tensors
 from cce_inductor.recipe.stale import is_plain
 from cce_inductor.torch_internals.capture import in_this_thread
 
@@ -192,10 +193,8 @@ class _Read:
         dtypes = [dtype for each in program.statistics for dtype in each.result_dtypes]
         pairs = zip(zip(*parts, strict=True), dtypes, strict=True)
         results = [torch.cat(blocks).to(dtype) for blocks, dtype in pairs]
-        if program.normalizer is not None:  # what the operator keeps for its backward
-            shape = len(every.rows), tile_count(len(every.columns))
-            results.append(every.rows.new_empty(shape, dtype=self.head.logit_dtype))
-        return results
+        saved = saved_tensors(self.head, len(every.rows))
+        return [*results, *(every.rows.new_empty(shape, dtype=dtype) for shape, dtype in saved)]
 
     def add_gradient(self, total: Tensor, head: int, rows: Tensor) -> None:
         """Add the gradient of some rows of logits.

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.blockwise import engine
-from cce_inductor.kernels.head import Head, Wanted, tile_count
+from cce_inductor.kernels.head import Head, Wanted
 from cce_inductor.kernels.names import LOGIT, NAMESPACE, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.saved import saved_tensors
 from cce_inductor.operators import inductor
 from cce_inductor.operators.compiled import run_compiled
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
@@ -58,9 +59,8 @@ def _(input: Tensor, *arguments: Any) -> list[Tensor]:
             statistic.result_shapes(rows, head.operands), statistic.result_dtypes, strict=True
         )
     ]
-    if head.program.normalizer is not None:
-        results.append(input.new_empty(rows, tile_count(head.vocabulary), dtype=head.logit_dtype))
-    return results
+    saved = saved_tensors(head, rows)
+    return [*results, *(input.new_empty(shape, dtype=dtype) for shape, dtype in saved)]
 
 
 @torch.library.custom_op(
@@ -161,6 +161,7 @@ def _reduce(
     skip_ignored: bool = False,
     compute_dtype: torch.dtype | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    sample_below: float = 0.0,
 ) -> list[Tensor]:
     inductor.prepare(input)
     parsed = Program.parse(program)
@@ -182,6 +183,7 @@ def _reduce(
         skip_ignored,
         compute_dtype or input.dtype,
         workspace_bytes,
+        sample_below if isinstance(vocabulary, int) else 0.0,
     )
     results = results[: sum(len(each.result_dtypes) for each in parsed.statistics)]
     return [r.reshape(*rows, r.shape[1] if r.dim() == 2 else 1) for r in results]
@@ -249,7 +251,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _schema, _implementation in {
     "reduce(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, "
     "str program, bool skip_ignored=False, ScalarType? compute_dtype=None, "
-    f"int workspace_bytes={DEFAULT_WORKSPACE_BYTES}) -> Tensor[]": _reduce,
+    f"int workspace_bytes={DEFAULT_WORKSPACE_BYTES}, float sample_below=0.0) -> Tensor[]": _reduce,
     "cross_entropy(Tensor? lse, Tensor target_logit, Tensor? logit_sum, Tensor target, "
     "Tensor? weight, SymInt vocabulary, str reduction, int ignore_index, float label_smoothing, "
     "ScalarType result_dtype) -> Tensor": _cross_entropy,

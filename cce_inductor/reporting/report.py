@@ -34,6 +34,8 @@ class LossReport:
             found. None if they are known only at run time.
         failed: whether the reason is an unexpected exception in the pass.
         advice: what can be changed so that the loss is rewritten, None if nothing is known.
+        sampled: whether its gradient is sampled (`Options.sample_below`), if it has one.
+        exact_because: why it is not although `sample_below` is greater than 0, else None.
     """
 
     rewritten: bool
@@ -47,6 +49,8 @@ class LossReport:
     logits_bytes: int | None = 0
     failed: bool = False
     advice: str | None = None
+    sampled: bool = False
+    exact_because: str | None = None
 
     @classmethod
     def of_failure(cls, node: Node, reason: Reason) -> LossReport:
@@ -74,6 +78,10 @@ class LossReport:
             if self.logits_bytes is not None:
                 saved = format_bytes(self.bytes_saved)
             lines.append(f"  not stored any more: {saved}")
+            if self.sampled:
+                lines.append("  its gradient is sampled")
+            elif self.exact_because is not None:
+                lines.append(f"  its gradient is exact, because {self.exact_because}")
             if self.deferred:
                 lines.append("  the returned logits are deferred: computed when first used")
         else:

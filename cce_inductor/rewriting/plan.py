@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from cce_inductor.kernels import sampling
 from cce_inductor.kernels.names import Name, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Program, Step
@@ -95,12 +96,31 @@ class Group:
         Raises:
             NotPointwiseError: it is not, although the derivative of each step is.
         """
-        dtypes = [
-            dtype
-            for operand in self.operands.values()
-            for dtype in [_dtype(operand)] * _tensors(operand)
+        derivative(self.program, self._dtype_examples)
+
+    def reason_against_sampling(self) -> str | None:
+        """Return why the gradient is exact although `sample_below` is greater than 0; None if it is
+        sampled."""
+        device = example(self.logits.projection.node).device.type
+        wanted = [
+            name
+            for name in self.program.operands
+            if isinstance(operand := self.operands.get(name.position), Operand)
+            and isinstance(operand.source, Node)
+            and example(operand.source).requires_grad
         ]
-        derivative(self.program, [torch.empty((), dtype=dtype) for dtype in dtypes])
+        return sampling.reason_against(
+            self.program, self.logits.vocabulary, self._dtype_examples, device, wanted
+        )
+
+    @property
+    def _dtype_examples(self) -> list[torch.Tensor]:
+        """Tensors with the dtypes of the operands."""
+        return [
+            torch.empty((), dtype=_dtype(operand))
+            for operand in self.operands.values()
+            for _ in range(_tensors(operand))
+        ]
 
     @property
     def origins(self) -> set[Node]:

@@ -16,7 +16,8 @@ from cce_inductor.reporting.reasons import Reason
 from cce_inductor.reporting.report import LossReport
 from cce_inductor.reporting.sizes import shape_hints, tensor_bytes
 from cce_inductor.rewriting.decide import Decision
-from cce_inductor.rewriting.findings import Findings, logits_bytes
+from cce_inductor.rewriting.findings import Consumer, Findings, logits_bytes
+from cce_inductor.rewriting.plan import Group
 
 
 def reports_of(findings: Findings, decision: Decision, options: Options) -> list[LossReport]:
@@ -40,6 +41,7 @@ def reports_of(findings: Findings, decision: Decision, options: Options) -> list
                 options,
                 deferred=is_deferred,
                 others=consumer.projections,
+                groups=_groups_of(consumer, decision),
             )
         )
         if is_rewritten:
@@ -68,6 +70,7 @@ def _report(
     *,
     deferred: bool = False,
     others: Sequence[Projection] = (),
+    groups: Sequence[Group] = (),
 ) -> LossReport:
     """Return the report of a loss, or of logits that the graph returns.
 
@@ -79,7 +82,10 @@ def _report(
         options: the options in force.
         deferred: whether the function returns the logits deferred.
         others: all projections whose logits the loss reads.
+        groups: the operators that compute its statistics.
     """
+    samples = reason is None and options.sample_below > 0 and bool(groups)
+    against = [group.reason_against_sampling() for group in groups] if samples else []
     path = logits.path if logits is not None else ()
     shape = dtype = None
     size: int | None = 0
@@ -100,7 +106,19 @@ def _report(
         deferred=deferred,
         logits_bytes=size,
         advice=None if reason is None else reason.advice_for(options, size),
+        sampled=samples and not any(against),
+        exact_because=next(filter(None, against), None),
     )
+
+
+def _groups_of(consumer: Consumer, decision: Decision) -> list[Group]:
+    """Return the operators that compute the statistics of a consumer."""
+    wanted = {id(statistic) for statistic in consumer.statistics}
+    return [
+        group
+        for group in decision.groups
+        if not wanted.isdisjoint(id(statistic) for statistic in group.statistics)
+    ]
 
 
 def _bytes_of(logits: Logits | None, others: Sequence[Projection]) -> int:

@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels import all_statistics
-from cce_inductor.kernels.all_statistics import ByStatistic, Indices
-from cce_inductor.kernels.blockwise import selected
-from cce_inductor.kernels.blockwise.gradients import OperandGradient
-from cce_inductor.kernels.blockwise.projection import Projection, ProjectionGradient
+from cce_inductor.kernels import all_statistics, sampling
+from cce_inductor.kernels.all_statistics import Indices
+from cce_inductor.kernels.blockwise import lanes, selected
+from cce_inductor.kernels.blockwise.backward import (
+    BackwardLane,
+    SharedGradients,
+    or_zeros,
+    wanted_of,
+)
+from cce_inductor.kernels.blockwise.control_variate import ControlVariate, StandIn
+from cce_inductor.kernels.blockwise.forward import ForwardLane, Statistics
+from cce_inductor.kernels.blockwise.mean_row import vocabulary_order
+from cce_inductor.kernels.blockwise.projection import Projection
+from cce_inductor.kernels.blockwise.pullback import Pullback
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.selected import Selected
-from cce_inductor.kernels.blockwise.workspace import row_blocks, rows_of_block
+from cce_inductor.kernels.blockwise.visits import EveryRow, Sample, Visits
+from cce_inductor.kernels.blockwise.workspace import rows_of_block
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted, tile_count
 from cce_inductor.kernels.names import LOGIT, Name
-from cce_inductor.kernels.program.derivative import Derivative, derivative
-from cce_inductor.kernels.program.schedule import schedule
 from cce_inductor.kernels.program.text import Program
-from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.cotangent import Cotangent
 from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
 
@@ -69,92 +76,37 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
         check_index(statistic, statistic.index_of(kept_operands).to(torch.int64), vocabulary)
     indices = all_statistics.prepared_indices(program, kept_operands, vocabulary)
 
-    factors = head.factors(input)
     if selected.applies(head, indices):
+        factors = head.factors(input)[LOGIT]
         by_statistic = {
-            each: (Selected(head, factors[LOGIT], kept, index).logits(),)
+            each: (Selected(head, factors, kept, index).logits(),)
             for each, index in indices.items()
         }
         by_statistic = all_statistics.results(by_statistic, indices)
         return [kept.restore(by_statistic[each][0]) for each in program.statistics]
-    rows = rows_of_block(head, list(factors.values()), kept.count, backward=False)
-    projections = {
-        name: Projection(head, each, kept, rows, backward=False) for name, each in factors.items()
-    }
-    accumulation = _Accumulation(head, indices, kept)
-    forward = schedule(program)
-    for number, tile in head.tiles():
-        for projection in projections.values():
-            projection.begin(tile)
-        for block in row_blocks(kept.count, rows):
-            values = kept.operands(head, block, tile)
-            for name, projection in projections.items():
-                values[name] = projection.logits(block)
-            forward.run(values)
-            accumulation.add(values, block, tile, number)
-    return [kept.restore(result) for result in accumulation.results()]
+    if not sampling.applies(head):
+        return [kept.restore(result) for result in _statistics(input, head, kept, indices)]
+    order = vocabulary_order(input, head, kept)
+    head = dataclasses.replace(head, order=order)
+    place = order.argsort()
+    indices = {each: _placed(index, place) for each, index in indices.items()}
+    results = _statistics(input, head, kept, indices)
+    return [*(kept.restore(result) for result in results), order]
 
 
-class _Accumulation:
-    """Combines the parts of all statistics over the tiles. It also keeps the part of each tile for
-    the first logsumexp."""
+def _statistics(input: Tensor, head: Head, kept: KeptRows, indices: Indices) -> list[Tensor]:
+    """Return the results for the kept rows. The indices are places in the head's order."""
+    every = head.factors(input)
+    projections = {name: Projection(head, each, kept) for name, each in every.items()}
+    shared = Statistics(head, indices, kept)
+    count = lanes.lane_count(kept.device, head.groups, 1, head.workspace_bytes)
+    rows = rows_of_block(head, list(every.values()), kept.count, count, backward=False)
+    lanes.run([ForwardLane(shared, projections, rows) for _ in range(count)], head.groups)
+    return shared.results()
 
-    def __init__(self, head: Head, indices: Indices, kept: KeptRows):
-        self.head, self.program, self.indices = head, head.program, indices
-        self._whole: ByStatistic = {
-            statistic: statistic.nothing(kept.count, kept.device, indices.get(statistic))
-            for statistic in self.program.statistics
-        }
-        self._has_aliases = schedule(self.program).has_aliases
-        # Each statistic once. Those that overwrite the values come last.
-        self._in_order = sorted(self._whole, key=lambda each: each.overwrites)
-        self._normalizer = self.program.normalizer
-        tiles = 0 if self._normalizer is None else tile_count(head.vocabulary)
-        self._of_tiles = torch.empty(kept.count, tiles, dtype=head.logit_dtype, device=kept.device)
 
-    def add(self, values: dict[Name, Tensor], block: slice, tile: slice, number: int) -> None:
-        """Add a block.
-
-        Args:
-            values: the program's values, which may be overwritten.
-            block, tile: the block's rows and columns.
-            number: the number of the tile.
-        """
-        numbers: ByStatistic = {}
-        for statistic in self._in_order:
-            index = self.indices.get(statistic)
-            numbers[statistic] = statistic.of_tile(
-                self._values_of(statistic, values), tile, None if index is None else index[block]
-            )
-        parts = all_statistics.parts(numbers)
-        if self._normalizer is not None:
-            self._of_tiles[block, number] = parts[self._normalizer][0].to(self._of_tiles.dtype)
-        stacked: ByStatistic = {
-            statistic: tuple(
-                torch.stack([whole[block], part])
-                for whole, part in zip(self._whole[statistic], each, strict=True)
-            )
-            for statistic, each in parts.items()
-        }
-        for statistic, combined in all_statistics.combined(stacked).items():
-            for whole, new in zip(self._whole[statistic], combined, strict=True):
-                whole[block] = new
-
-    def _values_of(self, statistic: Statistic, values: dict[Name, Tensor]) -> list[Tensor]:
-        read = []
-        for name in statistic.values:
-            value = values[name].expand(values[LOGIT].shape)
-            is_own = name.is_block and 0 not in value.stride()
-            if statistic.overwrites and (not is_own or self._has_aliases):
-                value = value.clone()
-            read.append(value.to(self.head.logit_dtype))
-        return read
-
-    def results(self) -> list[Tensor]:
-        """Return the results of `compute_statistics` for the kept rows."""
-        by_statistic = all_statistics.results(self._whole, self.indices)
-        results = [result for each in self.program.statistics for result in by_statistic[each]]
-        return results if self._normalizer is None else [*results, self._of_tiles]
+def _placed(index: Tensor, place: Tensor) -> Tensor:
+    return place[index].where(index != NOWHERE, NOWHERE)
 
 
 def _kept_indices(head: Head, kept: KeptRows) -> list[Tensor]:
@@ -180,128 +132,88 @@ def compute_gradients(
         input, head: as in the forward.
         wanted: which gradients are asked for.
     """
-    program = head.program
     kept = KeptRows(input.shape[0], head)
-    indices = all_statistics.prepared_indices(program, _kept_indices(head, kept), head.vocabulary)
+    order = None
+    if sampling.applies(head):
+        *results, order = results
     kept_results = [kept.select(result) for result in results]
     kept_grads = [None if grad is None else kept.select(grad) for grad in grads]
-    by_value = all_statistics.cotangents(
-        program, kept_grads, kept_results, indices, head.logit_dtype
+    indices = all_statistics.prepared_indices(
+        head.program, _kept_indices(head, kept), head.vocabulary
+    )
+    cotangents = all_statistics.cotangents(
+        head.program, kept_grads, kept_results, indices, head.logit_dtype
     )
     # Statistics without a gradient are dropped, with the heads that only they read.
-    program = program.with_gradient([grad is not None for grad in grads])
-    skipped = _massless_tiles(head, program, by_value, kept_results[-1], kept.count)
-    head = dataclasses.replace(head, program=program)
-    only = by_value.get(LOGIT) if program.is_plain else None
-    overwrite = only is not None and not only.reads_values
-    backward = None if program.is_plain else derivative(program, head.operands)
-
-    factors = head.factors(input)
-    if program.statistics and selected.applies(head, indices):
-        index, grad = by_value[LOGIT].at_indices()
-        gradients = Selected(head, factors[LOGIT], kept, index).gradients(
-            grad, **_wanted(LOGIT, wanted)
+    program = head.program.with_gradient([grad is not None for grad in grads])
+    pulled = dataclasses.replace(head, program=program)
+    if program.statistics and selected.applies(pulled, indices):
+        index, grad = cotangents[LOGIT].at_indices()
+        at_indices = Selected(pulled, head.factors(input)[LOGIT], kept, index).gradients(
+            grad, **wanted_of(LOGIT, wanted)
         )
-        return Gradients(*gradients, _or_zeros({}, head, wanted))
-    rows = rows_of_block(head, list(factors.values()), kept.count, backward=True)
-    projections = {
-        name: ProjectionGradient(head, each, kept, rows, **_wanted(name, wanted))
-        for name, each in factors.items()
-    }
-    d_operands = {
-        name: OperandGradient(name, head.operands[name.position], kept)
-        for name, kind in program.operands.items()
-        if wanted.operands[name.position] and not kind.is_product
-    }
-
-    for number, tile in head.tiles():
-        if skipped[number]:
-            for projection in projections.values():
-                projection.skip(tile)
-            continue
-        for projection in projections.values():
-            projection.begin(tile)
-        for block in row_blocks(kept.count, rows):
-            values = {} if backward is None else kept.operands(head, block, tile)
-            for name, projection in projections.items():
-                values[name] = projection.logits(block)
-            logits = values[LOGIT]
-            if backward is None:
-                dz = by_value[LOGIT].of_block(values, block, tile, overwrite=overwrite)
-                projections[LOGIT].add(dz, block)
-                continue
-            _run_derivative(values, program, backward, by_value, block, tile)
-            for name, gradient in d_operands.items():
-                if name in backward.gradients:
-                    gradient.add(values[backward.gradients[name]], logits, block, tile)
-            for name, projection in projections.items():
-                if projection.is_wanted:
-                    projection.add(_gradient(name, values, backward, logits), block)
-        for projection in projections.values():
-            projection.end()
-
-    by_position = {name.position: gradient.result() for name, gradient in d_operands.items()}
-    for name in program.products:
-        by_position |= zip(name.positions, projections[name].results(), strict=False)
-    return Gradients(*projections[LOGIT].results(), _or_zeros(by_position, head, wanted))
-
-
-def _or_zeros(
-    by_position: Mapping[int, Tensor | None], head: Head, wanted: Wanted
-) -> list[Tensor | None]:
-    """Return the gradient of each operand, zeros for one that is asked for and has none."""
-    return [
-        torch.zeros_like(operand) if is_wanted and at not in by_position else by_position.get(at)
-        for at, (operand, is_wanted) in enumerate(zip(head.operands, wanted.operands, strict=True))
-    ]
-
-
-def _wanted(name: Name, wanted: Wanted) -> dict[str, bool]:
-    """Return which gradients of a matrix product's factors are asked for."""
-    if name == LOGIT:
-        asked = [wanted.input, wanted.linear_weight, wanted.linear_bias]
+        return Gradients(*at_indices, or_zeros({}, head, wanted))
+    pullback = Pullback.of(program, head.operands, cotangents)
+    if order is None:
+        skipped = _massless_tiles(head, program, cotangents, kept_results[-1], kept.count)
     else:
-        asked = [wanted.operands[position] for position in name.positions]
-    names = ("wants_input", "wants_weight", "wants_bias")
-    return {**dict.fromkeys(names, False), **dict(zip(names, asked, strict=False))}
+        ordered = dataclasses.replace(pulled, order=order)
+        sample = _sample(ordered, kept, pullback, head.program, kept_results, wanted)
+        if sample is not None:
+            variate = ControlVariate(input, ordered, kept, sample)
+            return _gradients(input, ordered, kept, sample, variate.stand_ins(cotangents), wanted)
+        skipped = [kept.count == 0] * tile_count(head.vocabulary)
+    return _gradients(input, pulled, kept, EveryRow(kept.count, pullback, skipped), (), wanted)
 
 
-def _run_derivative(
-    values: dict[Name, Tensor],
+def _sample(
+    head: Head,
+    kept: KeptRows,
+    pullback: Pullback,
     program: Program,
-    backward: Derivative,
-    by_value: dict[Name, Cotangent],
-    block: slice,
-    tile: slice,
-) -> None:
-    """Add the gradients of a block's logits and operands to `values`."""
-    logits = values[LOGIT]
-    backward.forward.run(values)
-    made = {
-        root: values[name].expand(logits.shape)
-        if isinstance(name, Name)
-        else logits.new_full(logits.shape, name)
-        for root, name in zip(program.roots, backward.roots, strict=True)
-    }
-    made[LOGIT] = logits
-    for number, root in enumerate(program.roots):
-        if root in by_value:
-            values[Name(f"g{number}")] = by_value[root].of_block(made, block, tile, overwrite=False)
-        else:
-            values[Name(f"g{number}")] = logits.new_zeros(logits.shape)
-    backward.backward.run(values)
+    results: Sequence[Tensor],
+    wanted: Wanted,
+) -> Sample | None:
+    """Return the pairs that are computed; None if all are.
 
-
-def _gradient(
-    name: Name, values: dict[Name, Tensor], backward: Derivative, logits: Tensor
-) -> Tensor:
-    """Return the gradient of a value as large as the logits, which `_run_derivative` computed."""
-    if name not in backward.gradients:
-        return logits.new_zeros(logits.shape)
-    gradient = values[backward.gradients[name]]
-    return (
-        gradient if gradient.shape == logits.shape else gradient.expand(logits.shape).contiguous()
+    Args:
+        head: the head, with its order.
+        kept: the rows that are computed.
+        pullback: the gradient.
+        program: the program of the forward.
+        results: what the forward returned, without the order.
+        wanted: which gradients are asked for.
+    """
+    names = [name for name in pullback.program.operands if wanted.operands[name.position]]
+    if kept.count == 0 or not pullback.program.statistics:
+        return None
+    why_not = sampling.reason_against(
+        pullback.program, head.vocabulary, head.operands, kept.device.type, names
     )
+    if why_not is not None:
+        return None
+    places = {statistic: place.start for place, statistic in program.places}
+    lse = {each.value: results[places[each]] for each in program.normalizers}
+    saved = results[len(results) - len(lse) :]
+    tile_lse = dict(zip(lse, saved, strict=True))
+    return Sample.draw(head, pullback, lse, tile_lse)
+
+
+def _gradients(
+    input: Tensor,
+    head: Head,
+    kept: KeptRows,
+    visits: Visits,
+    stand_ins: Sequence[StandIn],
+    wanted: Wanted,
+) -> Gradients:
+    shared = SharedGradients(input, head, kept, visits, stand_ins, wanted)
+    every = list(head.factors(input).values())
+    lane_bytes = 2 * kept.count * input.shape[1] * head.logit_dtype.itemsize
+    count = lanes.lane_count(kept.device, head.groups, lane_bytes, head.workspace_bytes)
+    rows = rows_of_block(head, every, kept.count, count, backward=True)
+    lanes.run([BackwardLane(shared, rows) for _ in range(count)], head.groups)
+    return shared.results()
 
 
 def _massless_tiles(
@@ -321,7 +233,7 @@ def _massless_tiles(
     tiles = tile_count(head.vocabulary)
     if rows == 0 or not by_value:
         return [True] * tiles
-    normalizer = head.program.normalizer
+    normalizer = next(iter(head.program.normalizers), None)
     only = by_value.get(LOGIT) if program.is_plain else None
     if only is None or only.lse is None or normalizer is None or normalizer.value != LOGIT:
         return [False] * tiles

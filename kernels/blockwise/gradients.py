@@ -1,4 +1,8 @@
-"""Gradients that are summed block by block."""
+"""Gradients that are summed block by block.
+
+Each lane sums the tiles of a group, and the sums of the groups are added in order. A float32 sum of
+all tiles, one after another, would lose more precision than one product of stored logits does.
+"""
 
 from __future__ import annotations
 
@@ -12,92 +16,145 @@ from cce_inductor.kernels.names import Name, OperandKind
 
 
 class OperandGradient:
-    """The gradient of a program's operand, summed over the dimensions it was broadcast along."""
+    """The gradient of a program's operand, summed over the dimensions it was broadcast along.
+
+    Attributes:
+        sum: float64, in the shape of the operand, or [kept rows].
+    """
 
     def __init__(self, name: Name, operand: Tensor, kept: KeptRows):
-        self.kind, self.operand, self.kept = name.kind, operand, kept
+        self.kind, self._operand, self._kept = name.kind, operand, kept
         shape = (kept.count,) if self.kind is OperandKind.ROW else operand.shape
-        self._sum = torch.zeros(shape, dtype=torch.float64, device=kept.device)
+        self.sum = torch.zeros(shape, dtype=torch.float64, device=kept.device)
 
-    def add(self, gradient: Tensor, like: Tensor, block: slice, tile: slice) -> None:
+    def add(
+        self, gradient: Tensor, like: Tensor, rows: slice | Tensor, columns: slice | Tensor
+    ) -> None:
         """Add the gradient of a block, broadcast to the shape of `like`."""
         gradient = gradient.expand(like.shape)
         if self.kind is OperandKind.ROW:
-            self._sum[block] += gradient.sum(1)
+            self.sum[rows] += gradient.sum(1)
         elif self.kind is OperandKind.COLUMN:
-            self._sum[tile] += gradient.sum(0)
+            self.sum[columns] += gradient.sum(0)
         else:
-            self._sum += gradient.sum(1).sum(0, dtype=torch.float64)
+            self.sum += gradient.sum(1).sum(0, dtype=torch.float64)
+
+    def add_row(self, row: Tensor, columns: slice | Tensor) -> None:
+        """Add the gradient of a block that is summed over its rows, [columns]."""
+        if self.kind is OperandKind.COLUMN:
+            self.sum[columns] += row
+        else:
+            self.sum += row.sum(dtype=torch.float64)
+
+    def take(self, other: OperandGradient) -> None:
+        """Move the sum of another into this one."""
+        self.sum += other.sum
+        other.sum.zero_()
 
     def result(self) -> Tensor:
         """Return the sum, in the dtype of the operand."""
-        total = self.kept.restore(self._sum) if self.kind is OperandKind.ROW else self._sum
-        return total.to(dtype=self.operand.dtype, device=self.operand.device)
+        total = self._kept.restore(self.sum) if self.kind is OperandKind.ROW else self.sum
+        return total.to(dtype=self._operand.dtype, device=self._operand.device)
 
 
 class InputGradient:
-    """``dz @ weight``, summed over the tiles.
-
-    The tiles are summed in groups first: a float32 sum of all tiles, one after another, would lose
-    more precision than one product of stored logits does.
-    """
-
-    TILES = 16
+    """``dz @ weight``, summed over the tiles of a group."""
 
     def __init__(self, input: Tensor, workspace: Workspace):
-        self._total = torch.zeros(input.shape, dtype=workspace.product.wide, device=input.device)
-        self._group = torch.empty_like(self._total)
-        self._tiles = 0
         self._product = workspace.product
+        self._like = input
+        self._sum: Tensor | None = None
+        self._tiles = 0
+        self._is_empty = True
+        self._gathered = input.new_empty(0, dtype=workspace.product.wide)
 
-    def add(self, dz: Tensor, weight: Tensor, block: slice) -> None:
-        """Add the product of a block of the current tile."""
-        self._product(self._group[block], dz, weight, beta=int(self._tiles > 0))
+    def add(self, dz: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
+        """Add the product of some rows of the current tile."""
+        if self._sum is None:
+            self._sum = torch.empty_like(self._like, dtype=self._product.wide)
+        if isinstance(rows, slice):
+            self._product(self._sum[rows], dz, weight, beta=int(self._tiles > 0))
+        else:
+            if self._is_empty:
+                self._sum.zero_()
+            self._sum.index_add_(0, rows, self._of_rows(dz, weight))
+        self._is_empty = False
+
+    def _of_rows(self, dz: Tensor, weight: Tensor) -> Tensor:
+        count, hidden = dz.shape[0], weight.shape[1]
+        if len(self._gathered) < count * hidden:
+            self._gathered = self._gathered.new_empty(count * hidden)
+        product = self._gathered[: count * hidden].view(count, hidden)
+        self._product(product, dz, weight, beta=0)
+        return product
 
     def end_tile(self) -> None:
         """End the current tile."""
         self._tiles += 1
-        if self._tiles == self.TILES:
-            self._end_group()
 
-    def _end_group(self) -> None:
-        self._total += self._group
-        self._tiles = 0
-
-    def result(self) -> Tensor:
-        """Return the sum of all tiles, in the memory of the running sum."""
-        if self._tiles:
-            self._end_group()
-        return self._total
+    def end_group(self, total: Tensor | None) -> Tensor | None:
+        """Return `total`, None for zero, plus the sum of the group, in the memory of either."""
+        is_empty, self._is_empty, self._tiles = self._is_empty, True, 0
+        if is_empty or self._sum is None:
+            return total
+        if total is None:
+            total, self._sum = self._sum, None
+            return total
+        total += self._sum
+        return total
 
 
 class WeightGradient:
-    """``dz.T @ input`` of one tile at a time, summed over the row blocks and rounded once.
+    """``dz.T @ input`` of one tile at a time, summed over the blocks of rows and rounded once.
 
-    The product is computed as ``input.T @ dz``, [hidden, tile], so the input is transposed in
-    memory once. Transposing each block of ``dz`` costs a third of the speed in low precision.
+    The product is computed as ``input.T @ dz``, [hidden, tile]. Transposing each block of ``dz``
+    costs a third of the speed in low precision.
+
+    Args:
+        d_weight: [vocabulary, hidden], of which each tile writes its own rows.
+        input: [rows, hidden].
+        workspace: the buffers.
+        is_exact: whether nothing but products is added.
     """
 
-    def __init__(self, input: Tensor, d_weight: Tensor, workspace: Workspace):
-        self.d_weight = d_weight
+    def __init__(self, d_weight: Tensor, input: Tensor, workspace: Workspace, *, is_exact: bool):
+        self._d_weight = d_weight
         self._product = workspace.product
-        self._input_t = input.t() if self._product.exact else input.t().contiguous()
         # A single product needs no sum that is wider than the gradient.
-        self._is_one_product = input.shape[0] <= workspace.rows and d_weight.dtype == input.dtype
+        is_whole = input.shape[0] <= workspace.rows and d_weight.dtype == input.dtype
+        self._is_one_product = is_exact and is_whole
         dtype = input.dtype if self._is_one_product else workspace.product.wide
         width = min(TILE, d_weight.shape[0])
         self._sum = torch.empty(input.shape[1] * width, dtype=dtype, device=input.device)
+        self._is_empty = True
 
-    def add(self, dz: Tensor, block: slice) -> None:
-        """Add the product of a block of the current tile."""
-        hidden, width = self._input_t.shape[0], dz.shape[1]
-        total = self._sum[: hidden * width].view(hidden, width)
+    def add(self, dz: Tensor, input_t: Tensor) -> None:
+        """Add the product of some rows of the current tile, whose input is [hidden, rows]."""
+        total = self._total(dz.shape[1])
         if self._is_one_product:
-            torch.mm(self._input_t, dz, out=total)
+            torch.mm(input_t, dz, out=total)
         else:
-            self._product(total, self._input_t[:, block], dz, beta=int(block.start > 0))
+            self._product(total, input_t, dz, beta=int(not self._is_empty))
+        self._is_empty = False
 
-    def write(self, tile: slice) -> None:
+    def add_outer(self, hidden: Tensor, row: Tensor) -> None:
+        """Add the outer product of a vector [hidden] and one of the current tile's columns."""
+        total = self._total(len(row))
+        if self._is_empty:
+            total.zero_()
+        total.addr_(hidden.to(total.dtype), row.to(total.dtype))
+        self._is_empty = False
+
+    def write(self, columns: slice | Tensor) -> None:
         """Move the sum to the tile's rows of the gradient."""
-        out = self.d_weight[tile]
-        out.copy_(self._sum[: out.numel()].view(out.shape[1], out.shape[0]).t())
+        width = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
+        total = self._total(width).t()
+        if isinstance(columns, slice):
+            self._d_weight[columns].copy_(total)
+        else:
+            self._d_weight.index_copy_(0, columns, total.to(self._d_weight.dtype))
+        self._is_empty = True
+
+    def _total(self, width: int) -> Tensor:
+        hidden = self._d_weight.shape[1]
+        return self._sum[: hidden * width].view(hidden, width)

@@ -1,52 +1,78 @@
-"""One matrix product that makes logits, block by block, and the gradients of its factors."""
+"""One matrix product that makes logits, tile by tile, and the gradients of its factors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cce_inductor.kernels.blockwise.control_variate import StandIn
 from cce_inductor.kernels.blockwise.gradients import InputGradient, WeightGradient
 from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import Workspace
 from cce_inductor.kernels.head import Factors, Head
+from cce_inductor.kernels.names import LOGIT
 
 
 class Projection:
-    """The blocks of one matrix product; `begin` chooses the tile of the vocabulary.
+    """What the lanes share of a matrix product.
 
     Args:
         head: the program that reads the logits.
         factors: the matrix product.
         kept: the rows that are computed.
+
+    Attributes:
+        input: the kept rows in the dtype of the product, [rows, hidden].
+    """
+
+    def __init__(self, head: Head, factors: Factors, kept: KeptRows):
+        self.head, self.factors, self.kept = head, factors, kept
+        self.dtype = operand_dtype(factors.compute_dtype)
+        self.input = kept.select(factors.input).to(self.dtype)
+
+
+class Tile:
+    """A lane's part of a matrix product: one tile of the vocabulary at a time.
+
+    Args:
+        projection: what the lanes share.
         rows: the rows of a block.
         backward: whether gradients are computed.
     """
 
-    def __init__(self, head: Head, factors: Factors, kept: KeptRows, rows: int, *, backward: bool):
-        self._factors, self._kept = factors, kept
-        self._dtype, self._logit_dtype = operand_dtype(factors.compute_dtype), head.logit_dtype
-        self._input = kept.select(factors.input).to(self._dtype)
-        self._workspace = Workspace(head, factors, rows, backward=backward)
+    def __init__(self, projection: Projection, rows: int, *, backward: bool = False):
+        self._projection, self._head = projection, projection.head
+        self._workspace = Workspace(self._head, projection.factors, rows, backward=backward)
 
     def begin(self, tile: slice) -> None:
         """Begin a tile of the vocabulary."""
-        self._tile = tile
-        self._weight = self._factors.linear_weight[tile].to(self._dtype)
-        bias = self._factors.linear_bias
-        self._bias = None if bias is None else bias[tile]
+        self._tile, self._columns = tile, self._head.columns(tile)
+        factors = self._projection.factors
+        self._weight = factors.linear_weight[self._columns].to(self._projection.dtype)
+        bias = factors.linear_bias
+        self._bias = None if bias is None else bias[self._columns]
 
-    def logits(self, block: slice) -> Tensor:
-        """Return a block of rows of the tile, in the logit dtype."""
-        logits = self._workspace.logits(self._input[block], self._weight, self._bias)
-        return logits.to(self._logit_dtype)
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """Return some rows of the tile, in the logit dtype."""
+        self._input = self._projection.input[rows]
+        logits = self._workspace.logits(self._input, self._weight, self._bias)
+        return logits.to(self._head.logit_dtype)
 
 
 class ProjectionGradient(Projection):
-    """The gradients of a matrix product's factors, summed over its blocks.
+    """The gradients of a matrix product's factors.
 
     Args:
         wants_input, wants_weight, wants_bias: which of them are asked for.
+
+    Attributes:
+        input_t: the input, transposed in memory if its products are faster then.
+        d_input: the sum of the groups so far, in the accumulation dtype; None before the first.
+        d_weight, d_bias: the gradients, of which each tile writes its own entries; None for those
+            not asked for.
     """
 
     def __init__(
@@ -54,58 +80,106 @@ class ProjectionGradient(Projection):
         head: Head,
         factors: Factors,
         kept: KeptRows,
-        rows: int,
         *,
         wants_input: bool,
         wants_weight: bool,
         wants_bias: bool,
     ):
-        super().__init__(head, factors, kept, rows, backward=True)
+        super().__init__(head, factors, kept)
         weight = factors.linear_weight
-        self._d_input = self._d_weight = self._d_bias = None
-        if wants_input:
-            self._d_input = InputGradient(self._input, self._workspace)
-        if wants_weight:
-            d_weight = weight.new_empty(weight.shape)
-            self._d_weight = WeightGradient(self._input, d_weight, self._workspace)
+        self.wants_input = wants_input
+        self.input_t = self.input.t()
+        if self.dtype != head.logit_dtype:
+            self.input_t = self.input_t.contiguous()
+        self.d_input: Tensor | None = None
+        self.d_weight = weight.new_empty(weight.shape) if wants_weight else None
+        self.d_bias = None
         if wants_bias:
-            self._d_bias = torch.zeros(
-                weight.shape[0], dtype=head.logit_dtype, device=weight.device
+            self.d_bias = torch.zeros(weight.shape[0], dtype=head.logit_dtype, device=weight.device)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether any of the gradients is asked for."""
+        return self.wants_input or self.d_weight is not None or self.d_bias is not None
+
+    def results(self, stand_ins: Sequence[StandIn]) -> list[Tensor | None]:
+        """Return the gradients of input, weight and bias; None for those not asked for."""
+        d_input = None
+        if self.wants_input:
+            d_input = self.d_input
+            if d_input is None:
+                d_input = torch.zeros(
+                    self.input.shape, dtype=self.head.logit_dtype, device=self.input.device
+                )
+            for each in stand_ins:
+                each.add_to_input(d_input)
+            d_input = self.kept.restore(d_input.to(self.factors.input.dtype))
+        d_bias = self.d_bias
+        if d_bias is not None:
+            assert self.factors.linear_bias is not None, "a gradient for a bias that is not there"
+            d_bias = d_bias.to(self.factors.linear_bias.dtype)
+        return [d_input, self.d_weight, d_bias]
+
+
+class TileGradient(Tile):
+    """A lane's part of the gradients of a matrix product's factors.
+
+    Args:
+        stand_ins: what is added to each tile for the pairs that are not computed.
+    """
+
+    def __init__(self, projection: ProjectionGradient, rows: int, stand_ins: Sequence[StandIn]):
+        super().__init__(projection, rows, backward=True)
+        self._shared, self._stand_ins = projection, stand_ins
+        self._d_input = self._d_weight = None
+        if projection.wants_input:
+            self._d_input = InputGradient(projection.input, self._workspace)
+        if projection.d_weight is not None:
+            self._d_weight = WeightGradient(
+                projection.d_weight, projection.input, self._workspace, is_exact=not stand_ins
             )
 
     @property
     def is_wanted(self) -> bool:
         """Whether any of the gradients is asked for."""
-        return any(each is not None for each in (self._d_input, self._d_weight, self._d_bias))
+        return self._shared.is_wanted
 
-    def add(self, dz: Tensor, block: slice) -> None:
-        """Add what the gradient of a block of logits contributes."""
-        if self._d_bias is not None:
-            self._d_bias[self._tile] += dz.sum(0)
+    def add(self, dz: Tensor, rows: slice | Tensor) -> None:
+        """Add what the gradient of some rows of the tile contributes."""
+        if self._shared.d_bias is not None:
+            self._shared.d_bias[self._columns] += dz.sum(0)
         operand = self._workspace.operand(dz)
         if self._d_input is not None:
-            self._d_input.add(operand, self._weight, block)
+            self._d_input.add(operand, self._weight, rows)
         if self._d_weight is not None:
-            self._d_weight.add(operand, block)
+            input_t = self._shared.input_t[:, rows] if isinstance(rows, slice) else self._input.t()
+            self._d_weight.add(operand, input_t)
+
+    def add_stand_ins(self, number: int) -> None:
+        """Add what stands in for the pairs of the tile that are not computed."""
+        for each in self._stand_ins:
+            each.multiply(number, self._tile, self._weight)
+            row = each.columns(LOGIT, self._tile)
+            if row is None:
+                continue
+            if self._shared.d_bias is not None:
+                self._shared.d_bias[self._columns] += row * each.amounts[number]
+            if self._d_weight is not None:
+                self._d_weight.add_outer(each.input[number], row)
 
     def end(self) -> None:
         """End the tile."""
         if self._d_input is not None:
             self._d_input.end_tile()
         if self._d_weight is not None:
-            self._d_weight.write(self._tile)
+            self._d_weight.write(self._columns)
 
     def skip(self, tile: slice) -> None:
         """Leave out a tile whose gradient is zero."""
-        if self._d_weight is not None:
-            self._d_weight.d_weight[tile] = 0
+        if self._shared.d_weight is not None:
+            self._shared.d_weight[tile] = 0
 
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of input, weight and bias; None for those not asked for."""
-        d_input = d_bias = None
+    def end_group(self) -> None:
+        """Add the sum of a group of tiles to what the lanes share."""
         if self._d_input is not None:
-            d_input = self._kept.restore(self._d_input.result().to(self._factors.input.dtype))
-        if self._d_bias is not None:
-            assert self._factors.linear_bias is not None, "a gradient for a bias that is not there"
-            d_bias = self._d_bias.to(self._factors.linear_bias.dtype)
-        return d_input, None if self._d_weight is None else self._d_weight.d_weight, d_bias
+            self._shared.d_input = self._d_input.end_group(self._shared.d_input)

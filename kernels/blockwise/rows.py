@@ -43,19 +43,28 @@ class KeptRows:
         full = kept.new_zeros(self.tokens, *kept.shape[1:])
         return full.index_copy_(0, self.rows, kept)
 
-    def operands(self, head: Head, block: slice, tile: slice) -> dict[Name, Tensor]:
+    def operands(self, head: Head, block: slice | Tensor, tile: slice) -> dict[Name, Tensor]:
         """Return a head's operands in shapes that broadcast against a block of logits.
 
         Products of other heads are not among them.
+
+        Args:
+            head: the head.
+            block: the rows of the block among the kept ones, a slice or indices.
+            tile: its range of the head's order of the vocabulary.
         """
         values: dict[Name, Tensor] = {}
+        columns = head.columns(tile)
         if head.program.reads_columns:
-            values[COLUMN] = torch.arange(tile.start, tile.stop, device=self.device).unsqueeze(0)
+            at = columns
+            if isinstance(at, slice):
+                at = torch.arange(at.start, at.stop, device=self.device)
+            values[COLUMN] = at.unsqueeze(0)
         rows = block if self.rows is None else self.rows[block]
         for name, kind in head.program.operands.items():
             if kind.is_product:
                 continue
-            operand = kind.of_block(head.operands[name.position], rows, tile)
+            operand = kind.of_block(head.operands[name.position], rows, columns)
             if operand.is_floating_point():
                 operand = operand.to(head.logit_dtype)
             values[name] = operand.to(self.device)

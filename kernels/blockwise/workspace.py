@@ -13,19 +13,23 @@ from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.schedule import schedule
 
 
-def rows_of_block(head: Head, every: Sequence[Factors], rows: int, *, backward: bool) -> int:
-    """Return how many rows of a tile `Head.workspace_bytes` holds: at least 1, at most `rows`.
+def rows_of_block(
+    head: Head, every: Sequence[Factors], rows: int, lanes: int, *, backward: bool
+) -> int:
+    """Return how many rows of a tile a lane computes at a time, so that all lanes together have
+    `Head.workspace_bytes`: at least 1, at most `rows`.
 
     Args:
         head: the program, and the size of the workspace.
         every: the matrix products that the program reads.
         rows: the number of rows that there are.
+        lanes: the number of lanes.
         backward: whether gradients are computed.
     """
     blocks = _block_count(head, len(every), backward=backward)
     row_bytes = blocks * _width(head) * head.logit_dtype.itemsize
     row_bytes += sum(_Sizes(head, factors, backward).row_bytes for factors in every)
-    return max(1, min(rows, head.workspace_bytes // max(1, row_bytes)))
+    return max(1, min(rows, head.workspace_bytes // (lanes * max(1, row_bytes))))
 
 
 def row_blocks(rows: int, rows_of_block: int) -> Iterator[slice]:

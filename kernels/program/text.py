@@ -160,10 +160,11 @@ class Program:
         """The operands that are the logits of other heads."""
         return tuple(name for name, kind in self.operands.items() if kind.is_product)
 
-    @property
-    def normalizer(self) -> LogSumExp | None:
-        """The first logsumexp, whose part of each tile kernels store too; None if there is none."""
-        return next((each for each in self.statistics if isinstance(each, LogSumExp)), None)
+    @functools.cached_property
+    def normalizers(self) -> tuple[LogSumExp, ...]:
+        """The logsumexps, each once. Kernels store their parts of each tile, too."""
+        every = (each for each in self.statistics if isinstance(each, LogSumExp))
+        return tuple(dict.fromkeys(every))
 
     @functools.cached_property
     def reads_columns(self) -> bool:

@@ -118,8 +118,37 @@ class Cotangent:
             self.shift, rest = split(self.lse, self.dtype)
             self.residual = rest.neg().exp()
 
+    def of_pairs(self, rows: Tensor, weight: Tensor, place: Tensor) -> Cotangent:
+        """Return the cotangent of some rows, with a weight for what is in proportion to a softmax,
+        and without what is the same in every column.
+
+        Args:
+            rows: the numbers of the rows, [n].
+            weight: float64 [n]; 1 for rows that have an index in the columns of interest.
+            place: [vocabulary], the place of each column in the order in which tiles divide them.
+        """
+        made = Cotangent(self.name, self._all)
+        made.lse = None if self.lse is None else self.lse[rows]
+        made.grad_lse = self.grad_lse[rows] * weight
+        made.means = [(grad[rows] * weight, mean[rows], y) for grad, mean, y in self.means]
+        made.probabilities = [
+            (grad[rows] * weight, lse[rows], x) for grad, lse, x in self.probabilities
+        ]
+        if self._at:
+            index, made.grad_index = self.index[rows], self.grad_index[rows]
+            made.index = place[index].where(index >= 0, index)
+            made._at = [(made.index, made.grad_index)]
+        if self.lse is not None:
+            made.shift, made.residual = self.shift[rows], self.residual[rows]
+        return made
+
     def of_block(
-        self, values: Mapping[Name, Tensor], block: slice, tile: slice, *, overwrite: bool
+        self,
+        values: Mapping[Name, Tensor],
+        block: slice | Tensor,
+        tile: slice,
+        *,
+        overwrite: bool,
     ) -> Tensor:
         """Return the cotangent [rows, tile], in the memory of the values themselves if
         `overwrite`."""

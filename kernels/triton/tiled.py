@@ -21,6 +21,7 @@ from torch import Tensor
 from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted
 from cce_inductor.kernels.names import Name, OperandKind
+from cce_inductor.kernels.saved import saved_normalizers
 from cce_inductor.kernels.statistics.base import Numbers, Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
@@ -110,8 +111,8 @@ def compute_statistics(
     )
     by_statistic = all_statistics.results(whole, indices)
     results = [result for statistic in program.statistics for result in by_statistic[statistic]]
-    if program.normalizer is not None:
-        wide = _of_wider_tiles(program.normalizer, of_tiles[program.normalizer], tile)
+    for normalizer in saved_normalizers(head):
+        wide = _of_wider_tiles(normalizer, of_tiles[normalizer], tile)
         results.append(wide.to(head.logit_dtype))
     kept = _kept(head)
     return results if kept is None else [_zero_unless(kept, result) for result in results]

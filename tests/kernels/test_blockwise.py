@@ -28,6 +28,7 @@ from cases import assert_agrees as assert_agrees_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cce_inductor.kernels.blockwise import engine
+from cce_inductor.kernels.blockwise.workspace import row_blocks
 from cce_inductor.kernels.head import TILE, Wanted
 from cce_inductor.kernels.program.text import Program
 
@@ -662,21 +663,21 @@ def test_ignored_rows_keep_no_tile(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_workspace_of_one_byte_holds_one_row(dtype):
     input, head = case(CROSS_ENTROPY, dtype=dtype, workspace_bytes=1)
-    rows = engine.rows_of_block(head, list(head.factors(input).values()), ROWS, backward=True)
+    rows = engine.rows_of_block(head, list(head.factors(input).values()), ROWS, 1, backward=True)
     assert rows == 1
-    assert list(engine.row_blocks(2, rows)) == [slice(0, 1), slice(1, 2)]
+    assert list(row_blocks(2, rows)) == [slice(0, 1), slice(1, 2)]
 
 
 def test_workspace_holds_no_more_rows_than_there_are():
     input, head = case(CROSS_ENTROPY, workspace_bytes=2**40)
     every = list(head.factors(input).values())
-    assert engine.rows_of_block(head, every, 12, backward=False) == 12
+    assert engine.rows_of_block(head, every, 12, 1, backward=False) == 12
 
 
 def test_workspace_holds_the_blocks_of_all_heads():
     fields = {"workspace_bytes": 2**18, "dtype": torch.bfloat16}
     one, several = (
-        engine.rows_of_block(head, list(head.factors(input).values()), 10**6, backward=True)
+        engine.rows_of_block(head, list(head.factors(input).values()), 10**6, 1, backward=True)
         for input, head in (
             case("t0 = exp(z); sum(t0); sum(z)", **fields),
             case("t0 = logaddexp(z, p12); sum(t0); sum(z)", **fields),

@@ -193,7 +193,7 @@ def operator(kind, shapes, weight=F32, compute=BF16, workspace_bytes=2**20, bias
     rows, hidden, vocabulary = shapes
     inputs = [((rows, hidden), weight), ((vocabulary, hidden), weight), ((rows,), torch.int64)]
     inputs += [((vocabulary,), weight)] * bias
-    constants = (CROSS_ENTROPY, True, compute, workspace_bytes)
+    constants = (CROSS_ENTROPY, True, compute, workspace_bytes, 0.0)
 
     def forward(input, weight, target, *rest):
         (bias,) = rest or (None,)

@@ -40,6 +40,7 @@ def reduce_rows(input, head):
         head.skip_ignored,
         head.compute_dtype,
         head.workspace_bytes,
+        head.sample_below,
     )
 
 

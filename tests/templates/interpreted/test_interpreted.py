@@ -77,6 +77,7 @@ def compiled(input, head, upstream, **options):
             head.skip_ignored,
             head.compute_dtype,
             head.workspace_bytes,
+            head.sample_below,
         )[:count]
 
     inductor.register()

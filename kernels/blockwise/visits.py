@@ -1,0 +1,138 @@
+"""Which rows of each tile of the vocabulary are computed in the backward."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cce_inductor.kernels import sampling, visited
+from cce_inductor.kernels.blockwise.pullback import Pullback
+from cce_inductor.kernels.blockwise.workspace import row_blocks
+from cce_inductor.kernels.head import Head
+from cce_inductor.kernels.names import Name
+from cce_inductor.kernels.statistics.cotangent import Cotangent
+from cce_inductor.kernels.statistics.indexed import NOWHERE
+
+
+class Visits(abc.ABC):
+    """The rows of each tile, in blocks."""
+
+    @abc.abstractmethod
+    def blocks(self, number: int, most: int) -> Iterator[Visit]:
+        """Yield blocks of at most `most` rows that cover the rows of a tile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """Rows of a tile that are computed together.
+
+    Attributes:
+        rows: a slice of the kept rows, or their numbers, each once.
+        pullback: the gradient.
+        block: the rows among those of the pullback.
+    """
+
+    rows: slice | Tensor
+    pullback: Pullback
+    block: slice
+
+
+class EveryRow(Visits):
+    """All rows of every tile, but none of those whose gradient is zero.
+
+    Args:
+        rows: the number of rows.
+        pullback: the gradient.
+        skipped: for each tile, whether its gradient is zero.
+    """
+
+    def __init__(self, rows: int, pullback: Pullback, skipped: Sequence[bool]):
+        self._rows, self._pullback, self._skipped = rows, pullback, skipped
+
+    def blocks(self, number: int, most: int) -> Iterator[Visit]:
+        if not self._skipped[number]:
+            for block in row_blocks(self._rows, most):
+                yield Visit(block, self._pullback, block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(Visits):
+    """A sample of the rows of each tile; see `kernels.sampling`.
+
+    Attributes:
+        pullback: the gradient of all rows.
+        place: the place of each vocabulary entry in the order, [vocabulary].
+        masses: the mass of each pair for each softmax, float64 [rows, tiles].
+        tile_lse: the logsumexp of each pair, likewise.
+        weight: what the gradient of each pair is multiplied by, float64 [rows, tiles]; 0 for a pair
+            that is not computed.
+    """
+
+    pullback: Pullback
+    place: Tensor
+    masses: Mapping[Name, Tensor]
+    tile_lse: Mapping[Name, Tensor]
+    weight: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        head: Head,
+        pullback: Pullback,
+        lse: Mapping[Name, Tensor],
+        tile_lse: Mapping[Name, Tensor],
+    ) -> Sample | None:
+        """Draw a sample. None if so many pairs are expected that all are better computed.
+
+        Args:
+            head: the head, with its order.
+            pullback: the gradient.
+            lse: the logsumexp of each value that has one, float64 [rows].
+            tile_lse: its part of each tile, [rows, tiles].
+        """
+        assert head.order is not None, "the vocabulary has an order"
+        place = torch.empty_like(head.order)
+        place[head.order] = torch.arange(len(place), device=place.device)
+        used = _softmaxes(pullback.cotangents)
+        if not used:
+            return None
+        masses = {x: (tile_lse[x].double() - lse[x].unsqueeze(1)).exp_() for x in used}
+        rows, tiles = masses[used[0]].shape
+        indices = [each.index for each in pullback.cotangents.values() if each.has_indices]
+        places = [place[index].where(index != NOWHERE, NOWHERE) for index in indices]
+        held = sampling.held_pairs(places, rows, tiles)
+        chance = sampling.chances(
+            list(masses.values()), _active_rows(pullback.cotangents), held, head.sample_below
+        )
+        if chance.mean() > sampling.MAX_SHARE:
+            visited.count(chance.numel(), chance.numel())
+            return None
+        drawn = sampling.uniform(lse[used[0]], tiles) < chance
+        visited.count(int(drawn.sum()), drawn.numel())
+        return cls(pullback, place, masses, tile_lse, drawn / chance.where(drawn, 1.0))
+
+    def blocks(self, number: int, most: int) -> Iterator[Visit]:
+        weight = self.weight[:, number]
+        for rows in weight.nonzero().squeeze(1).split(most):
+            if len(rows):
+                pullback = self.pullback.of_pairs(rows, weight[rows], self.place)
+                yield Visit(rows, pullback, slice(0, len(rows)))
+
+
+def _softmaxes(cotangents: Mapping[Name, Cotangent]) -> list[Name]:
+    """Return the values whose softmax is a factor of a gradient."""
+    own = [name for name, each in cotangents.items() if each.lse is not None]
+    others = [x for each in cotangents.values() for _, _, x in each.probabilities]
+    return list(dict.fromkeys([*own, *others]))
+
+
+def _active_rows(cotangents: Mapping[Name, Cotangent]) -> Tensor:
+    """Return the rows in which the gradient of any softmax is not 0, bool [rows]."""
+    factors = [each.grad_lse for each in cotangents.values()]
+    for each in cotangents.values():
+        factors += [grad for grad, _, _ in (*each.means, *each.probabilities)]
+    return torch.stack(factors).ne(0).any(0)

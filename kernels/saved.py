@@ -1,0 +1,33 @@
+"""What the forward saves for the backward beside its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cce_inductor.kernels import sampling
+from cce_inductor.kernels.head import Head, tile_count
+from cce_inductor.kernels.statistics.logsumexp import LogSumExp
+
+
+def saved_normalizers(head: Head) -> tuple[LogSumExp, ...]:
+    """Return the logsumexps whose part of each tile, [rows, tiles], is saved: the first, or all if
+    the gradient is sampled."""
+    normalizers = head.program.normalizers
+    return normalizers if sampling.applies(head) else normalizers[:1]
+
+
+def saved_tensors(head: Head, rows: Any) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    """Return the shape and dtype of every tensor that is saved.
+
+    These are the parts of `saved_normalizers` in the logit dtype. If the gradient is sampled, the
+    order of the vocabulary follows, [vocabulary].
+    """
+    shape = rows, tile_count(head.vocabulary)
+    saved: list[tuple[tuple[Any, ...], torch.dtype]] = [
+        (shape, head.logit_dtype) for _ in saved_normalizers(head)
+    ]
+    if sampling.applies(head):
+        saved.append(((head.vocabulary,), torch.int64))
+    return saved
