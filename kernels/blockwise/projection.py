@@ -177,7 +177,7 @@ class TileGradient(Tile):
     def skip(self, tile: slice) -> None:
         """Leave out a tile whose gradient is zero."""
         if self._shared.d_weight is not None:
-            self._shared.d_weight[tile] = 0
+            self._shared.d_weight[self._head.columns(tile)] = 0
 
     def end_group(self) -> None:
         """Add the sum of a group of tiles to what the lanes share."""
