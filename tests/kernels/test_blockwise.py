@@ -657,6 +657,28 @@ def test_ignored_rows_keep_no_tile(monkeypatch):
     assert skipped_tiles(input, head, monkeypatch) == [True] * 4
 
 
+@pytest.mark.parametrize("sample_below", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["max and logsumexp", "means", "softcap", "topk and gather"])
+def test_lanes_change_nothing(name, sample_below):
+    input, head = case(PROGRAMS[name], 20 * TILE, sample_below=sample_below)
+    alone = computed(input, head)
+    torch.set_num_threads(3)
+    try:
+        together = computed(input, head)
+    finally:
+        torch.set_num_threads(1)
+    for results in zip(alone, together, strict=True):
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_first_of_equal_maxima_in_distant_tiles():
+    weight, bias = torch.zeros(20 * TILE, HIDDEN), torch.zeros(20 * TILE)
+    bias[[TILE + 3, 12 * TILE, 19 * TILE]] = 1.0
+    head = head_of(weight, bias, [], "max(z)", workspace_bytes=MIB)
+    assert engine.compute_statistics(torch.zeros(2, HIDDEN), head)[1].tolist() == [TILE + 3] * 2
+
+
 # The workspace
 
 
