@@ -9,16 +9,22 @@ process of its own, with the same values:
   ``auto_chunker_forced`` lifts the size and ratio below which it leaves a graph alone;
 * ``linear_cross_entropy``: ``torch.nn.functional.linear_cross_entropy`` with its default options;
 * ``liger_kernel``, ``cut_cross_entropy``: the fused losses of these packages (CUDA only);
-* ``cce_inductor``: as written, under ``torch.compile`` with this package's backend.
+* ``cce_inductor``: as written, under ``torch.compile`` with this package's backend;
+  ``cce_inductor_sampled`` with a sampled gradient (``--sample-below``).
 
 In each round, each method runs one step while the others wait, and the order rotates. Seconds are
 the median over rounds; a ratio compares a method with ``compile`` in the same round. Memory is the
 peak of one step minus the inputs and the gradients that the step leaves. Errors are ``norm(actual -
 reference) / norm(reference)`` against a float64 reference that is computed in blocks of the
-vocabulary. A method that cannot run, or that falls back to another implementation, gets a reason
-instead of numbers.
+vocabulary. *Visited* is the share of the logits whose gradient is computed. A method that cannot
+run, or that falls back to another implementation, gets a reason instead of numbers.
+
+The logits are random unless they are those of a trained head (``trained_head.py``), whose sizes
+are then its own::
 
     python benchmarks/head.py --dtype bfloat16 --json head.json --picture head.png
+    python benchmarks/head.py --logits trained
+    python benchmarks/head.py --logits trained --head head.pt --tokens 1024
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,11 +51,15 @@ from measure import EXACT_MEMORY, environment, peak_memory, timed, use_default_h
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from trained_head import trained_head
 
 BASELINE = "compile"
 OURS = "cce_inductor"
+SAMPLED = "cce_inductor_sampled"
 IGNORE_INDEX = -100
+RECOMMENDED = 1 / 32  # of `sample_below`, see docs/sampling.md
 LOGITS_DEVIATION = {"random": 1.0, "peaked": 8.0}
+TRAINED = "trained"
 REFERENCE_BLOCK = 4096
 OUT_OF_MEMORY = "DefaultCPUAllocator: "  # the beginning of the error of torch's CPU allocator
 MIB = 2**20
@@ -66,23 +77,36 @@ class Problem:
     cast: bool
     ignored: float
     logits: str
+    head: Path | None
+    sample_below: float
+    workspace_mib: int
     seed: int
     threads: int
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return input, weight and target; the first two require gradients."""
+        input, linear_weight, target = self.loaded() if self.head else self.drawn()
         generator = torch.Generator().manual_seed(self.seed)
-        deviation = LOGITS_DEVIATION[self.logits] / self.hidden**0.5
-        input = torch.randn(self.tokens, self.hidden, generator=generator)
-        linear_weight = torch.randn(self.vocab, self.hidden, generator=generator).mul_(deviation)
-        target = torch.randint(self.vocab, (self.tokens,), generator=generator)
-        target[torch.rand(self.tokens, generator=generator) < self.ignored] = IGNORE_INDEX
+        target[torch.rand(len(target), generator=generator) < self.ignored] = IGNORE_INDEX
         place = {"device": self.device, "dtype": getattr(torch, self.dtype)}
         return (
             input.to(**place).requires_grad_(),
             linear_weight.to(**place).requires_grad_(),
             target.to(self.device),
         )
+
+    def loaded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tensors of the file."""
+        head = torch.load(self.head)
+        return head["hidden"][: self.tokens], head["linear_weight"], head["target"][: self.tokens]
+
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return random tensors."""
+        generator = torch.Generator().manual_seed(self.seed)
+        deviation = LOGITS_DEVIATION[self.logits] / self.hidden**0.5
+        input = torch.randn(self.tokens, self.hidden, generator=generator)
+        linear_weight = torch.randn(self.vocab, self.hidden, generator=generator).mul_(deviation)
+        return input, linear_weight, torch.randint(self.vocab, (self.tokens,), generator=generator)
 
     def loss(self, input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
         """Return the loss as it is usually written."""
@@ -187,15 +211,22 @@ def cut_cross_entropy(problem: Problem) -> Method:
     return Method(partial(fused, ignore_index=IGNORE_INDEX))
 
 
-def cce_inductor(problem: Problem) -> Method:
+def cce_inductor(problem: Problem, *, sampled: bool = False) -> Method:
     import cce_inductor
 
     def check_used(loss: Tensor) -> None:
         reports = cce_inductor.reports()
         if not any(report.rewritten for report in reports):
             raise RefusedError("; ".join(report.reason for report in reports) or "found no loss")
+        if sampled and not all(report.sampled for report in reports):
+            raise RefusedError("; ".join(str(report.exact_because) for report in reports))
 
-    options = {"min_logits_bytes": 0, "on_error": "raise"}
+    options = {
+        "min_logits_bytes": 0,
+        "on_error": "raise",
+        "sample_below": problem.sample_below if sampled else 0.0,
+        "workspace_bytes": problem.workspace_mib * MIB,
+    }
     return Method(torch.compile(problem.loss, backend=OURS, options=options), check_used)
 
 
@@ -210,6 +241,7 @@ METHODS: dict[str, Callable[[Problem], Method]] = {
     "liger_kernel": liger_kernel,
     "cut_cross_entropy": cut_cross_entropy,
     OURS: cce_inductor,
+    SAMPLED: partial(cce_inductor, sampled=True),
 }
 CUDA_ONLY = {"liger_kernel", "cut_cross_entropy"}
 
@@ -285,6 +317,16 @@ class Session:
             self.run_step()
             return seconds()
 
+    def share_visited(self) -> float | None:
+        """Return the share of the logits whose gradient is computed in a step; None if the method
+        does not sample."""
+        import cce_inductor
+
+        cce_inductor.share_visited()
+        self.forget_step()
+        self.run_step()
+        return cce_inductor.share_visited()
+
     def errors(self, reference_path: Path) -> dict[str, float]:
         """Return the relative errors of the last step."""
         actual = {
@@ -355,6 +397,7 @@ class Result:
     round_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     loss: float = 0.0
+    visited: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
     failure: Failure | None = None
 
@@ -407,6 +450,9 @@ class Race:
                 result.loss = loss
             for result, peak_bytes in self.ask([name], "step_peak_bytes"):
                 result.peak_bytes = peak_bytes
+            if name == SAMPLED:
+                for result, share in self.ask([name], "share_visited"):
+                    result.visited = share
             self.ask([name], "prepare_timing")
 
     def run_round(self, number: int) -> None:
@@ -453,7 +499,7 @@ def table(problem: Problem, results: Sequence[Result]) -> Table:
     columns = Table(title=f"{shape}, {values}")
     columns.add_column("method")
     headings = ("seconds", f"/ {BASELINE}", "min-max", "peak MiB", f"% of {BASELINE}")
-    for heading in (*headings, "loss", "error: loss", "d_input", "d_weight"):
+    for heading in (*headings, "visited", "loss", "error: loss", "d_input", "d_weight"):
         columns.add_column(heading, justify="right")
     for result in results:
         columns.add_row(result.method, *cells(result, baseline))
@@ -476,6 +522,7 @@ def cells(result: Result, baseline: Result | None) -> list[str]:
         ratio_range,
         f"{result.peak_bytes / MIB:.1f}",
         memory_share,
+        "-" if result.visited is None else f"{result.visited:.2f}",
         f"{result.loss:.6g}",
         *(f"{error:.1e}" for error in result.errors.values()),
     ]
@@ -496,7 +543,7 @@ def report(
         methods.append(numbers)
     protocol = {"rounds": arguments.rounds, "warmup": arguments.warmup}
     return {
-        "arguments": asdict(problem) | protocol,
+        "arguments": asdict(problem) | {"head": str(problem.head)} | protocol,
         "environment": environment(torch.device(problem.device)),
         "results": methods,
     }
@@ -515,7 +562,7 @@ def draw(title: str, results: Sequence[Result], path: Path) -> None:
         1, 2, figsize=(11, 1.5 + 0.4 * len(results)), sharey=True, layout="constrained"
     )
     for row, result in enumerate(results):
-        color = "tab:orange" if result.method == OURS else "tab:blue"
+        color = "tab:orange" if result.method in (OURS, SAMPLED) else "tab:blue"
         if result.failure is not None:
             for panel in (time_panel, memory_panel):
                 place = panel.get_yaxis_transform()
@@ -560,10 +607,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ignored", type=float, default=0.0, help="fraction of targets ignored")
     parser.add_argument(
         "--logits",
-        choices=list(LOGITS_DEVIATION),
+        choices=[*LOGITS_DEVIATION, TRAINED],
         default="random",
-        help=f"their standard deviation: {LOGITS_DEVIATION}",
+        help=f"their standard deviation: {LOGITS_DEVIATION}; or those of a trained model",
     )
+    parser.add_argument(
+        "--head", type=Path, help="file of a trained head; default: train one, and keep it"
+    )
+    parser.add_argument(
+        "--sample-below",
+        type=lambda text: float(Fraction(text)),
+        default=RECOMMENDED,
+        help=f"of {SAMPLED}; may be a fraction like 1/64",
+    )
+    parser.add_argument("--workspace-mib", type=int, default=64, help="workspace_bytes, in MiB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
@@ -580,6 +637,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--picture", type=Path, help="draw seconds and memory to this file")
     arguments = parser.parse_args()
+    if arguments.head is not None and arguments.logits != TRAINED:
+        parser.error(f"--head needs --logits {TRAINED}")
+    if arguments.logits == TRAINED:
+        arguments.head = arguments.head or trained_head()
+        head = torch.load(arguments.head)
+        arguments.tokens = min(arguments.tokens, len(head["target"]))
+        arguments.vocab, arguments.hidden = head["linear_weight"].shape
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.cast is None:
@@ -606,7 +670,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps(report(problem, arguments, results), indent=2) + "\n")
     if arguments.picture:
         draw(str(summary.title), results, arguments.picture)
-    return int(not failures.keys().isdisjoint({BASELINE, OURS}))
+    return int(not failures.keys().isdisjoint({BASELINE, OURS, SAMPLED}))
 
 
 if __name__ == "__main__":

@@ -437,8 +437,8 @@ def positive(number: type) -> Callable[[str], Any]:
     return parse
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line, with combinations that make no sense turned down."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line or ``arguments``, with combinations that make no sense turned down."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -447,7 +447,7 @@ def parse_arguments() -> argparse.Namespace:
     add_model_arguments(parser.add_argument_group("model"))
     add_training_arguments(parser.add_argument_group("training"))
     add_output_arguments(parser.add_argument_group("output"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     if args.vocab_size < SMALLEST_VOCABULARY:
         parser.error(f"--vocab-size must be at least {SMALLEST_VOCABULARY}")
