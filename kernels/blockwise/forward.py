@@ -119,7 +119,7 @@ class ForwardLane:
 
 
 def _add(whole: ByStatistic, parts: ByStatistic, block: slice) -> None:
-    """Combine the parts of some columns with those of the columns before, in the rows of a block."""
+    """Combine the parts of some columns, in the rows of a block, with those of other columns."""
     stacked: ByStatistic = {
         statistic: tuple(
             torch.stack([before[block], part])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import Workspace
-from cce_inductor.kernels.head import TILE
 from cce_inductor.kernels.names import Name, OperandKind
 
 
@@ -107,8 +106,9 @@ class InputGradient:
 class WeightGradient:
     """``dz.T @ input`` of one tile at a time, summed over the blocks of rows and rounded once.
 
-    The product is computed as ``input.T @ dz``, [hidden, tile]. Transposing each block of ``dz``
-    costs a third of the speed in low precision.
+    Where the gradient has the dtype of the sum, [tile, hidden] is summed in its own memory. Else
+    the product is ``input.T @ dz``, [hidden, tile]: transposing each block of ``dz`` costs a third
+    of the speed in low precision.
 
     Args:
         d_weight: [vocabulary, hidden], of which each tile writes its own rows.
@@ -118,43 +118,48 @@ class WeightGradient:
     """
 
     def __init__(self, d_weight: Tensor, input: Tensor, workspace: Workspace, *, is_exact: bool):
-        self._d_weight = d_weight
-        self._product = workspace.product
+        self._d_weight, self._product = d_weight, workspace.product
+        self._is_wide = d_weight.dtype == input.dtype == workspace.product.wide
         # A single product needs no sum that is wider than the gradient.
         is_whole = input.shape[0] <= workspace.rows and d_weight.dtype == input.dtype
         self._is_one_product = is_exact and is_whole
-        dtype = input.dtype if self._is_one_product else workspace.product.wide
-        width = min(TILE, d_weight.shape[0])
-        self._sum = torch.empty(input.shape[1] * width, dtype=dtype, device=input.device)
-        self._is_empty = True
+        self._dtype = input.dtype if self._is_one_product else workspace.product.wide
+        self._buffer = input.new_empty(0, dtype=self._dtype)
+
+    def begin(self, columns: slice | Tensor) -> None:
+        """Begin a tile of the vocabulary."""
+        self._columns, self._is_empty = columns, True
+        if self._is_wide and isinstance(columns, slice):
+            self._total = self._d_weight[columns]
+            return
+        width = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
+        hidden = self._d_weight.shape[1]
+        if len(self._buffer) < hidden * width:
+            self._buffer = self._buffer.new_empty(hidden * width)
+        shape = (width, hidden) if self._is_wide else (hidden, width)
+        self._total = self._buffer[: hidden * width].view(shape)
 
     def add(self, dz: Tensor, input_t: Tensor) -> None:
-        """Add the product of some rows of the current tile, whose input is [hidden, rows]."""
-        total = self._total(dz.shape[1])
+        """Add the product of some rows of the tile, whose input is [hidden, rows]."""
+        first, second = (dz.t(), input_t.t()) if self._is_wide else (input_t, dz)
         if self._is_one_product:
-            torch.mm(input_t, dz, out=total)
+            torch.mm(first, second, out=self._total)
         else:
-            self._product(total, input_t, dz, beta=int(not self._is_empty))
+            self._product(self._total, first, second, beta=int(not self._is_empty))
         self._is_empty = False
 
     def add_outer(self, hidden: Tensor, row: Tensor) -> None:
-        """Add the outer product of a vector [hidden] and one of the current tile's columns."""
-        total = self._total(len(row))
+        """Add the outer product of a vector [hidden] and one of the tile's columns."""
         if self._is_empty:
-            total.zero_()
-        total.addr_(hidden.to(total.dtype), row.to(total.dtype))
+            self._total.zero_()
+        total = self._total.t() if self._is_wide else self._total
+        total.addr_(hidden.to(self._dtype), row.to(self._dtype))
         self._is_empty = False
 
-    def write(self, columns: slice | Tensor) -> None:
-        """Move the sum to the tile's rows of the gradient."""
-        width = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
-        total = self._total(width).t()
-        if isinstance(columns, slice):
-            self._d_weight[columns].copy_(total)
-        else:
-            self._d_weight.index_copy_(0, columns, total.to(self._d_weight.dtype))
-        self._is_empty = True
-
-    def _total(self, width: int) -> Tensor:
-        hidden = self._d_weight.shape[1]
-        return self._sum[: hidden * width].view(hidden, width)
+    def end(self) -> None:
+        """Write the tile's rows of the gradient."""
+        total = self._total if self._is_wide else self._total.t()
+        if not isinstance(self._columns, slice):
+            self._d_weight.index_copy_(0, self._columns, total.to(self._d_weight.dtype))
+        elif not self._is_wide:
+            self._d_weight[self._columns].copy_(total)

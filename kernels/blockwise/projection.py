@@ -144,6 +144,12 @@ class TileGradient(Tile):
         """Whether any of the gradients is asked for."""
         return self._shared.is_wanted
 
+    def begin(self, tile: slice) -> None:
+        """Begin a tile of the vocabulary."""
+        super().begin(tile)
+        if self._d_weight is not None:
+            self._d_weight.begin(self._columns)
+
     def add(self, dz: Tensor, rows: slice | Tensor) -> None:
         """Add what the gradient of some rows of the tile contributes."""
         if self._shared.d_bias is not None:
@@ -172,7 +178,7 @@ class TileGradient(Tile):
         if self._d_input is not None:
             self._d_input.end_tile()
         if self._d_weight is not None:
-            self._d_weight.write(self._columns)
+            self._d_weight.end()
 
     def skip(self, tile: slice) -> None:
         """Leave out a tile whose gradient is zero."""

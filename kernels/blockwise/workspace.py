@@ -12,6 +12,11 @@ from cce_inductor.kernels.head import TILE, Factors, Head
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.schedule import schedule
 
+ROWS_IN_CACHE = 512
+"""The rows of a block that one thread computes alone: 2 MiB of float32 logits stay in its cache.
+Products of a narrower dtype have all rows at once if they can, because a sum of several products
+costs time for what rounding takes away."""
+
 
 def rows_of_block(
     head: Head, every: Sequence[Factors], rows: int, lanes: int, *, backward: bool
@@ -29,8 +34,11 @@ def rows_of_block(
     blocks = _block_count(head, len(every), backward=backward)
     row_bytes = blocks * _width(head) * head.logit_dtype.itemsize
     row_bytes += sum(_Sizes(head, factors, backward).row_bytes for factors in every)
-    import os
-    return max(1, min(rows, int(os.environ.get("CAP", 10**9)), head.workspace_bytes // (lanes * max(1, row_bytes))))
+    most = head.workspace_bytes // (lanes * max(1, row_bytes))
+    is_wide = all(operand_dtype(each.compute_dtype) == head.logit_dtype for each in every)
+    if lanes > 1 and is_wide:
+        most = min(most, ROWS_IN_CACHE * -(-torch.get_num_threads() // lanes))
+    return max(1, min(rows, most))
 
 
 def row_blocks(rows: int, rows_of_block: int) -> Iterator[slice]:
