@@ -6,9 +6,9 @@
         assert_rewritten(model, ids, labels)
         assert_matches_eager(model, ids, labels)
 
-The inputs of a test are small, so everything here runs with ``min_logits_bytes=0``, and with
-``on_error="raise"``; the other options are those of `install` if it is in force. Nothing that is
-compiled here stays in Dynamo's caches.
+The inputs of a test are small, so everything here runs with ``min_logits_bytes=0``; its gradients
+are compared with exact ones, so ``sample_below=0``; and ``on_error="raise"``. The other options are
+those of `install` if it is in force. Nothing that is compiled here stays in Dynamo's caches.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ _BACKENDS: Mapping[str, Callable[..., Any]] = {
 
 
 def _options() -> Options:
-    return dataclasses.replace(options_in_force(), min_logits_bytes=0, on_error="raise")
+    return dataclasses.replace(
+        options_in_force(), min_logits_bytes=0, sample_below=0.0, on_error="raise"
+    )
 
 
 def _explain(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:

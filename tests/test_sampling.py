@@ -13,6 +13,7 @@ import cce_inductor
 from cce_inductor import Options, linear_cross_entropy
 from cce_inductor.kernels.head import TILE
 from cce_inductor.rewriting.rewrite import rewrite
+from cce_inductor.testing import assert_matches_eager
 
 ROWS, HIDDEN, VOCABULARY, BELOW = 64, 24, 10 * TILE, 0.25
 OPTIONS = {"min_logits_bytes": 0, "sample_below": BELOW}
@@ -119,6 +120,12 @@ def test_deferred_logits():
         result = F.cross_entropy(head(input), target)
         found = torch.autograd.grad(result, [input, head.weight])
     assert_sampled([result.detach(), *found], exact)
+
+
+def test_assertions_for_models_compare_exact_gradients():
+    with cce_inductor.installed(sample_below=BELOW):
+        assert_matches_eager(loss, *tensors())
+    assert cce_inductor.share_visited() is None
 
 
 def test_exact_by_default():

@@ -112,28 +112,30 @@ class ControlVariate:
             for grad, _, x in cotangent.probabilities:
                 made.append(self._of_softmax(name, x, grad.unsqueeze(1)))
             if cotangent.grad_sum is not None:
-                ones = torch.ones_like(self._mean_row.values[LOGIT])
-                made.append(self._stand_in(name, ones, cotangent.grad_sum.unsqueeze(1)))
+                gradients = self._gradients(name, torch.ones_like(self._mean_row.values[LOGIT]))
+                made.append(self._stand_in(cotangent.grad_sum.unsqueeze(1), gradients))
         return made
 
     def _of_softmax(self, name: Name, x: Name, factor: Tensor) -> StandIn:
-        return self._stand_in(
-            name, self._profiles[x][0], factor * self._sample.masses[x] * self._left
-        )
+        gradients = {
+            each: gradient.nan_to_num(0.0, 0.0, 0.0)
+            for each, gradient in self._gradients(name, self._profiles[x][0]).items()
+        }
+        return self._stand_in(factor * self._sample.masses[x] * self._left, gradients)
 
-    def _stand_in(self, name: Name, cotangent: Tensor, amount: Tensor) -> StandIn:
-        """Return the stand-in of a value's cotangent, [1, vocabulary]."""
+    def _stand_in(self, amount: Tensor, gradients: Mapping[Name, Tensor]) -> StandIn:
+        return StandIn(amount.to(self._head.logit_dtype), gradients, self._input, self._head)
+
+    def _gradients(self, name: Name, cotangent: Tensor) -> dict[Name, Tensor]:
+        """Return the gradients of the logit and the operands for the cotangent of a value, [1,
+        vocabulary], at the mean hidden state."""
         program = program_of(self._head.program, name)
         steps = derivative(program, self._head.operands)
         values = dict(self._mean_row.values)
         steps.forward.run(values, in_place=False)
         values[Name("g0")] = cotangent
         steps.backward.run(values, in_place=False)
-        gradients = {
-            each: values[gradient].nan_to_num(0.0, 0.0, 0.0)
-            for each, gradient in steps.gradients.items()
-        }
-        return StandIn(amount.to(self._head.logit_dtype), gradients, self._input, self._head)
+        return {each: values[gradient] for each, gradient in steps.gradients.items()}
 
     def _distance(self, x: Name, y: Name, mean: Tensor) -> Tensor:
         """Return about how far `y` is in each block from its mean under the softmax of `x`,

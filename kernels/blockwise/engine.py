@@ -1,10 +1,14 @@
 """Statistics of logits in blocks of rows and vocabulary, with ordinary tensor operations.
 
 The vocabulary is cut into tiles of `TILE` entries and is the outermost loop, in the forward and in
-the backward; rows are cut only when a tile's logits for all of them would not fit the workspace.
-Only one block of logits exists at a time, with the blocks that the program computes from it. Row
-statistics are float64 vectors: the loss of a confident row is the small difference of two large
-numbers, and float32 would round it more than log_softmax of stored logits does.
+the backward; rows are cut when a tile's logits for all of them would not fit the workspace. Each of
+a few lanes computes tiles of its own, and has one block of logits at a time, with the blocks that
+the program computes from it. Row statistics are float64 vectors: the loss of a confident row is the
+small difference of two large numbers, and float32 would round it more than log_softmax of stored
+logits does.
+
+With `Head.sample_below`, the forward divides the vocabulary in the order of its probabilities at
+the mean hidden state, and the backward computes a sample of the pairs of a row and a tile.
 """
 
 from __future__ import annotations
@@ -63,8 +67,7 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
 
     Returns:
         The results of the program's statistics, in order: float64 [rows] or [rows, k], int64 for
-        indices. If the program has a logsumexp, they are followed by the first one's value for each
-        tile, [rows, tiles] in the logit dtype.
+        indices. They are followed by what the backward needs beside them (`saved_tensors`).
 
     Raises:
         IndexError, RuntimeError: an index outside the vocabulary (CPU).
@@ -106,6 +109,7 @@ def _statistics(input: Tensor, head: Head, kept: KeptRows, indices: Indices) -> 
 
 
 def _placed(index: Tensor, place: Tensor) -> Tensor:
+    """Return the places of indices in an order, given the place of each vocabulary entry."""
     return place[index].where(index != NOWHERE, NOWHERE)
 
 
@@ -124,7 +128,8 @@ def compute_gradients(
     head: Head,
     wanted: Wanted,
 ) -> Gradients:
-    """Return exact gradients, from logits that are computed again tile by tile.
+    """Return the gradients, from logits that are computed again tile by tile. They are exact, or
+    unbiased if `sampling.applies`.
 
     Args:
         grads: the gradient of each result, float64; None for a result without one.
@@ -207,6 +212,7 @@ def _gradients(
     stand_ins: Sequence[StandIn],
     wanted: Wanted,
 ) -> Gradients:
+    """Return the gradients of the rows that are visited, plus what stands in for the others."""
     shared = SharedGradients(input, head, kept, visits, stand_ins, wanted)
     every = list(head.factors(input).values())
     lane_bytes = 2 * kept.count * input.shape[1] * head.logit_dtype.itemsize
