@@ -49,7 +49,7 @@ def statistics(problem: Problem) -> Kernel:
 
     def forward(input: Tensor, weight: Tensor, target: Tensor) -> Any:
         return torch.ops.cce_inductor.reduce_rows(
-            input, weight, None, [target], PROGRAM, True, input.dtype, 2**26
+            input, weight, None, [target], PROGRAM, True, input.dtype, 2**26, 0.0
         )[:2]
 
     return Kernel("statistics", forward, problem.inputs(), problem.flops)
