@@ -67,11 +67,12 @@ class _Schedule:
         self._committed = 0
         self._failed = False
         self._changed = threading.Condition()
+        self._inference = torch.is_inference_mode_enabled()  # of the caller's thread
 
     def work(self, lane: Lane) -> None:
         """Compute groups until there are no more."""
         try:
-            with torch.no_grad():
+            with torch.inference_mode(self._inference), torch.no_grad():
                 while (group := self._next()) is not None:
                     lane.compute(group)
                     with self._changed:

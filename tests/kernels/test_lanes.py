@@ -67,6 +67,22 @@ def test_an_error_reaches_the_caller(threads):
     assert len(committed(3, 20)) == 20  # the threads go on
 
 
+def test_inference_mode(threads):
+    """What the caller allocated in inference mode can be changed in place only there."""
+    total = []
+
+    class Lane(Recorder):
+        def commit(self):
+            assert torch.is_inference_mode_enabled() == total[0].is_inference()
+            total[0].add_(self.group)
+
+    for enabled in (True, False):
+        with torch.inference_mode(enabled):
+            total[:] = [torch.zeros(())]
+            lanes.run([Lane([]) for _ in range(2)], 6)
+        assert total[0].item() == 15
+
+
 def test_several_callers_share_the_threads(threads):
     made = [None] * 6
 
