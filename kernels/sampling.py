@@ -4,8 +4,8 @@ The gradient of a logit is nearly always a multiple of its probability, and near
 are small. A pair (row, block) whose block holds the mass m of the row's softmax is computed with
 probability ``min(1, m / sample_below)``, and what is computed is weighted by the inverse. So the
 expectation is the exact gradient, a pair's weighted mass never exceeds `sample_below`, and a row
-computes at most ``1 / sample_below`` blocks on average, however large the vocabulary. Pairs that
-hold an index of the row, its target for example, are always computed.
+computes at most ``1 / sample_below`` blocks, rounded up, however large the vocabulary. Pairs that
+hold an index of the row, its target for example, are always computed, and not among these.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from cce_inductor.kernels.statistics.indexed import NOWHERE
 
 MIN_BLOCKS = 8
 """The least number of blocks for which the vocabulary is ordered. Fewer leave little out."""
+
+UNIT = 2**40
+"""Chances are whole multiples of ``1 / UNIT``, so that their sums are exact."""
 
 MAX_SHARE = 0.75
 """If a larger share of the pairs is expected to be computed, all of them are: gathering rows of a
@@ -124,7 +127,8 @@ def varying_gradients(program: Program, value: Name, operands: Sequence[Tensor])
 
 
 def chances(masses: Sequence[Tensor], active: Tensor, held: Tensor, sample_below: float) -> Tensor:
-    """Return the probability with which each pair is computed, float64 [rows, blocks].
+    """Return the probability with which each pair is computed, int64 [rows, blocks] in units of
+    ``1 / UNIT``. It is greater than 0 if the mass is.
 
     Args:
         masses: for each softmax, the mass of each pair, float64 [rows, blocks].
@@ -133,9 +137,26 @@ def chances(masses: Sequence[Tensor], active: Tensor, held: Tensor, sample_below
         sample_below: see `Head`.
     """
     mass = torch.stack(list(masses)).amax(0)
-    chance = (mass / sample_below).clamp_(max=1.0) * active.unsqueeze(1)
     # A row whose masses are nan has a gradient that is nan.
-    return chance.masked_fill_(held | mass.isnan(), 1.0)
+    always = held | mass.isnan()
+    share = (mass.nan_to_num(0.0) / sample_below).clamp_(max=1.0) * active.unsqueeze(1)
+    return share.mul_(UNIT).ceil_().long().masked_fill_(always, UNIT)
+
+
+def drawn(chances: Tensor, lse: Tensor) -> Tensor:
+    """Return which pairs are computed, bool [rows, blocks]: a systematic sample of each row.
+
+    The chances of a row are laid end to end, and marks are set at a distance of 1 from each other,
+    the first at a random offset. A pair is computed if a mark lies on its chance. So each pair has
+    its own chance, and a row computes as many pairs as its chances add up to, rounded up or down.
+    Between the blocks of a row, this leaves less to chance than separate draws do.
+
+    Args:
+        chances: what `chances` returns.
+        lse: the logsumexp of each row, float64 [rows].
+    """
+    marks = (chances.cumsum(1) + offsets(lse).unsqueeze(1)).div(UNIT, rounding_mode="floor")
+    return marks.diff(dim=1, prepend=torch.zeros_like(marks[:, :1])) > 0
 
 
 def held_pairs(indices: Sequence[Tensor], rows: int, blocks: int) -> Tensor:
@@ -154,22 +175,18 @@ def held_pairs(indices: Sequence[Tensor], rows: int, blocks: int) -> Tensor:
     return held[:, :blocks]
 
 
-def uniform(lse: Tensor, blocks: int) -> Tensor:
-    """Return a number from [0, 1) for each pair, float64 [rows, blocks].
+def offsets(lse: Tensor) -> Tensor:
+    """Return a random number for each row, int64 [rows] from 0 to ``UNIT - 1``.
 
-    It is a hash of the bits of the row's logsumexp, the row's number and the block's. So the same
-    inputs get the same numbers, other inputs get others, and no generator of PyTorch is used. The
-    hash is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+    It is a hash of the bits of the row's logsumexp and of the row's number. So the same inputs get
+    the same numbers, other inputs get others, and no generator of PyTorch is used. The hash is
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
     Args:
         lse: float64 [rows].
-        blocks: the number of blocks.
     """
-    row = torch.arange(len(lse), device=lse.device)
-    block = torch.arange(1, blocks + 1, device=lse.device)
-    seed = _mixed(lse.contiguous().view(torch.int64) ^ _mixed(row * _GAMMA))
-    bits = _mixed(seed.unsqueeze(1) + block * _GAMMA)
-    return _shifted(bits, 11).double() * 2.0**-53
+    row = torch.arange(1, len(lse) + 1, device=lse.device)
+    return _mixed(lse.contiguous().view(torch.int64) ^ _mixed(row * _GAMMA)) & (UNIT - 1)
 
 
 def _mixed(bits: Tensor) -> Tensor:

@@ -105,15 +105,17 @@ class Sample(Visits):
         indices = [each.index for each in pullback.cotangents.values() if each.has_indices]
         places = [place[index].where(index != NOWHERE, NOWHERE) for index in indices]
         held = sampling.held_pairs(places, rows, tiles)
-        chance = sampling.chances(
+        chances = sampling.chances(
             list(masses.values()), _active_rows(pullback.cotangents), held, head.sample_below
         )
-        if chance.mean() > sampling.MAX_SHARE:
-            visited.count(chance.numel(), chance.numel())
+        pairs = rows * tiles
+        if float(chances.sum(1).double().sum()) > sampling.MAX_SHARE * sampling.UNIT * pairs:
+            visited.count(pairs, pairs)
             return None
-        drawn = sampling.uniform(lse[used[0]], tiles) < chance
-        visited.count(int(drawn.sum()), drawn.numel())
-        return cls(pullback, place, masses, tile_lse, drawn / chance.where(drawn, 1.0))
+        drawn = sampling.drawn(chances, lse[used[0]])
+        visited.count(int(drawn.sum()), pairs)
+        weight = drawn * (sampling.UNIT / chances.where(drawn, sampling.UNIT).double())
+        return cls(pullback, place, masses, tile_lse, weight)
 
     def blocks(self, number: int, most: int) -> Iterator[Visit]:
         weight = self.weight[:, number]

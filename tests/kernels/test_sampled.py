@@ -56,8 +56,8 @@ def draw(monkeypatch):
         generator = torch.Generator().manual_seed(seed)
         monkeypatch.setattr(
             sampling,
-            "uniform",
-            lambda lse, blocks: torch.rand(len(lse), blocks, generator=generator).double(),
+            "offsets",
+            lambda lse: torch.randint(sampling.UNIT, (len(lse),), generator=generator),
         )
 
     return replace
@@ -226,8 +226,7 @@ def test_work_and_weights_are_bounded(scale, monkeypatch):
     (pairs,) = drawn
     (mass,) = pairs.masses.values()
     torch.testing.assert_close(mass.sum(1), torch.ones(200, dtype=torch.float64), atol=1e-5, rtol=0)
-    visits = (pairs.weight > 0).sum(1).double()
-    assert visits.mean() <= 1 + 1 / below + 3 * visits.std() / math.sqrt(200)
+    assert (pairs.weight > 0).sum(1).max() <= 1 + 1 / below
     weighted = (pairs.weight * mass)[pairs.weight != 1]
     assert (weighted <= below * (1 + 1e-12)).all()
 
@@ -265,32 +264,55 @@ def test_the_control_variate_lowers_the_error(draw, monkeypatch):
 # Random numbers
 
 
-def test_random_numbers_are_uniform_and_independent():
-    lse = random(4000) + 5
-    numbers = sampling.uniform(lse, 40)
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    quantiles = numbers.flatten().sort().values
-    uniform = (torch.arange(numbers.numel()) + 0.5) / numbers.numel()
-    assert (quantiles - uniform).abs().max() < 1.63 / math.sqrt(numbers.numel())  # Kolmogorov, 1%
-    between_blocks = numbers.T.corrcoef().fill_diagonal_(0)
-    assert between_blocks.abs().max() < 5 / math.sqrt(len(lse))
-    between_rows = numbers[:100].corrcoef().fill_diagonal_(0)
-    assert between_rows.abs().max() < 5 / math.sqrt(40)
+def test_offsets_are_uniform_and_independent():
+    offsets = sampling.offsets(random(40_000) + 5).double() / sampling.UNIT
+    assert offsets.min() >= 0
+    assert offsets.max() < 1
+    expected = (torch.arange(len(offsets)) + 0.5) / len(offsets)
+    largest = (offsets.sort().values - expected).abs().max()
+    assert largest < 1.63 / math.sqrt(len(offsets))  # Kolmogorov and Smirnov, at 1%
+    neighbours = torch.stack([offsets[:-1], offsets[1:]]).corrcoef()[0, 1]
+    assert neighbours.abs() < 3 / math.sqrt(len(offsets))
 
 
-def test_random_numbers_are_those_of_the_data():
+def test_offsets_are_those_of_the_data():
     lse = random(100)
-    numbers = sampling.uniform(lse, 7)
-    assert sampling.uniform(lse.clone(), 7).equal(numbers)
-    assert sampling.uniform(lse, 5).equal(numbers[:, :5])
+    offsets = sampling.offsets(lse)
+    assert sampling.offsets(lse.clone()).equal(offsets)
+    assert sampling.offsets(lse[:50]).equal(offsets[:50])
     other = lse.clone()
     other[3] = lse[3].nextafter(torch.tensor(math.inf))
-    changed = sampling.uniform(other, 7) != numbers
-    assert changed[3].all()
-    assert changed.sum() == 7
-    same = torch.zeros(100, dtype=torch.float64)
-    assert len(sampling.uniform(same, 7).unique()) == 700  # equal rows draw their own
+    assert (sampling.offsets(other) != offsets).nonzero().tolist() == [[3]]
+    same = sampling.offsets(torch.zeros(100, dtype=torch.float64))
+    assert len(same.unique()) == 100  # equal rows draw their own
+
+
+def test_each_pair_is_drawn_with_its_chance(draw):
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.randint(sampling.UNIT, (50, 30), generator=generator) // 3
+    chances[::7, 4], chances[::5, 6] = sampling.UNIT, 0
+    total = torch.zeros(50, 30, dtype=torch.float64)
+    draws = 400
+    for seed in range(draws):
+        draw(seed)
+        drawn = sampling.drawn(chances, torch.zeros(50, dtype=torch.float64))
+        total += drawn
+        row = chances.sum(1) / sampling.UNIT
+        assert (drawn.sum(1) >= row.floor()).all()
+        assert (drawn.sum(1) <= row.ceil()).all()
+    chance = chances / sampling.UNIT
+    error = (chance * (1 - chance) / draws).sqrt()
+    assert ((total / draws - chance).abs() <= 4.5 * error).all()
+
+
+def test_a_mass_of_any_size_has_a_chance():
+    masses = torch.tensor([[0.0, 1e-300, 1e-9, 0.5, 1.0, math.nan]], dtype=torch.float64)
+    active, held = torch.ones(1, dtype=torch.bool), torch.zeros(1, 6, dtype=torch.bool)
+    (chances,) = sampling.chances([masses], active, held, 0.75).tolist()
+    assert chances[:2] == [0, 1]
+    assert chances[2] == math.ceil(sampling.UNIT * (1e-9 / 0.75))
+    assert chances[3] == math.ceil(sampling.UNIT * (0.5 / 0.75))
+    assert chances[4:] == [sampling.UNIT] * 2
 
 
 def test_the_same_inputs_have_the_same_bits_and_no_generator_is_used():
