@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from convergence_runs import (
     EXACT,
+    MAIN,
     METHODS,
     RARE_SHARE,
     Run,
@@ -57,6 +58,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path("docs/convergence.jsonl")
+MARGIN = 1.25  # A run may take longer than others by so much.
 SIZES = {
     "vocabulary": "entries of the vocabulary",
     "layers": "transformer layers",
@@ -132,11 +134,14 @@ def make_runs(
     cache = train_gpt.parse_arguments([]).cache_dir.expanduser()
     corpus = train_gpt.load_corpus(cache, sizes.vocabulary)
     for number, run in enumerate(left, 1):
-        longest = max((result.total_seconds for result in results.values()), default=0.0)
+        seconds = expected_seconds(run, results)
         if run.setting.start == "tuned" and not checkpoint_path(sizes, corpus).exists():
-            longest *= 1 + sizes.checkpoint_steps / sizes.steps
-        if time.perf_counter() + longest > end:
-            console.print(f"stopped: a run takes up to {longest / 60:.1f} minutes", highlight=False)
+            seconds *= 1 + sizes.checkpoint_steps / sizes.steps
+        if time.perf_counter() + seconds > end:
+            console.print(
+                f"stopped before {run.name}, which may take {seconds / 60:.1f} minutes",
+                highlight=False,
+            )
             return
         with console.status(f"{number} of {len(left)}: {run.name}"):
             weights = first_weights(run, sizes, corpus)
@@ -150,6 +155,13 @@ def make_runs(
             f"{result.total_seconds / 60:.1f} minutes",
             highlight=False,
         )
+
+
+def expected_seconds(run: Run, results: Results) -> float:
+    """Return what a run may take, from the runs of its method, or else from all; 0 without any."""
+    seconds = {name: result.total_seconds for name, result in results.items()}
+    alike = [seconds[name] for name in seconds if f", {run.method}, " in name]
+    return MARGIN * statistics.median(alike or seconds.values() or [0.0])
 
 
 def list_table(runs: Sequence[Run], results: Results) -> Table:
@@ -229,7 +241,8 @@ def report_table(every: Sequence[Pairs], sizes: Sizes) -> Table:
     table = Table(
         title=f"Validation loss after {sizes.steps} steps of {tokens:,} tokens, minus that of "
         f"{EXACT} with the same seed\n(mean ± standard error; rare: the least frequent tokens, "
-        f"{RARE_SHARE:.0%} of the text)"
+        f"{RARE_SHARE:.0%} of the text;\nshare visited: in the first and the last {sizes.every} "
+        "steps)"
     )
     table.add_column("setting")
     table.add_column("method")
@@ -259,8 +272,8 @@ def draw(setting: Setting, every: Sequence[Pairs], path: Path) -> None:
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     (by_step, by_time), (differences, shares) = figure.subplots(2, 2)
-    for number, each in enumerate(every):
-        style = {"color": f"C{number}", "linewidth": 1.2}
+    for each in every:
+        style = {"color": f"C{METHODS[MAIN].index(each.method)}", "linewidth": 1.2}
         steps = each.mean("step")
         by_step.plot(steps, each.mean("loss"), label=each.method, **style)
         by_time.plot(each.mean("processor_seconds"), each.mean("loss"), **style)
