@@ -2,8 +2,8 @@
 
 A run is one training of a small GPT. Its *method* makes the gradient of the loss:
 
-* ``exact``, and ``exact again`` with sums in another order, which shows how far two runs drift
-  apart by rounding alone;
+* ``exact``; ``exact again`` with sums in another order, and ``exact rounded`` with gradients of
+  hidden state and weight that are rounded to bfloat16: how far do two runs drift apart by rounding?
 * ``sampled``: this package with ``sample_below``, see docs/sampling.md;
 * ``filtered``: what is small is left out, as by the filter of Cut Cross-Entropy.
 

@@ -29,7 +29,8 @@ import cce_inductor
 sys.path.insert(0, str(EXAMPLES))
 import train_gpt
 
-LEARNING_RATES = {"adamw": 3e-3, "sgd": 1.0}
+# With three times this rate of AdamW, exact runs whose gradients are rounded drift apart by 0.05.
+LEARNING_RATES = {"adamw": 1e-3, "sgd": 1.0}
 MOMENTUM = 0.9  # of SGD, which has no weight decay
 FINE_TUNING = 0.1  # of the learning rate, when training continues from a checkpoint
 WARMUP = 0.05  # of the steps
@@ -41,6 +42,7 @@ FLOAT_BYTES = 4
 
 EXACT = "exact"
 AGAIN = "exact again"
+ROUNDED = "exact rounded"
 FILTERED = "filtered"
 SAMPLED = ("sampled 1/64", "sampled 1/32", "sampled 1/16")
 RECOMMENDED = "sampled 1/32"  # see docs/sampling.md
@@ -77,11 +79,11 @@ class Run:
 
 MAIN = Setting()
 METHODS = {
-    MAIN: (EXACT, AGAIN, *SAMPLED, FILTERED),
-    replace(MAIN, start="tuned"): (EXACT, AGAIN, RECOMMENDED, FILTERED),
-    replace(MAIN, optimizer="sgd"): (EXACT, AGAIN, RECOMMENDED),
-    replace(MAIN, head="tied"): (EXACT, AGAIN, RECOMMENDED),
-    replace(MAIN, dtype="bfloat16"): (EXACT, AGAIN, RECOMMENDED),
+    MAIN: (EXACT, AGAIN, ROUNDED, *SAMPLED, FILTERED),
+    replace(MAIN, start="tuned"): (EXACT, ROUNDED, RECOMMENDED, FILTERED),
+    replace(MAIN, optimizer="sgd"): (EXACT, ROUNDED, RECOMMENDED),
+    replace(MAIN, head="tied"): (EXACT, ROUNDED, RECOMMENDED),
+    replace(MAIN, dtype="bfloat16"): (EXACT, ROUNDED, RECOMMENDED),
 }
 
 
@@ -162,6 +164,18 @@ class Filtered(torch.autograd.Function):
         return d_hidden, torch.empty_like(d_weight).index_copy_(0, order, d_weight), None
 
 
+class Rounded(torch.autograd.Function):
+    """The same tensor, with a gradient that is rounded to bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.bfloat16().to(grad.dtype)
+
+
 def stored_loss(hidden: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     """Return the loss as it is usually written."""
     return F.cross_entropy(F.linear(hidden, linear_weight).float(), target)
@@ -178,7 +192,12 @@ def make_loss(method: str, tokens: int) -> Loss:
         options["sample_below"] = float(Fraction(method.split()[-1]))
     torch._dynamo.reset()
     cce_inductor.clear_reports()
-    return torch.compile(stored_loss, backend="cce_inductor_eager", options=options)
+    loss = torch.compile(stored_loss, backend="cce_inductor_eager", options=options)
+    if method == ROUNDED:
+        return lambda hidden, linear_weight, target: loss(
+            Rounded.apply(hidden), Rounded.apply(linear_weight), target
+        )
+    return loss
 
 
 def check_used(method: str) -> None:
