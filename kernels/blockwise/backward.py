@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.blockwise.control_variate import StandIn
+from cce_inductor.kernels.blockwise.control_variate import ControlVariate
 from cce_inductor.kernels.blockwise.gradients import OperandGradient
 from cce_inductor.kernels.blockwise.projection import ProjectionGradient, TileGradient
 from cce_inductor.kernels.blockwise.pullback import as_large_as
@@ -25,7 +25,7 @@ class SharedGradients:
         head: the head, with the part of its program that has a gradient.
         kept: the rows that are computed.
         visits: which rows of each tile are computed.
-        stand_ins: what is added for those that are not.
+        variate: stands in for those that are not; None if all are.
         wanted: which gradients are asked for.
     """
 
@@ -35,10 +35,10 @@ class SharedGradients:
         head: Head,
         kept: KeptRows,
         visits: Visits,
-        stand_ins: Sequence[StandIn],
+        variate: ControlVariate | None,
         wanted: Wanted,
     ):
-        self.head, self.kept, self.visits, self.stand_ins = head, kept, visits, stand_ins
+        self.head, self.kept, self.visits, self.variate = head, kept, visits, variate
         self._wanted = wanted
         self.projections = {
             name: ProjectionGradient(head, each, kept, **wanted_of(name, wanted))
@@ -65,16 +65,11 @@ class SharedGradients:
 
     def results(self) -> Gradients:
         """Return the gradients, once all groups are added."""
-        for name, gradient in self._operands.items():
-            for each in self.stand_ins:
-                of_rows = each.of_rows(name) if name.kind is OperandKind.ROW else None
-                if of_rows is not None:
-                    gradient.sum += of_rows
         by_position = {name.position: each.result() for name, each in self._operands.items()}
         for name in self.head.program.products:
-            by_position |= zip(name.positions, self.projections[name].results(()), strict=False)
+            by_position |= zip(name.positions, self.projections[name].results(None), strict=False)
         of_operands = or_zeros(by_position, self.head, self._wanted)
-        input, weight, bias = self.projections[LOGIT].results(self.stand_ins)
+        input, weight, bias = self.projections[LOGIT].results(self.variate)
         return Gradients(input, weight, bias, of_operands)
 
 
@@ -89,7 +84,7 @@ class BackwardLane:
     def __init__(self, shared: SharedGradients, rows: int):
         self._shared, self._rows = shared, rows
         self._tiles = {
-            name: TileGradient(each, rows, shared.stand_ins if name == LOGIT else ())
+            name: TileGradient(each, rows, shared.variate if name == LOGIT else None)
             for name, each in shared.projections.items()
         }
         self._operands = shared.operand_gradients()
@@ -98,7 +93,7 @@ class BackwardLane:
         shared = self._shared
         for number, tile in shared.head.strided(group):
             visits = list(shared.visits.blocks(number, self._rows))
-            if not visits and not shared.stand_ins:
+            if not visits and shared.variate is None:
                 for each in self._tiles.values():
                     each.skip(tile)
                 continue
@@ -106,7 +101,7 @@ class BackwardLane:
                 each.begin(tile)
             for visit in visits:
                 self._add(visit, tile)
-            self._add_stand_ins(number, tile)
+            self._add_terms(number, tile)
             for each in self._tiles.values():
                 each.end()
 
@@ -128,15 +123,16 @@ class BackwardLane:
             if each.is_wanted:
                 each.add(as_large_as(gradients.get(name), logits), visit.rows)
 
-    def _add_stand_ins(self, number: int, tile: slice) -> None:
+    def _add_terms(self, number: int, tile: slice) -> None:
         """Add what stands in for the rows of a tile that are not computed."""
-        head = self._shared.head
-        self._tiles[LOGIT].add_stand_ins(number)
-        for name, operand in self._operands.items():
-            for each in self._shared.stand_ins:
-                row = each.columns(name, tile)
-                if row is not None and name.kind is not OperandKind.ROW:
-                    operand.add_row(row * each.amounts[number], head.columns(tile))
+        shared = self._shared
+        for term in self._tiles[LOGIT].add_terms(number):
+            assert shared.variate is not None
+            for name, operand in self._operands.items():
+                if name.kind is OperandKind.ROW:
+                    shared.variate.add_to_rows(operand.sum, term, name)
+                elif (columns := term.columns(name)) is not None:
+                    operand.add_row(columns, shared.head.columns(tile))
 
 
 def wanted_of(name: Name, wanted: Wanted) -> dict[str, bool]:

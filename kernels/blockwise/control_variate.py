@@ -1,161 +1,213 @@
-"""What stands in for the pairs of a row and a block whose gradient is not computed.
+"""What stands in for the pairs of a row and a tile whose gradient is not computed.
 
-Within a block of the vocabulary, the softmax of most rows resembles that of the mean hidden state,
-the block's *profile*. So the gradient of a pair with mass m is near ``m * profile``, with the
-gradients of a program's operands at the mean hidden state likewise. This is known without computing
-the pair. It is added for every pair, and subtracted, with the same weight, from each pair that is
-computed: the expectation does not change, and the variance is that of the difference.
+Within a tile of the vocabulary, the softmax of a row resembles that of the center of its cluster,
+the *profile*. So the gradient of a pair with mass m is near ``m * profile``, with the gradients of
+a program's operands at the center likewise. This is known without computing the pair. It is added
+for every pair, and subtracted, with the same weight, from each pair that is computed: the
+expectation does not change, and the variance is that of the difference.
 
 With the weight w of a pair, 0 if it is not computed, ``m * (1 - w) * profile`` is left to add. Its
-products with weight and input are thin: a sum over rows first, or over the block's columns.
+products with weight and input are thin: a sum over the rows of a cluster first, or over the columns
+of a tile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.blockwise.mean_row import MeanRow
+from cce_inductor.kernels.blockwise.centers import Centers, value_of
+from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.visits import Sample
-from cce_inductor.kernels.head import TILE, Head, tile_count
+from cce_inductor.kernels.head import Head, tile_count
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.sampling import program_of
 from cce_inductor.kernels.statistics.cotangent import Cotangent
 
+ROWS_OF_CLUSTER = 128
+"""The least number of rows of a cluster. A center costs as much as a row."""
 
-class StandIn:
-    """A gradient of the logits that is one row of the vocabulary times a number for each pair.
+MOST_DEPTH = 4
+"""Rows are divided in half so many times at most, which makes 16 clusters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A term of a cotangent that is a number for each pair times a row of the vocabulary.
 
     Attributes:
-        amount: the number for each pair, [rows, blocks]; [rows, 1] if all blocks have the same.
-        amounts: its sum over the rows, [blocks].
-        input: its product with the input, [blocks, hidden].
-
-    Args:
-        amount: see above.
-        gradients: the gradients of the logit and the operands in the vocabulary's order, [1,
-            vocabulary] or [1, 1].
-        input: [rows, hidden].
-        head: the head.
+        name: the value whose cotangent it belongs to.
+        softmax: the value whose profile is the row; None for a row of ones.
+        amount: the number for each pair, [clusters, size, tiles].
+        input: its products with the input, [clusters, tiles, hidden].
+        of_weight: the products of the row's gradient with the weight, [clusters, tiles, hidden].
     """
 
-    def __init__(self, amount: Tensor, gradients: Mapping[Name, Tensor], input: Tensor, head: Head):
-        blocks = tile_count(head.vocabulary)
-        self.amount = amount
-        self.amounts = amount.sum(0).expand(blocks)
-        self.input = (amount.t() @ input.to(amount.dtype)).expand(blocks, -1)
-        self._is_same = amount.shape[1] == 1
-        self._gradients, self._vocabulary = gradients, head.vocabulary
-        shape = blocks, head.linear_weight.shape[1]
-        self._of_input = torch.zeros(shape, dtype=amount.dtype, device=amount.device)
-
-    def columns(self, name: Name, tile: slice) -> Tensor | None:
-        """Return a part of the row, [columns]; None if the gradient of `name` is 0."""
-        gradient = self._gradients.get(name)
-        if gradient is None:
-            return None
-        return gradient.squeeze(0).expand(self._vocabulary)[tile]
-
-    def multiply(self, number: int, tile: slice, weight: Tensor) -> None:
-        """Compute the product of a block of the row with its weights, [columns, hidden]."""
-        columns = self.columns(LOGIT, tile)
-        if columns is not None:
-            torch.mv(weight.to(columns.dtype).t(), columns, out=self._of_input[number])
-
-    def add_to_input(self, total: Tensor) -> None:
-        """Add the gradient of the input, [rows, hidden], once all blocks are multiplied."""
-        of_input = self._of_input.sum(0, keepdim=True) if self._is_same else self._of_input
-        total.addmm_(self.amount.to(total.dtype), of_input.to(total.dtype))
-
-    def of_rows(self, name: Name) -> Tensor | None:
-        """Return the sum of the gradient of an operand over each row, [rows]."""
-        gradient = self._gradients.get(name)
-        if gradient is None:
-            return None
-        blocks = len(self.amounts)
-        padding = blocks * TILE - self._vocabulary
-        every = torch.nn.functional.pad(gradient.squeeze(0).expand(self._vocabulary), (0, padding))
-        sums = every.view(blocks, TILE).sum(1)
-        return self.amount.squeeze(1) * sums.sum() if self._is_same else self.amount @ sums
+    name: Name
+    softmax: Name | None
+    amount: Tensor
+    input: Tensor
+    of_weight: Tensor
 
 
 class ControlVariate:
-    """The stand-ins of all terms of a gradient.
+    """The stand-ins of all terms of a gradient, and the terms that are the same in every column.
 
     Args:
         input: [rows, hidden].
         head: the head, with the part of its program that has a gradient, and the order.
         kept: the rows that are computed.
         sample: the pairs that are computed.
+        cotangents: the cotangents of the program's values.
     """
 
-    def __init__(self, input: Tensor, head: Head, kept: KeptRows, sample: Sample):
-        self._head, self._input, self._sample = head, kept.select(input), sample
-        self._mean_row = MeanRow(input, head, kept)
-        self._profiles = {x: _profile(self._mean_row.value(head.program, x)) for x in sample.masses}
+    def __init__(
+        self,
+        input: Tensor,
+        head: Head,
+        kept: KeptRows,
+        sample: Sample,
+        cotangents: Mapping[Name, Cotangent],
+    ):
+        self._head, self._sample = head, sample
+        self._centers = Centers(input, head, kept, depth_for(kept.count))
         self._left = 1.0 - sample.weight
-
-    def stand_ins(self, cotangents: Mapping[Name, Cotangent]) -> list[StandIn]:
-        """Return a stand-in for each term of the cotangents that is in proportion to a softmax, and
-        one that is the term itself for each that is the same in every column."""
-        made = []
+        self._input = kept.select(input)[self._centers.rows].to(head.logit_dtype)
+        self._terms: list[Term] = []
         for name, cotangent in cotangents.items():
-            if cotangent.lse is not None:
-                factor = cotangent.grad_lse.unsqueeze(1)
-                for grad, mean, y in cotangent.means:
-                    factor = factor + grad.unsqueeze(1) * self._distance(name, y, mean)
-                made.append(self._of_softmax(name, name, factor))
-            for grad, _, x in cotangent.probabilities:
-                made.append(self._of_softmax(name, x, grad.unsqueeze(1)))
-            if cotangent.grad_sum is not None:
-                gradients = self._gradients(name, torch.ones_like(self._mean_row.values[LOGIT]))
-                made.append(self._stand_in(cotangent.grad_sum.unsqueeze(1), gradients))
-        return made
+            self._add_terms(name, cotangent)
 
-    def _of_softmax(self, name: Name, x: Name, factor: Tensor) -> StandIn:
+    def _add_terms(self, name: Name, cotangent: Cotangent) -> None:
+        if cotangent.lse is not None:
+            factor = cotangent.grad_lse.unsqueeze(1)
+            for grad, mean, y in cotangent.means:
+                factor = factor + grad.unsqueeze(1) * self._distance(name, y, mean)
+            self._add(name, name, factor)
+        for grad, _, x in cotangent.probabilities:
+            self._add(name, x, grad.unsqueeze(1))
+        if cotangent.grad_sum is not None:
+            self._add(name, None, cotangent.grad_sum.unsqueeze(1))
+
+    def _add(self, name: Name, softmax: Name | None, factor: Tensor) -> None:
+        centers, tiles = self._centers, tile_count(self._head.vocabulary)
+        amount = factor.expand(-1, tiles)
+        if softmax is not None:
+            amount = factor * self._sample.masses[softmax] * self._left
+        by_cluster = amount.to(self._head.logit_dtype)[centers.rows]
+        by_cluster = by_cluster.where(centers.is_own.unsqueeze(2), 0.0)
+        input = torch.bmm(by_cluster.transpose(1, 2), self._input)
+        self._terms.append(Term(name, softmax, by_cluster, input, torch.zeros_like(input)))
+
+    def of_tile(
+        self, number: int, tile: slice, weight: Tensor, bias: Tensor | None
+    ) -> list[TileTerm]:
+        """Return the terms in a tile, given its weight and bias."""
+        values = self._centers.values(tile, weight, bias)
+        return [TileTerm(term, number, self._gradients(term, values)) for term in self._terms]
+
+    def _gradients(self, term: Term, values: dict[Name, Tensor]) -> dict[Name, Tensor]:
+        """Return the gradients of the logits and operands of the centers, for a term's row."""
+        if term.softmax is None:
+            cotangent = torch.ones_like(values[LOGIT])
+        else:
+            cotangent = _profile(value_of(self._head.program, term.softmax, values))
+        steps = derivative(program_of(self._head.program, term.name), self._head.operands)
+        made = dict(values)
+        steps.forward.run(made, in_place=False)
+        made[Name("g0")] = cotangent
+        steps.backward.run(made, in_place=False)
         gradients = {
-            each: gradient.nan_to_num(0.0, 0.0, 0.0)
-            for each, gradient in self._gradients(name, self._profiles[x][0]).items()
+            name: made[gradient].expand(cotangent.shape)
+            for name, gradient in steps.gradients.items()
         }
-        return self._stand_in(factor * self._sample.masses[x] * self._left, gradients)
+        if term.softmax is None:
+            return gradients
+        return {name: each.nan_to_num(0.0, 0.0, 0.0) for name, each in gradients.items()}
 
-    def _stand_in(self, amount: Tensor, gradients: Mapping[Name, Tensor]) -> StandIn:
-        return StandIn(amount.to(self._head.logit_dtype), gradients, self._input, self._head)
+    def add_to_input(self, total: Tensor) -> None:
+        """Add the gradient of the input, [kept rows, hidden], once every tile is computed."""
+        for term in self._terms:
+            self._add_rows(total, torch.bmm(term.amount, term.of_weight))
 
-    def _gradients(self, name: Name, cotangent: Tensor) -> dict[Name, Tensor]:
-        """Return the gradients of the logit and the operands for the cotangent of a value, [1,
-        vocabulary], at the mean hidden state."""
-        program = program_of(self._head.program, name)
-        steps = derivative(program, self._head.operands)
-        values = dict(self._mean_row.values)
-        steps.forward.run(values, in_place=False)
-        values[Name("g0")] = cotangent
-        steps.backward.run(values, in_place=False)
-        return {each: values[gradient] for each, gradient in steps.gradients.items()}
+    def _add_rows(self, total: Tensor, of_clusters: Tensor) -> None:
+        """Add numbers of the rows of clusters, [clusters, size, ...]; rows of others have zeros."""
+        total.index_add_(0, self._centers.rows.flatten(), of_clusters.flatten(0, 1).to(total.dtype))
+
+    def add_to_rows(self, total: Tensor, each: TileTerm, name: Name) -> None:
+        """Add a term's gradient of an operand with a number for each row, [kept rows]."""
+        if name in each.gradients:
+            sums = each.gradients[name].sum(1, keepdim=True)
+            self._add_rows(total, each.term.amount[:, :, each.number] * sums)
 
     def _distance(self, x: Name, y: Name, mean: Tensor) -> Tensor:
-        """Return about how far `y` is in each block from its mean under the softmax of `x`,
-        [rows, blocks]."""
-        profile, block_lse = self._profiles[x]
-        value = self._mean_row.value(self._head.program, y).nan_to_num(0.0, 0.0, 0.0)
-        blocks = len(block_lse)
-        padded = torch.nn.functional.pad(profile * value, (0, blocks * TILE - value.shape[1]))
-        of_block = padded.view(blocks, TILE).sum(1).double()
-        if x == y:  # A row's values in a block are about those of the mean row, plus a constant.
-            of_block = of_block - block_lse.double() + self._sample.tile_lse[x].double()
-        return (of_block - mean.unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0)
+        """Return about how far `y` is in each tile from its mean under the softmax of `x`,
+        [rows, tiles]."""
+        head, program = self._head, self._head.program
+        dtype = operand_dtype(head.compute_dtype)
+        parts = []
+        for _, tile in head.tiles():
+            columns = head.columns(tile)
+            bias = None if head.linear_bias is None else head.linear_bias[columns]
+            values = self._centers.values(tile, head.linear_weight[columns].to(dtype), bias)
+            at_center, of_y = value_of(program, x, values), value_of(program, y, values)
+            of_tile = (_profile(at_center) * of_y.nan_to_num(0.0, 0.0, 0.0)).sum(1)
+            if x == y:
+                of_tile = of_tile - at_center.logsumexp(1)
+            parts.append(of_tile.double())
+        of_rows = torch.empty_like(self._sample.weight)
+        by_cluster = torch.stack(parts, 1).unsqueeze(1).expand(*self._centers.rows.shape, -1)
+        of_rows[self._centers.rows[self._centers.is_own]] = by_cluster[self._centers.is_own]
+        if x == y:  # A row's values in a tile are about those of its center, plus a constant.
+            of_rows = of_rows + self._sample.tile_lse[x].double()
+        return (of_rows - mean.unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _profile(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the softmax of a value [1, vocabulary] within each block, and the logsumexp of each
-    block, [blocks]. Both are finite."""
-    vocabulary, blocks = value.shape[1], tile_count(value.shape[1])
-    padding = blocks * TILE - vocabulary
-    padded = torch.nn.functional.pad(value.squeeze(0), (0, padding), value=-torch.inf)
-    by_block = padded.view(blocks, TILE)
-    profile = by_block.softmax(1).nan_to_num_(0.0)
-    return profile.view(1, -1)[:, :vocabulary], by_block.logsumexp(1).nan_to_num_(0.0, 0.0, 0.0)
+@dataclasses.dataclass(frozen=True)
+class TileTerm:
+    """A term in one tile.
+
+    Attributes:
+        term: the term.
+        number: the number of the tile.
+        gradients: the gradients of the logits and operands of the centers, [clusters, columns].
+    """
+
+    term: Term
+    number: int
+    gradients: Mapping[Name, Tensor]
+
+    def columns(self, name: Name) -> Tensor | None:
+        """Return the gradient of the logits or of an operand, summed over the rows, [columns]; None
+        if it is 0."""
+        gradient = self.gradients.get(name)
+        if gradient is None:
+            return None
+        amounts = self.term.amount[:, :, self.number].sum(1)
+        return amounts @ gradient
+
+    def multiply(self, weight: Tensor) -> None:
+        """Compute the product with the tile's weight, [columns, hidden]."""
+        gradient = self.gradients.get(LOGIT)
+        if gradient is not None:
+            self.term.of_weight[:, self.number] = gradient @ weight.to(gradient.dtype)
+
+    def outer(self) -> tuple[Tensor, Tensor] | None:
+        """Return the factors of the gradient of the weight, [columns, clusters] and [clusters,
+        hidden]; None if it is 0."""
+        gradient = self.gradients.get(LOGIT)
+        return None if gradient is None else (gradient.t(), self.term.input[:, self.number])
+
+
+def depth_for(rows: int) -> int:
+    """Return how many times rows are divided in half to make clusters."""
+    return max(0, min(MOST_DEPTH, (rows // ROWS_OF_CLUSTER).bit_length() - 1))
+
+
+def _profile(value: Tensor) -> Tensor:
+    """Return the softmax of a value within a tile, [clusters, columns]; 0 where it is nan."""
+    return value.softmax(1).nan_to_num(0.0)

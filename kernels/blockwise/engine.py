@@ -29,9 +29,9 @@ from cce_inductor.kernels.blockwise.backward import (
     or_zeros,
     wanted_of,
 )
-from cce_inductor.kernels.blockwise.control_variate import ControlVariate, StandIn
+from cce_inductor.kernels.blockwise.centers import vocabulary_order
+from cce_inductor.kernels.blockwise.control_variate import ControlVariate
 from cce_inductor.kernels.blockwise.forward import ForwardLane, Statistics
-from cce_inductor.kernels.blockwise.mean_row import vocabulary_order
 from cce_inductor.kernels.blockwise.projection import Projection
 from cce_inductor.kernels.blockwise.pullback import Pullback
 from cce_inductor.kernels.blockwise.rows import KeptRows
@@ -165,10 +165,10 @@ def compute_gradients(
         ordered = dataclasses.replace(pulled, order=order)
         sample = _sample(ordered, kept, pullback, head.program, kept_results, wanted)
         if sample is not None:
-            variate = ControlVariate(input, ordered, kept, sample)
-            return _gradients(input, ordered, kept, sample, variate.stand_ins(cotangents), wanted)
+            variate = ControlVariate(input, ordered, kept, sample, cotangents)
+            return _gradients(input, ordered, kept, sample, variate, wanted)
         skipped = [kept.count == 0] * tile_count(head.vocabulary)
-    return _gradients(input, pulled, kept, EveryRow(kept.count, pullback, skipped), (), wanted)
+    return _gradients(input, pulled, kept, EveryRow(kept.count, pullback, skipped), None, wanted)
 
 
 def _sample(
@@ -209,11 +209,11 @@ def _gradients(
     head: Head,
     kept: KeptRows,
     visits: Visits,
-    stand_ins: Sequence[StandIn],
+    variate: ControlVariate | None,
     wanted: Wanted,
 ) -> Gradients:
     """Return the gradients of the rows that are visited, plus what stands in for the others."""
-    shared = SharedGradients(input, head, kept, visits, stand_ins, wanted)
+    shared = SharedGradients(input, head, kept, visits, variate, wanted)
     every = list(head.factors(input).values())
     lane_bytes = 2 * kept.count * input.shape[1] * head.logit_dtype.itemsize
     count = lanes.lane_count(kept.device, head.groups, lane_bytes, head.workspace_bytes)

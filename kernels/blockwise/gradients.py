@@ -148,12 +148,11 @@ class WeightGradient:
             self._product(self._total, first, second, beta=int(not self._is_empty))
         self._is_empty = False
 
-    def add_outer(self, hidden: Tensor, row: Tensor) -> None:
-        """Add the outer product of a vector [hidden] and one of the tile's columns."""
-        if self._is_empty:
-            self._total.zero_()
-        total = self._total.t() if self._is_wide else self._total
-        total.addr_(hidden.to(self._dtype), row.to(self._dtype))
+    def add_outer(self, columns: Tensor, input: Tensor) -> None:
+        """Add the product of a few rows, [columns, rows] and [rows, hidden], in the dtype of the
+        sum."""
+        total = self._total if self._is_wide else self._total.t()
+        total.addmm_(columns, input, beta=int(not self._is_empty))
         self._is_empty = False
 
     def end(self) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from cce_inductor.kernels.blockwise.control_variate import StandIn
+from cce_inductor.kernels.blockwise.control_variate import ControlVariate, TileTerm
 from cce_inductor.kernels.blockwise.gradients import InputGradient, WeightGradient
 from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
@@ -102,7 +100,7 @@ class ProjectionGradient(Projection):
         """Whether any of the gradients is asked for."""
         return self.wants_input or self.d_weight is not None or self.d_bias is not None
 
-    def results(self, stand_ins: Sequence[StandIn]) -> list[Tensor | None]:
+    def results(self, variate: ControlVariate | None) -> list[Tensor | None]:
         """Return the gradients of input, weight and bias; None for those not asked for."""
         d_input = None
         if self.wants_input:
@@ -111,8 +109,8 @@ class ProjectionGradient(Projection):
                 d_input = torch.zeros(
                     self.input.shape, dtype=self.head.logit_dtype, device=self.input.device
                 )
-            for each in stand_ins:
-                each.add_to_input(d_input)
+            if variate is not None:
+                variate.add_to_input(d_input)
             d_input = self.kept.restore(d_input.to(self.factors.input.dtype))
         d_bias = self.d_bias
         if d_bias is not None:
@@ -125,18 +123,18 @@ class TileGradient(Tile):
     """A lane's part of the gradients of a matrix product's factors.
 
     Args:
-        stand_ins: what is added to each tile for the pairs that are not computed.
+        variate: stands in for the pairs that are not computed; None if all are.
     """
 
-    def __init__(self, projection: ProjectionGradient, rows: int, stand_ins: Sequence[StandIn]):
+    def __init__(self, projection: ProjectionGradient, rows: int, variate: ControlVariate | None):
         super().__init__(projection, rows, backward=True)
-        self._shared, self._stand_ins = projection, stand_ins
+        self._shared, self._variate = projection, variate
         self._d_input = self._d_weight = None
         if projection.wants_input:
             self._d_input = InputGradient(projection.input, self._workspace)
         if projection.d_weight is not None:
             self._d_weight = WeightGradient(
-                projection.d_weight, projection.input, self._workspace, is_exact=not stand_ins
+                projection.d_weight, projection.input, self._workspace, is_exact=variate is None
             )
 
     @property
@@ -161,17 +159,19 @@ class TileGradient(Tile):
             input_t = self._shared.input_t[:, rows] if isinstance(rows, slice) else self._input.t()
             self._d_weight.add(operand, input_t)
 
-    def add_stand_ins(self, number: int) -> None:
-        """Add what stands in for the pairs of the tile that are not computed."""
-        for each in self._stand_ins:
-            each.multiply(number, self._tile, self._weight)
-            row = each.columns(LOGIT, self._tile)
-            if row is None:
-                continue
-            if self._shared.d_bias is not None:
-                self._shared.d_bias[self._columns] += row * each.amounts[number]
-            if self._d_weight is not None:
-                self._d_weight.add_outer(each.input[number], row)
+    def add_terms(self, number: int) -> list[TileTerm]:
+        """Add what stands in for the pairs of the tile that are not computed, and return it."""
+        if self._variate is None:
+            return []
+        terms = self._variate.of_tile(number, self._tile, self._weight, self._bias)
+        for term in terms:
+            term.multiply(self._weight)
+            columns, outer = term.columns(LOGIT), term.outer()
+            if self._shared.d_bias is not None and columns is not None:
+                self._shared.d_bias[self._columns] += columns
+            if self._d_weight is not None and outer is not None:
+                self._d_weight.add_outer(*outer)
+        return terms
 
     def end(self) -> None:
         """End the tile."""
