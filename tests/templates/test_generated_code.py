@@ -266,7 +266,7 @@ OTHER_PROGRAMS = {
 def test_other_programs_do_not_spill(name, kind):
     text, wants_scale = OTHER_PROGRAMS[name]
     statistics = Program.parse(text).statistics
-    constants = (text, True, BF16, 2**30)
+    constants = (text, True, BF16, 2**30, 0.0)
 
     def forward(input, weight, target, scale):
         operands = [target, scale]
