@@ -142,6 +142,12 @@ class Head:
         """Return the vocabulary entries of a range of the order."""
         return tile if self.order is None else self.order[tile]
 
+    def column_numbers(self, tile: slice) -> Tensor:
+        """Return the same as numbers, [columns]."""
+        if self.order is not None:
+            return self.order[tile]
+        return torch.arange(tile.start, tile.stop, device=self.linear_weight.device)
+
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:

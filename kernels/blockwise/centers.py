@@ -6,6 +6,8 @@ of them, are near those of the rows, and they cost as much as one row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ class Centers:
         rows: the kept rows of each cluster, int64 [clusters, size]. Some clusters have one row less
             than others, and the last row of all in its place.
         is_own: which of them are rows of the cluster, bool [clusters, size].
+        input: the hidden states of the rows, [clusters, size, hidden] in the logit dtype.
 
     Args:
         input: [rows, hidden].
@@ -39,8 +42,9 @@ class Centers:
         self._head, self._kept = head, kept
         hidden = kept.select(input).to(head.logit_dtype)
         self.rows, self.is_own = _clusters(hidden, depth)
-        mean = hidden[self.rows].mean(1) if depth else hidden.mean(0, keepdim=True)
-        self._input = mean.to(operand_dtype(head.compute_dtype))
+        self.input = hidden[self.rows] if depth else hidden.unsqueeze(0)
+        self._dtype = operand_dtype(head.compute_dtype)
+        self._means = self.input.mean(1).to(self._dtype)
         self._operands = {
             name: self._of_rows(name)
             for name, kind in head.program.operands.items()
@@ -66,15 +70,12 @@ class Centers:
             weight, bias: those of the tile, in the dtype of the product.
         """
         head, columns = self._head, self._head.columns(tile)
-        logits = torch.mm(self._input, weight.t())
+        logits = torch.mm(self._means, weight.t())
         if bias is not None:
             logits = logits + bias
         values: dict[Name, Tensor] = {LOGIT: logits.to(head.logit_dtype)}
         if head.program.reads_columns:
-            at = columns
-            if isinstance(at, slice):
-                at = torch.arange(at.start, at.stop, device=self._kept.device)
-            values[COLUMN] = at.unsqueeze(0)
+            values[COLUMN] = head.column_numbers(tile).unsqueeze(0)
         for name, kind in head.program.operands.items():
             operand = self._operands.get(name, head.operands[name.position])
             value = kind.of_block(operand, slice(None), columns)
@@ -82,6 +83,14 @@ class Centers:
                 value = value.to(head.logit_dtype)
             values[name] = value.to(self._kept.device)
         return values
+
+    def of_tiles(self) -> Iterator[dict[Name, Tensor]]:
+        """Yield the values in each tile."""
+        weight, bias = self._head.linear_weight, self._head.linear_bias
+        for _, tile in self._head.tiles():
+            columns = self._head.columns(tile)
+            of_tile = None if bias is None else bias[columns]
+            yield self.values(tile, weight[columns].to(self._dtype), of_tile)
 
 
 def value_of(program: Program, name: Name, values: dict[Name, Tensor]) -> Tensor:
@@ -99,13 +108,9 @@ def vocabulary_order(input: Tensor, head: Head, kept: KeptRows) -> Tensor:
     """
     if kept.count == 0:
         return torch.arange(head.vocabulary, device=kept.device)
+    name = head.program.normalizers[0].value
     center = Centers(input, head, kept, 0)
-    name, dtype = head.program.normalizers[0].value, operand_dtype(head.compute_dtype)
-    parts = []
-    for _, tile in head.tiles():
-        bias = None if head.linear_bias is None else head.linear_bias[tile]
-        values = center.values(tile, head.linear_weight[tile].to(dtype), bias)
-        parts.append(value_of(head.program, name, values))
+    parts = [value_of(head.program, name, values) for values in center.of_tiles()]
     return torch.cat(parts, 1).squeeze(0).argsort(descending=True, stable=True)
 
 

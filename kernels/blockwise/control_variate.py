@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.blockwise.centers import Centers, value_of
-from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.visits import Sample
 from cce_inductor.kernels.head import Head, tile_count
@@ -77,7 +76,6 @@ class ControlVariate:
         self._head, self._sample = head, sample
         self._centers = Centers(input, head, kept, depth_for(kept.count))
         self._left = 1.0 - sample.weight
-        self._input = kept.select(input)[self._centers.rows].to(head.logit_dtype)
         self._terms: list[Term] = []
         for name, cotangent in cotangents.items():
             self._add_terms(name, cotangent)
@@ -100,7 +98,7 @@ class ControlVariate:
             amount = factor * self._sample.masses[softmax] * self._left
         by_cluster = amount.to(self._head.logit_dtype)[centers.rows]
         by_cluster = by_cluster.where(centers.is_own.unsqueeze(2), 0.0)
-        input = torch.bmm(by_cluster.transpose(1, 2), self._input)
+        input = torch.bmm(by_cluster.transpose(1, 2), centers.input)
         self._terms.append(Term(name, softmax, by_cluster, input, torch.zeros_like(input)))
 
     def of_tile(
@@ -147,13 +145,9 @@ class ControlVariate:
     def _distance(self, x: Name, y: Name, mean: Tensor) -> Tensor:
         """Return about how far `y` is in each tile from its mean under the softmax of `x`,
         [rows, tiles]."""
-        head, program = self._head, self._head.program
-        dtype = operand_dtype(head.compute_dtype)
+        program = self._head.program
         parts = []
-        for _, tile in head.tiles():
-            columns = head.columns(tile)
-            bias = None if head.linear_bias is None else head.linear_bias[columns]
-            values = self._centers.values(tile, head.linear_weight[columns].to(dtype), bias)
+        for values in self._centers.of_tiles():
             at_center, of_y = value_of(program, x, values), value_of(program, y, values)
             of_tile = (_profile(at_center) * of_y.nan_to_num(0.0, 0.0, 0.0)).sum(1)
             if x == y:

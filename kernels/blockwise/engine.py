@@ -36,12 +36,12 @@ from cce_inductor.kernels.blockwise.projection import Projection
 from cce_inductor.kernels.blockwise.pullback import Pullback
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.selected import Selected
-from cce_inductor.kernels.blockwise.visits import EveryRow, Sample, Visits
+from cce_inductor.kernels.blockwise.visits import EveryRow, Sample
 from cce_inductor.kernels.blockwise.workspace import rows_of_block
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted, tile_count
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.text import Program
-from cce_inductor.kernels.statistics.cotangent import Cotangent
+from cce_inductor.kernels.statistics.cotangent import Cotangent, placed
 from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
 
 
@@ -92,7 +92,7 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
     order = vocabulary_order(input, head, kept)
     head = dataclasses.replace(head, order=order)
     place = order.argsort()
-    indices = {each: _placed(index, place) for each, index in indices.items()}
+    indices = {each: placed(index, place) for each, index in indices.items()}
     results = _statistics(input, head, kept, indices)
     return [*(kept.restore(result) for result in results), order]
 
@@ -106,11 +106,6 @@ def _statistics(input: Tensor, head: Head, kept: KeptRows, indices: Indices) -> 
     rows = rows_of_block(head, list(every.values()), kept.count, count, backward=False)
     lanes.run([ForwardLane(shared, projections, rows) for _ in range(count)], head.groups)
     return shared.results()
-
-
-def _placed(index: Tensor, place: Tensor) -> Tensor:
-    """Return the places of indices in an order, given the place of each vocabulary entry."""
-    return place[index].where(index != NOWHERE, NOWHERE)
 
 
 def _kept_indices(head: Head, kept: KeptRows) -> list[Tensor]:
@@ -166,9 +161,10 @@ def compute_gradients(
         sample = _sample(ordered, kept, pullback, head.program, kept_results, wanted)
         if sample is not None:
             variate = ControlVariate(input, ordered, kept, sample, cotangents)
-            return _gradients(input, ordered, kept, sample, variate, wanted)
+            return _computed(SharedGradients(input, ordered, kept, sample, variate, wanted))
         skipped = [kept.count == 0] * tile_count(head.vocabulary)
-    return _gradients(input, pulled, kept, EveryRow(kept.count, pullback, skipped), None, wanted)
+    every = EveryRow(kept.count, pullback, skipped)
+    return _computed(SharedGradients(input, pulled, kept, every, None, wanted))
 
 
 def _sample(
@@ -204,18 +200,12 @@ def _sample(
     return Sample.draw(head, pullback, lse, tile_lse)
 
 
-def _gradients(
-    input: Tensor,
-    head: Head,
-    kept: KeptRows,
-    visits: Visits,
-    variate: ControlVariate | None,
-    wanted: Wanted,
-) -> Gradients:
-    """Return the gradients of the rows that are visited, plus what stands in for the others."""
-    shared = SharedGradients(input, head, kept, visits, variate, wanted)
-    every = list(head.factors(input).values())
-    lane_bytes = 2 * kept.count * input.shape[1] * head.logit_dtype.itemsize
+def _computed(shared: SharedGradients) -> Gradients:
+    """Compute all tiles, and return the gradients."""
+    head, kept = shared.head, shared.kept
+    every = [each.factors for each in shared.projections.values()]
+    hidden = every[0].linear_weight.shape[1]
+    lane_bytes = 2 * kept.count * hidden * head.logit_dtype.itemsize
     count = lanes.lane_count(kept.device, head.groups, lane_bytes, head.workspace_bytes)
     rows = rows_of_block(head, every, kept.count, count, backward=True)
     lanes.run([BackwardLane(shared, rows) for _ in range(count)], head.groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cce_inductor.kernels import all_statistics
@@ -56,10 +55,7 @@ class KeptRows:
         values: dict[Name, Tensor] = {}
         columns = head.columns(tile)
         if head.program.reads_columns:
-            at = columns
-            if isinstance(at, slice):
-                at = torch.arange(at.start, at.stop, device=self.device)
-            values[COLUMN] = at.unsqueeze(0)
+            values[COLUMN] = head.column_numbers(tile).unsqueeze(0)
         rows = block if self.rows is None else self.rows[block]
         for name, kind in head.program.operands.items():
             if kind.is_product:

@@ -14,8 +14,7 @@ from cce_inductor.kernels.blockwise.pullback import Pullback
 from cce_inductor.kernels.blockwise.workspace import row_blocks
 from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.names import Name
-from cce_inductor.kernels.statistics.cotangent import Cotangent
-from cce_inductor.kernels.statistics.indexed import NOWHERE
+from cce_inductor.kernels.statistics.cotangent import Cotangent, placed
 
 
 class Visits(abc.ABC):
@@ -95,15 +94,14 @@ class Sample(Visits):
             tile_lse: its part of each tile, [rows, tiles].
         """
         assert head.order is not None, "the vocabulary has an order"
-        place = torch.empty_like(head.order)
-        place[head.order] = torch.arange(len(place), device=place.device)
+        place = head.order.argsort()
         used = _softmaxes(pullback.cotangents)
         if not used:
             return None
         masses = {x: (tile_lse[x].double() - lse[x].unsqueeze(1)).exp_() for x in used}
         rows, tiles = masses[used[0]].shape
-        indices = [each.index for each in pullback.cotangents.values() if each.has_indices]
-        places = [place[index].where(index != NOWHERE, NOWHERE) for index in indices]
+        indexed = [each for each in pullback.cotangents.values() if each.has_indices]
+        places = [placed(each.index, place) for each in indexed]
         held = sampling.held_pairs(places, rows, tiles)
         chances = sampling.chances(
             list(masses.values()), _active_rows(pullback.cotangents), held, head.sample_below

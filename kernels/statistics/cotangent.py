@@ -136,7 +136,7 @@ class Cotangent:
         ]
         if self._at:
             index, made.grad_index = self.index[rows], self.grad_index[rows]
-            made.index = place[index].where(index >= 0, index)
+            made.index = placed(index, place)
             made._at = [(made.index, made.grad_index)]
         if self.lse is not None:
             made.shift, made.residual = self.shift[rows], self.residual[rows]
@@ -199,6 +199,12 @@ class Cotangent:
 
     def _column(self, row_values: Tensor) -> Tensor:
         return row_values.to(self.dtype).unsqueeze(1)
+
+
+def placed(index: Tensor, place: Tensor) -> Tensor:
+    """Return the places of indices in an order, given the place of each column, [vocabulary];
+    negative indices, which are ignored, stay as they are."""
+    return place[index].where(index >= 0, index)
 
 
 def columns_in(index: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
