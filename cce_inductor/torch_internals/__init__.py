@@ -6,5 +6,6 @@
 - `capture`: Dynamo's caches and fake tensors
 - `temporary`: functions that are compiled temporarily
 - `inputs`: the inputs of captured graphs
+- `onednn`: matrix products by one of PyTorch's libraries
 - `tensors`, `symbols`: private functions of tensors and of symbolic sizes
 """

@@ -54,7 +54,7 @@ def run(lanes: Sequence[Lane], groups: int) -> None:
             lanes[0].commit()
         return
     schedule = _Schedule(groups)
-    pool = _pool(len(lanes), torch.get_num_threads() // len(lanes))
+    pool = _pool(len(lanes), max(1, torch.get_num_threads() // len(lanes)))
     for done in [pool.submit(schedule.work, lane) for lane in lanes]:
         done.result()
 
@@ -94,23 +94,42 @@ class _Schedule:
             return None if self._failed else next(self._groups, None)
 
 
-@functools.lru_cache(maxsize=4)
 def _pool(lanes: int, threads: int) -> ThreadPoolExecutor:
     """Return threads for `lanes` lanes, in which PyTorch uses `threads` threads each."""
+    with _making:
+        return _new_pool(lanes, threads)
+
+
+@functools.lru_cache(maxsize=4)
+def _new_pool(lanes: int, threads: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(lanes)
-    before = torch.get_num_threads()
+    before: list[int] = []
 
     def begin() -> None:
-        torch.get_num_threads()  # PyTorch sets the number on first use.
+        before.append(torch.get_num_threads())
         torch.set_num_threads(threads)
         ready.wait()
 
     pool = ThreadPoolExecutor(lanes, "cce_inductor", begin)
     for done in [pool.submit(ready.wait) for _ in range(lanes)]:
         done.result()
-    torch.set_num_threads(before)  # The threads changed the number for threads to come.
+    # They also changed the number that threads to come begin with. A thread changes its own number
+    # with that one, and the caller's must stay as it is.
+    restoring = threading.Thread(target=torch.set_num_threads, args=[before[0]])
+    restoring.start()
+    restoring.join()
     return pool
 
 
-if hasattr(os, "register_at_fork"):  # A child process has no threads but the one that forked.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+_making = threading.Lock()
+
+
+def _begin_child() -> None:
+    """Forget the threads in a child process, which has none but the one that forked."""
+    global _making
+    _making = threading.Lock()
+    _new_pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)

@@ -9,10 +9,14 @@ their parts may exceed its largest. float16 operands are therefore multiplied in
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cce_inductor.kernels.head import accumulation_dtype
+from cce_inductor.torch_internals import onednn
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,41 +37,59 @@ class WideProduct:
     Attributes:
         wide: the dtype of `out`.
         exact: whether that is also the dtype of the operands.
+        allocates: whether each product has memory of its own.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int, device: torch.device):
         wide = self.wide = accumulation_dtype(dtype)
         self.exact = dtype == wide
+        self.allocates = onednn.multiplies(dtype, device)
         elements = 0 if self.exact else capacity
         self._rounded = torch.empty(elements, dtype=dtype, device=device)
         self._widened = torch.empty(elements, dtype=wide, device=device)
 
     @staticmethod
-    def scratch_itemsize(dtype: torch.dtype) -> int:
+    def scratch_itemsize(dtype: torch.dtype, device: torch.device) -> int:
         """Return the bytes of scratch for each element of the largest `out`."""
         wide = accumulation_dtype(dtype)
+        if onednn.multiplies(dtype, device):
+            return wide.itemsize
         return 0 if dtype == wide else dtype.itemsize + wide.itemsize
 
-    def rounded(self, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        """Set `out` to ``a @ b + bias``, rounded once to the dtype of the operands and `bias`."""
-        rounded = out if self.exact else self._rounded[: out.numel()].view(out.shape)
+    def rounded(self, a: Tensor, b: Tensor, bias: Tensor | None, memory: Tensor | None) -> Tensor:
+        """Return ``a @ b + bias``, rounded once to the dtype of the operands and `bias`.
+
+        Args:
+            a, b: [m, k] and [k, n].
+            bias: [n].
+            memory: at least ``m * n`` elements for the result; None if `allocates`.
+        """
+        if self.allocates:
+            return onednn.linear(a, b.t(), bias)
+        assert memory is not None, "memory for the result"
+        shape = a.shape[0], b.shape[1]
+        out = _view(memory, shape)
+        rounded = out if self.exact else _view(self._rounded, shape)
         if bias is None:
             torch.mm(a, b, out=rounded)
         else:
             torch.addmm(bias, a, b, out=rounded)
-        if not self.exact:
-            out.copy_(rounded)
+        return out if self.exact else out.copy_(rounded)
 
     def __call__(self, out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
         """Update `out` [m, n], which is not read if `beta` is 0. `a` is [m, k] and `b` [k, n]."""
+        if self.allocates:
+            product = onednn.linear(a, b.t())
+            out.add_(product) if beta else out.copy_(product)
+            return
         if self.exact:
             if beta:
                 out.addmm_(a, b)
             else:
                 torch.mm(a, b, out=out)
             return
-        rounded = self._rounded[: out.numel()].view(out.shape)
-        widened = self._widened[: out.numel()].view(out.shape)
+        rounded = _view(self._rounded, out.shape)
+        widened = _view(self._widened, out.shape)
         torch.mm(a, b, out=rounded)
         if beta:
             out.add_(widened.copy_(rounded))
@@ -78,3 +100,7 @@ class WideProduct:
             # An infinite result has no rounding error: inf - inf must not make it nan.
             rounded.nan_to_num_(0.0, 0.0, 0.0)
         out.add_(widened.copy_(rounded))
+
+
+def _view(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    return memory[: math.prod(shape)].view(shape)

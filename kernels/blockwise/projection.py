@@ -67,7 +67,7 @@ class ProjectionGradient(Projection):
         wants_input, wants_weight, wants_bias: which of them are asked for.
 
     Attributes:
-        input_t: the input, transposed in memory if its products are faster then.
+        input_t: the input, transposed in memory.
         d_input: the sum of the groups so far, in the accumulation dtype; None before the first.
         d_weight, d_bias: the gradients, of which each tile writes its own entries; None for those
             not asked for.
@@ -86,9 +86,7 @@ class ProjectionGradient(Projection):
         super().__init__(head, factors, kept)
         weight = factors.linear_weight
         self.wants_input = wants_input
-        self.input_t = self.input.t()
-        if self.dtype != head.logit_dtype:
-            self.input_t = self.input_t.contiguous()
+        self.input_t = self.input.t().contiguous()
         self.d_input: Tensor | None = None
         self.d_weight = weight.new_empty(weight.shape) if wants_weight else None
         self.d_bias = None

@@ -65,7 +65,7 @@ class _Sizes:
         self.with_operand = backward and self.dtype != head.logit_dtype
         self.capacity_of_weight = hidden * self.width if backward else 0
         self.longest = max(self.width, hidden) if backward else self.width
-        scratch = self.longest * WideProduct.scratch_itemsize(self.dtype)
+        scratch = self.longest * WideProduct.scratch_itemsize(self.dtype, factors.input.device)
         self.row_bytes = scratch + self.width * self.dtype.itemsize * self.with_operand
 
 
@@ -92,7 +92,7 @@ class Workspace:
 
         capacity = max(rows * sizes.longest, sizes.capacity_of_weight)
         self.product = WideProduct(sizes.dtype, capacity, device)
-        self._logits = buffer(self.product.wide)
+        self._logits = None if self.product.allocates else buffer(self.product.wide)
         self._operand = buffer(sizes.dtype) if sizes.with_operand else None
 
     def logits(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,14 +101,12 @@ class Workspace:
         They are rounded to the compute dtype once, after the bias, as `linear` rounds them. With
         a bias of another dtype they are not rounded at all.
         """
-        rows, width = input.shape[0], weight.shape[0]
-        logits = self._logits[: rows * width].view(rows, width)
         if bias is None or bias.dtype == input.dtype:
-            self.product.rounded(logits, input, weight.t(), bias)
-        else:
-            self.product(logits, input, weight.t(), beta=0)
-            logits.add_(bias)
-        return logits
+            return self.product.rounded(input, weight.t(), bias, self._logits)
+        shape = input.shape[0], weight.shape[0]
+        logits = input.new_empty(shape, dtype=self.product.wide)
+        self.product(logits, input, weight.t(), beta=0)
+        return logits.add_(bias)
 
     def operand(self, dz: Tensor) -> Tensor:
         """Return `dz` in the compute dtype."""

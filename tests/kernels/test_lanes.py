@@ -97,6 +97,24 @@ def test_several_callers_share_the_threads(threads):
     assert made == [list(range(9))] * len(made)
 
 
+def in_new_thread(function, *arguments):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(function(*arguments)))
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+def test_the_number_of_threads_stays_as_it_is(threads):
+    """Both that of the caller, and the one with which new threads begin."""
+    in_new_thread(torch.set_num_threads, THREADS - 1)
+    assert in_new_thread(torch.get_num_threads) == THREADS - 1
+    lanes._new_pool.cache_clear()
+    committed(2, 4)
+    assert in_new_thread(torch.get_num_threads) == THREADS - 1
+    assert torch.get_num_threads() == THREADS
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_process_has_lanes_of_its_own(threads):

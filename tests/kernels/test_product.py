@@ -43,17 +43,54 @@ def test_bfloat16_loses_nothing_of_its_own_size(beta):
     assert (exact.bfloat16() - exact).norm() / exact.norm() > 50 * error
 
 
+@pytest.fixture(params=[True, False], ids=["onednn", "no onednn"])
+def onednn(request):
+    with torch.backends.mkldnn.flags(enabled=request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("inner", [64, 0])
 @pytest.mark.parametrize("beta", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wide_operands_are_multiplied_once(dtype, beta):
-    a, b = operands(dtype)
+def test_wide_operands_are_multiplied_once(dtype, beta, inner, onednn):
+    a, b = operands(dtype, k=inner)
     out = torch.full((33, 50), 3.0, dtype=dtype)
     product = WideProduct(dtype, out.numel(), CPU)
     assert product.exact
-    assert WideProduct.scratch_itemsize(dtype) == 0
-    want = torch.addmm(out, a, b) if beta else a @ b
+    itemsize = WideProduct.scratch_itemsize(dtype, CPU)
+    assert itemsize == (dtype.itemsize if product.allocates else 0)
+    want = 3.0 * beta + a.double() @ b.double()
     product(out, a, b, beta=beta)
-    torch.testing.assert_close(out, want, rtol=0, atol=0)
+    torch.testing.assert_close(out, want.to(dtype))
+
+
+@pytest.mark.parametrize("view", ["row", "column", "step", "same"])
+def test_operands_of_any_strides(view):
+    a, b = operands(torch.float32)
+    b = {
+        "row": b,
+        "column": b.t().contiguous().t(),
+        "step": torch.stack([b, b], -1)[..., 0],
+        "same": b[:, :1].expand_as(b),
+    }[view]
+    a = torch.stack([a, a])[1, :, ::2].t()
+    b = b[:33]
+    out = torch.empty(a.shape[0], b.shape[1])
+    WideProduct(torch.float32, out.numel(), CPU)(out, a, b, beta=0)
+    torch.testing.assert_close(out, a.contiguous() @ b.contiguous())
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rounded_once(dtype, with_bias, onednn):
+    a, b = operands(dtype)
+    bias = b[0] if with_bias else None
+    product = WideProduct(dtype, 33 * 50, CPU)
+    memory = None if product.allocates else torch.empty(33 * 50, dtype=product.wide)
+    out = product.rounded(a, b, bias, memory)
+    exact = a.double() @ b.double() + (0 if bias is None else bias.double())
+    assert out.dtype == product.wide
+    torch.testing.assert_close(out, exact.to(dtype).to(product.wide))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
