@@ -121,7 +121,7 @@ class BackwardLane:
                 operand.add(gradients[name], logits, visit.rows, head.columns(tile))
         for name, each in self._tiles.items():
             if each.is_wanted:
-                each.add(as_large_as(gradients.get(name), logits), visit.rows)
+                each.add(as_large_as(gradients.get(name), logits), visit.rows, visit.heavy)
 
     def _add_terms(self, number: int, tile: slice) -> None:
         """Add what stands in for the rows of a tile that are not computed."""

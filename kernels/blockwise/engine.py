@@ -14,7 +14,6 @@ the mean hidden state, and the backward computes a sample of the pairs of a row 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -32,17 +31,19 @@ from cce_inductor.kernels.blockwise.backward import (
 from cce_inductor.kernels.blockwise.centers import vocabulary_order
 from cce_inductor.kernels.blockwise.control_variate import ControlVariate
 from cce_inductor.kernels.blockwise.forward import ForwardLane, Statistics
+from cce_inductor.kernels.blockwise.masses import Masses
+from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.projection import Projection
 from cce_inductor.kernels.blockwise.pullback import Pullback
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.selected import Selected
 from cce_inductor.kernels.blockwise.visits import EveryRow, Sample
 from cce_inductor.kernels.blockwise.workspace import rows_of_block
-from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted, tile_count
-from cce_inductor.kernels.names import LOGIT, Name
+from cce_inductor.kernels.head import Gradients, Head, Wanted
+from cce_inductor.kernels.names import LOGIT
 from cce_inductor.kernels.program.text import Program
-from cce_inductor.kernels.statistics.cotangent import Cotangent, placed
-from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
+from cce_inductor.kernels.statistics.cotangent import placed
+from cce_inductor.kernels.statistics.indexed import Indexed
 
 
 def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
@@ -155,16 +156,35 @@ def compute_gradients(
         return Gradients(*at_indices, or_zeros({}, head, wanted))
     pullback = Pullback.of(program, head.operands, cotangents)
     if order is None:
-        skipped = _massless_tiles(head, program, cotangents, kept_results[-1], kept.count)
+        every = _every_row(head, kept, pullback, kept_results[-1])
     else:
         ordered = dataclasses.replace(pulled, order=order)
         sample = _sample(ordered, kept, pullback, head.program, kept_results, wanted)
         if sample is not None:
             variate = ControlVariate(input, ordered, kept, sample, cotangents)
             return _computed(SharedGradients(input, ordered, kept, sample, variate, wanted))
-        skipped = [kept.count == 0] * tile_count(head.vocabulary)
-    every = EveryRow(kept.count, pullback, skipped)
+        every = EveryRow(kept.count, pullback)
     return _computed(SharedGradients(input, pulled, kept, every, None, wanted))
+
+
+def _every_row(head: Head, kept: KeptRows, pullback: Pullback, tile_lse: Tensor) -> EveryRow:
+    """Return all rows of every tile that has a gradient.
+
+    Args:
+        head: the head, with the program of the forward.
+        kept: the rows that are computed.
+        pullback: the gradient.
+        tile_lse: the logsumexp of each tile, which the forward returned, [rows, tiles].
+    """
+    program, cotangents = pullback.program, pullback.cotangents
+    if kept.count == 0 or not cotangents:
+        return EveryRow(0, pullback)
+    masses = Masses.of(head, program, cotangents, tile_lse)
+    if masses is None:
+        return EveryRow(kept.count, pullback)
+    is_rounded = operand_dtype(head.compute_dtype) != head.logit_dtype
+    heavy = masses.heavy_pairs() if is_rounded else None
+    return EveryRow(kept.count, pullback, masses.massless_tiles(), heavy)
 
 
 def _sample(
@@ -210,36 +230,3 @@ def _computed(shared: SharedGradients) -> Gradients:
     rows = rows_of_block(head, every, kept.count, count, backward=True)
     lanes.run([BackwardLane(shared, rows) for _ in range(count)], head.groups)
     return shared.results()
-
-
-def _massless_tiles(
-    head: Head, program: Program, by_value: dict[Name, Cotangent], tile_lse: Tensor, rows: int
-) -> list[bool]:
-    """Return which tiles have a gradient that is exactly zero: no row's index lies in them, and
-    every probability is below half the smallest number of the logit dtype, where exp rounds to
-    zero.
-
-    Args:
-        head: the head, with the program of the forward.
-        program: the part of that program that has a gradient.
-        by_value: the cotangents of its values.
-        tile_lse: the logsumexp of each tile, which the forward returned.
-        rows: the number of rows that are computed.
-    """
-    tiles = tile_count(head.vocabulary)
-    if rows == 0 or not by_value:
-        return [True] * tiles
-    normalizer = next(iter(head.program.normalizers), None)
-    only = by_value.get(LOGIT) if program.is_plain else None
-    if only is None or only.lse is None or normalizer is None or normalizer.value != LOGIT:
-        return [False] * tiles
-    if only.grad_sum is not None or only.reads_values:
-        return [False] * tiles
-    smallest = torch.finfo(head.logit_dtype).smallest_normal * torch.finfo(head.logit_dtype).eps
-    underflow = math.log(smallest) - math.log(2)
-    # The comparison is False for nan, so that such a tile is computed.
-    massless = (tile_lse - only.lse.unsqueeze(1)).amax(0) < underflow
-    if only.has_indices:
-        index = only.index[only.index != NOWHERE]
-        massless[index.div(TILE, rounding_mode="floor")] = False
-    return massless.tolist()

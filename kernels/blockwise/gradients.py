@@ -67,12 +67,13 @@ class InputGradient:
         self._is_empty = True
         self._gathered = input.new_empty(0, dtype=workspace.product.wide)
 
-    def add(self, dz: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
-        """Add the product of some rows of the current tile."""
+    def add(self, dz: Tensor, weight: Tensor, rows: slice | Tensor, heavy: Tensor | None) -> None:
+        """Add the product of some rows of the current tile; see `Visit` for `heavy`."""
         if self._sum is None:
             self._sum = torch.empty_like(self._like, dtype=self._product.wide)
         if isinstance(rows, slice):
-            self._product(self._sum[rows], dz, weight, beta=int(self._tiles > 0))
+            beta = int(self._tiles > 0)
+            self._product(self._sum[rows], dz, weight, beta=beta, recovered=heavy)
         else:
             if self._is_empty:
                 self._sum.zero_()

@@ -27,7 +27,7 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 class WideProduct:
     """``out = beta * out + a @ b`` with `out` in the accumulation dtype of `a` and `b`.
 
-    No intermediate result is rounded to the operands' dtype, except in `rounded`.
+    No intermediate result is rounded to the operands' dtype, unless that is asked for.
 
     Args:
         dtype: the operands' dtype, as `operand_dtype` returns it.
@@ -76,8 +76,17 @@ class WideProduct:
             torch.addmm(bias, a, b, out=rounded)
         return out if self.exact else out.copy_(rounded)
 
-    def __call__(self, out: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:
-        """Update `out` [m, n], which is not read if `beta` is 0. `a` is [m, k] and `b` [k, n]."""
+    def __call__(
+        self, out: Tensor, a: Tensor, b: Tensor, *, beta: int, recovered: Tensor | None = None
+    ) -> None:
+        """Update `out`.
+
+        Args:
+            out: [m, n]; it is not read if `beta` is 0.
+            a, b: [m, k] and [k, n].
+            beta: 0 or 1.
+            recovered: the rows of the product that must not be rounded; None for all.
+        """
         if self.allocates:
             product = onednn.linear(a, b.t())
             out.add_(product) if beta else out.copy_(product)
@@ -88,18 +97,26 @@ class WideProduct:
             else:
                 torch.mm(a, b, out=out)
             return
-        rounded = _view(self._rounded, out.shape)
-        widened = _view(self._widened, out.shape)
+        rounded, widened = _view(self._rounded, out.shape), _view(self._widened, out.shape)
         torch.mm(a, b, out=rounded)
         if beta:
             out.add_(widened.copy_(rounded))
         else:
             out.copy_(rounded)
-        rounded.addmm_(a, b, beta=-1)
-        if not bool(rounded.sum().isfinite()):
-            # An infinite result has no rounding error: inf - inf must not make it nan.
-            rounded.nan_to_num_(0.0, 0.0, 0.0)
-        out.add_(widened.copy_(rounded))
+        if recovered is None:
+            out.add_(widened.copy_(_lost(rounded, a, b)))
+        elif len(recovered):
+            lost = _lost(rounded[recovered], a[recovered], b)
+            out.index_add_(0, recovered, lost.to(self.wide))
+
+
+def _lost(rounded: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return what rounding took from ``a @ b``, in the memory of the rounded product."""
+    rounded.addmm_(a, b, beta=-1)
+    if not bool(rounded.sum().isfinite()):
+        # An infinite result has no rounding error: inf - inf must not make it nan.
+        rounded.nan_to_num_(0.0, 0.0, 0.0)
+    return rounded
 
 
 def _view(memory: Tensor, shape: Sequence[int]) -> Tensor:

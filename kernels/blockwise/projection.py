@@ -146,13 +146,13 @@ class TileGradient(Tile):
         if self._d_weight is not None:
             self._d_weight.begin(self._columns)
 
-    def add(self, dz: Tensor, rows: slice | Tensor) -> None:
-        """Add what the gradient of some rows of the tile contributes."""
+    def add(self, dz: Tensor, rows: slice | Tensor, heavy: Tensor | None) -> None:
+        """Add what the gradient of some rows of the tile contributes; see `Visit` for `heavy`."""
         if self._shared.d_bias is not None:
             self._shared.d_bias[self._columns] += dz.sum(0)
         operand = self._workspace.operand(dz)
         if self._d_input is not None:
-            self._d_input.add(operand, self._weight, rows)
+            self._d_input.add(operand, self._weight, rows, heavy)
         if self._d_weight is not None:
             input_t = self._shared.input_t[:, rows] if isinstance(rows, slice) else self._input.t()
             self._d_weight.add(operand, input_t)

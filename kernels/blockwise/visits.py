@@ -33,29 +33,40 @@ class Visit:
         rows: a slice of the kept rows, or their numbers, each once.
         pullback: the gradient.
         block: the rows among those of the pullback.
+        heavy: the numbers of those that have much of their gradient in the tile, counted from the
+            first of the block; None for all.
     """
 
     rows: slice | Tensor
     pullback: Pullback
     block: slice
+    heavy: Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True)
 class EveryRow(Visits):
     """All rows of every tile, but none of those whose gradient is zero.
 
-    Args:
+    Attributes:
         rows: the number of rows.
         pullback: the gradient.
-        skipped: for each tile, whether its gradient is zero.
+        skipped: for each tile, whether its gradient is zero; empty if none is.
+        heavy: which rows have much of their gradient in a tile, bool [rows, tiles]; None for all.
     """
 
-    def __init__(self, rows: int, pullback: Pullback, skipped: Sequence[bool]):
-        self._rows, self._pullback, self._skipped = rows, pullback, skipped
+    rows: int
+    pullback: Pullback
+    skipped: Sequence[bool] = ()
+    heavy: Tensor | None = None
 
     def blocks(self, number: int, most: int) -> Iterator[Visit]:
-        if not self._skipped[number]:
-            for block in row_blocks(self._rows, most):
-                yield Visit(block, self._pullback, block)
+        if self.skipped and self.skipped[number]:
+            return
+        for block in row_blocks(self.rows, most):
+            heavy = None
+            if self.heavy is not None:
+                heavy = self.heavy[block, number].nonzero().squeeze(1)
+            yield Visit(block, self.pullback, block, heavy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,9 @@ from cases import assert_agrees as assert_agrees_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cce_inductor.kernels.blockwise import engine
+from cce_inductor.kernels.blockwise.masses import Masses
 from cce_inductor.kernels.blockwise.workspace import row_blocks
-from cce_inductor.kernels.head import TILE, Wanted
+from cce_inductor.kernels.head import TILE, Wanted, tile_count
 from cce_inductor.kernels.program.text import Program
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -288,7 +289,7 @@ def products(input, head, wanted):
     results = engine.compute_statistics(input, head)
     with Products() as products:
         engine.compute_gradients([*upstream_of(results[:2]), None], results, input, head, wanted)
-    return products.count / engine.tile_count(len(head.linear_weight)) - 1
+    return products.count / tile_count(len(head.linear_weight)) - 1
 
 
 @pytest.mark.parametrize("name", ["target", "softcap"])
@@ -346,7 +347,7 @@ def test_the_logits_of_a_head_without_a_gradient_are_not_computed_again():
     with Products() as products:
         upstream = [None, None, None, random(ROWS, seed=1), None]
         engine.compute_gradients(upstream, results, input, head, wanted)
-    assert products.count == 3 * engine.tile_count(head.vocabulary)
+    assert products.count == 3 * tile_count(head.vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -551,18 +552,16 @@ def confident_rows(tile, dtype, gap, text=CROSS_ENTROPY, **fields):
 def skipped_tiles(input, head, monkeypatch):
     """What the backward skips."""
     seen = []
-    original = engine._massless_tiles
+    original = engine._every_row
     with monkeypatch.context() as patch:
-        patch.setattr(
-            engine, "_massless_tiles", lambda *args: seen.append(original(*args)) or seen[-1]
-        )
+        patch.setattr(engine, "_every_row", lambda *args: seen.append(original(*args)) or seen[-1])
         computed(input, head)
-    return seen[0]
+    return [not list(seen[0].blocks(number, ROWS)) for number in range(4)]
 
 
 def computed_without_skipping(input, head, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_massless_tiles", lambda *_: [False] * 4)
+        patch.setattr(Masses, "massless_tiles", lambda _: ())
         return computed(input, head)
 
 

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from cce_inductor.kernels.blockwise import engine
+from cce_inductor.kernels.head import TILE as BLOCKWISE_TILE
+from cce_inductor.kernels.head import Wanted
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.triton import tiled
 
@@ -39,10 +41,10 @@ def computed(input, head, upstream=None, wanted=None):
     return gradients_of(reduce, tiled.compute_gradients, input, head, upstream, wanted)
 
 
-@pytest.mark.parametrize("vocabulary", [5, TILE, 2 * engine.TILE + 300])
+@pytest.mark.parametrize("vocabulary", [5, TILE, 2 * BLOCKWISE_TILE + 300])
 @pytest.mark.parametrize("name", TILED)
 def test_any_program(name, vocabulary, monkeypatch):
-    monkeypatch.setattr(tiled, "MIN_BLOCK", engine.TILE)
+    monkeypatch.setattr(tiled, "MIN_BLOCK", BLOCKWISE_TILE)
     input, head = case(TILED[name], vocabulary, dtype=torch.float32, workspace_bytes=1)
     assert tiled.reason_against(head) is None
     assert_agrees(computed, input, head, rtol=2e-4, atol=1e-3)
@@ -136,7 +138,7 @@ def test_statistics_are_wide_where_there_are_many():
 
 def test_a_weight_is_cast_block_by_block(monkeypatch):
     """And only after everything has been made of the block before."""
-    monkeypatch.setattr(tiled, "MIN_BLOCK", engine.TILE)
+    monkeypatch.setattr(tiled, "MIN_BLOCK", BLOCKWISE_TILE)
     input, head = case(CROSS_ENTROPY, vocabulary=2500, dtype=torch.float32, workspace_bytes=1)
     head = dataclasses.replace(head, compute_dtype=torch.bfloat16)
     calls = []
@@ -163,7 +165,7 @@ def test_gradient_is_one_program():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "logit_gradient", spy)
-        wanted = engine.Wanted(True, False, False, [False] * len(head.operands))
+        wanted = Wanted(True, False, False, [False] * len(head.operands))
         grads = [torch.ones(12), torch.ones(12), None]
         tiled.compute_gradients(grads, results, input, head, wanted)
     (text,) = seen
