@@ -28,9 +28,13 @@ def _has_linear() -> bool:
 
 
 def linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``input @ weight.t() + bias`` in new memory, in the precision of
+    """Return ``onto + input @ weight.t() + bias``, in the precision of
     ``torch.backends.mkldnn.matmul``.
 
     Args:
@@ -38,17 +42,18 @@ def linear(
         weight: [n, k]. Its transpose is best contiguous; oneDNN is slow for most other strides, so
             that they are copied.
         bias: [n].
+        onto: [m, n], to which the product is added in place; None for a result in new memory.
     """
     size = input.shape[1]
     if size == 0:  # oneDNN refuses sums of nothing.
-        return torch.nn.functional.linear(input, weight, bias)
+        product = torch.nn.functional.linear(input, weight, bias)
+        return product if onto is None else onto.add_(product)
     length = -(-size // -(-size // LONGEST_SUM))
-    total: torch.Tensor | None = None
     for a, b in zip(input.split(length, 1), weight.split(length, 1), strict=True):
         if not b.t().is_contiguous():
             b = b.contiguous()
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-        total = product if total is None else total.add_(product)
+        product = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        onto = product if onto is None else onto.add_(product)
         bias = None
-    assert total is not None, "a sum of at least one product"
-    return total
+    assert onto is not None, "a sum of at least one product"
+    return onto

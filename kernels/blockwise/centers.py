@@ -29,7 +29,6 @@ class Centers:
         rows: the kept rows of each cluster, int64 [clusters, size]. Some clusters have one row less
             than others, and the last row of all in its place.
         is_own: which of them are rows of the cluster, bool [clusters, size].
-        input: the hidden states of the rows, [clusters, size, hidden] in the logit dtype.
 
     Args:
         input: [rows, hidden].
@@ -42,23 +41,27 @@ class Centers:
         self._head, self._kept = head, kept
         hidden = kept.select(input).to(head.logit_dtype)
         self.rows, self.is_own = _clusters(hidden, depth)
-        self.input = hidden[self.rows] if depth else hidden.unsqueeze(0)
         self._dtype = operand_dtype(head.compute_dtype)
-        self._means = self.input.mean(1).to(self._dtype)
+        self._means = self.of_rows(hidden).mean(1).to(self._dtype)
         self._operands = {
-            name: self._of_rows(name)
+            name: self._operand(name)
             for name, kind in head.program.operands.items()
             if kind.varies_over_rows
         }
 
-    def _of_rows(self, name: Name) -> Tensor:
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """Return what a tensor [kept rows, ...] has for the rows of each cluster,
+        [clusters, size, ...]."""
+        return tensor[self.rows] if len(self.rows) > 1 else tensor.unsqueeze(0)
+
+    def _operand(self, name: Name) -> Tensor:
         """Return an operand for each center: the mean of those of its rows if there is one number
         for each row, else that of its first row."""
         operand = self._head.operands[name.position].to(self._kept.device)
         if name.kind is not None and name.kind.varies_over_columns:
             first = self.rows[:, 0]
             return operand[first if self._kept.rows is None else self._kept.rows[first]]
-        rows = self._kept.select(operand)[self.rows]
+        rows = self.of_rows(self._kept.select(operand))
         return rows.mean(1) if rows.is_floating_point() else rows[:, 0]
 
     def values(self, tile: slice, weight: Tensor, bias: Tensor | None) -> dict[Name, Tensor]:

@@ -14,7 +14,7 @@ of a tile.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -75,31 +75,35 @@ class ControlVariate:
     ):
         self._head, self._sample = head, sample
         self._centers = Centers(input, head, kept, depth_for(kept.count))
-        self._left = 1.0 - sample.weight
         self._terms: list[Term] = []
+        input_of_clusters = self._centers.of_rows(kept.select(input).to(head.logit_dtype))
         for name, cotangent in cotangents.items():
-            self._add_terms(name, cotangent)
+            for softmax, factor in self._factors(name, cotangent):
+                self._terms.append(self._term(name, softmax, factor, input_of_clusters))
 
-    def _add_terms(self, name: Name, cotangent: Cotangent) -> None:
+    def _factors(self, name: Name, cotangent: Cotangent) -> Iterator[tuple[Name | None, Tensor]]:
+        """Yield the softmax of each term of a cotangent, None for a row of ones, and its factor,
+        float64 [rows, tiles] or [rows, 1]."""
         if cotangent.lse is not None:
             factor = cotangent.grad_lse.unsqueeze(1)
             for grad, mean, y in cotangent.means:
                 factor = factor + grad.unsqueeze(1) * self._distance(name, y, mean)
-            self._add(name, name, factor)
+            yield name, factor
         for grad, _, x in cotangent.probabilities:
-            self._add(name, x, grad.unsqueeze(1))
+            yield x, grad.unsqueeze(1)
         if cotangent.grad_sum is not None:
-            self._add(name, None, cotangent.grad_sum.unsqueeze(1))
+            yield None, cotangent.grad_sum.unsqueeze(1)
 
-    def _add(self, name: Name, softmax: Name | None, factor: Tensor) -> None:
-        centers, tiles = self._centers, tile_count(self._head.vocabulary)
-        amount = factor.expand(-1, tiles)
-        if softmax is not None:
-            amount = factor * self._sample.masses[softmax] * self._left
-        by_cluster = amount.to(self._head.logit_dtype)[centers.rows]
-        by_cluster = by_cluster.where(centers.is_own.unsqueeze(2), 0.0)
-        input = torch.bmm(by_cluster.transpose(1, 2), centers.input)
-        self._terms.append(Term(name, softmax, by_cluster, input, torch.zeros_like(input)))
+    def _term(self, name: Name, softmax: Name | None, factor: Tensor, input: Tensor) -> Term:
+        """Return a term, given the hidden states of each cluster, [clusters, size, hidden]."""
+        if softmax is None:
+            amount = factor.expand(-1, tile_count(self._head.vocabulary))
+        else:
+            amount = factor * self._sample.masses[softmax] * (1.0 - self._sample.weight)
+        by_cluster = self._centers.of_rows(amount.to(self._head.logit_dtype))
+        by_cluster = by_cluster.where(self._centers.is_own.unsqueeze(2), 0.0)
+        products = torch.bmm(by_cluster.transpose(1, 2), input)
+        return Term(name, softmax, by_cluster, products, torch.zeros_like(products))
 
     def of_tile(
         self, number: int, tile: slice, weight: Tensor, bias: Tensor | None

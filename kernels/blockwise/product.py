@@ -88,8 +88,7 @@ class WideProduct:
             recovered: the rows of the product that must not be rounded; None for all.
         """
         if self.allocates:
-            product = onednn.linear(a, b.t())
-            out.add_(product) if beta else out.copy_(product)
+            onednn.linear(a, b.t(), onto=out if beta else out.zero_())
             return
         if self.exact:
             if beta:

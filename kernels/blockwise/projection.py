@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,6 @@ class ProjectionGradient(Projection):
         wants_input, wants_weight, wants_bias: which of them are asked for.
 
     Attributes:
-        input_t: the input, transposed in memory.
         d_input: the sum of the groups so far, in the accumulation dtype; None before the first.
         d_weight, d_bias: the gradients, of which each tile writes its own entries; None for those
             not asked for.
@@ -86,12 +87,16 @@ class ProjectionGradient(Projection):
         super().__init__(head, factors, kept)
         weight = factors.linear_weight
         self.wants_input = wants_input
-        self.input_t = self.input.t().contiguous()
         self.d_input: Tensor | None = None
         self.d_weight = weight.new_empty(weight.shape) if wants_weight else None
         self.d_bias = None
         if wants_bias:
             self.d_bias = torch.zeros(weight.shape[0], dtype=head.logit_dtype, device=weight.device)
+
+    @functools.cached_property
+    def input_t(self) -> Tensor:
+        """The input, transposed in memory, [hidden, rows]."""
+        return self.input.t().contiguous()
 
     @property
     def is_wanted(self) -> bool:
