@@ -1,20 +1,20 @@
-"""Train the example GPT twice on the CPU, without and with ``--cce``, and compare the two runs.
+"""Train the example GPT on the CPU: without ``--cce``, with it, and with a sampled gradient.
 
-``examples/train_gpt.py`` runs in two processes, one after the other, with the same seed and
+``examples/train_gpt.py`` runs in three processes, one after the other, with the same seed and
 the same arguments. This script samples their resident memory, then prints a table, draws
 memory over time, and writes the numbers as JSON next to the picture::
 
     python benchmarks/demo.py --picture build/demo/demo.png
 
-It fails if a run fails, if nothing was rewritten, or if the losses differ by more than a different
-order of float32 operations explains.
+It fails if a run fails, if nothing was rewritten, or if the losses with exact gradients differ by
+more than a different order of float32 operations explains.
 
 How memory is measured:
 
 * It is the resident memory of the training process, including Python, torch and the compiler, but
   without Inductor's compile workers and the C++ compiler, which are other processes. The peak is
   the one recorded by the operating system; the picture shows samples taken every 10 ms.
-* Both runs do the same work: the tokenizer's cache is filled beforehand, and Inductor's cache is
+* All runs do the same work: the tokenizer's cache is filled beforehand, and Inductor's cache is
   empty at the start of each run.
 
 Needs psutil, rich and matplotlib in addition to the packages of the example.
@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = "examples/train_gpt.py"  # relative to ROOT, the current folder of both runs
+SCRIPT = "examples/train_gpt.py"  # relative to ROOT, the current folder of all runs
 PICTURE = Path("build/demo/demo.png")
 
 VOCABULARY = 32768
@@ -52,12 +52,22 @@ MODEL = {"layers": 4, "heads": 4, "width": 256, "block-size": BLOCK_SIZE}
 TRAINING = {"device": "cpu", "dtype": "float32", "lr": 2e-3, "warmup": 10, "eval-batches": 2}
 
 SAMPLING_INTERVAL = 0.01  # seconds
+SAMPLE_BELOW = 1 / 32  # see docs/sampling.md
+BASELINE, EXACT, SAMPLED = "torch.compile", "cce_inductor", "sampled"
+OPTIONS = {
+    BASELINE: [],
+    EXACT: ["--cce"],
+    SAMPLED: ["--cce", "--sample-below", str(SAMPLE_BELOW)],
+}
+"""What the runs have not in common, by their names."""
+
 COMPILED_STEPS = 3  # the first steps, excluded from the step time because they compile
 ZOOMED_STEPS = 3  # steps in the right half of the picture
 MIB = 1 << 20
+WIDTH = 100  # of the table, where there is no terminal
 
-# Both runs compute the same sums in a different order. So do eager PyTorch and torch.compile, whose
-# losses differ by less than 1e-5 in such a run.
+# With exact gradients, runs compute the same sums in a different order. So do eager PyTorch and
+# torch.compile, whose losses differ by less than 1e-5 in such a run.
 TOLERANCE = 1e-3
 
 # Executed by the measured process: the unchanged script, then a report of what only the process
@@ -69,11 +79,16 @@ report, *sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 
 package = sys.modules.get("cce_inductor")
-fields = ("rewritten", "reason", "location", "loss", "logits_shape", "bytes_saved")
+fields = (
+    "rewritten", "reason", "location", "loss", "logits_shape", "bytes_saved", "sampled",
+    "exact_because",
+)
+share = package.share_visited() if package else None
 heads = [{f: getattr(r, f) for f in fields} for r in package.reports()] if package else []
 kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with open(report, "w") as file:
-    json.dump({"peak_mib": kibibytes / 1024, "reports": heads}, file, default=str)
+    outcome = {"peak_mib": kibibytes / 1024, "reports": heads, "share_visited": share}
+    json.dump(outcome, file, default=str)
 """
 
 
@@ -96,6 +111,7 @@ class Run:
     peak_mib: float
     steps: list[dict[str, Any]]
     reports: list[dict[str, Any]]
+    share_visited: float | None
     samples: list[Sample]
 
     @property
@@ -105,6 +121,10 @@ class Run:
     @property
     def rewrites(self) -> int:
         return sum(report["rewritten"] for report in self.reports)
+
+    def difference(self, other: Run) -> float:
+        """The largest absolute difference between two loss curves."""
+        return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
     def summary(self) -> dict[str, float]:
         """The numbers of the table."""
@@ -122,7 +142,7 @@ class Run:
 
 
 def script_arguments(steps: int, batch_size: int) -> list[str]:
-    """Return the arguments that both runs have in common."""
+    """Return the arguments that all runs have in common."""
     options = {
         **MODEL,
         **TRAINING,
@@ -170,47 +190,56 @@ def measure(arguments: list[str]) -> Run:
             raise DemoError(f"the training script failed with exit status {process.returncode}")
         outcome = json.loads(report.read_text())
         steps = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return Run(outcome["peak_mib"], steps, outcome["reports"], samples)
+    return Run(outcome["peak_mib"], steps, outcome["reports"], outcome["share_visited"], samples)
 
 
-def largest_difference(without: Run, with_cce: Run) -> float:
-    """The largest absolute difference between two loss curves."""
-    return max(abs(a - b) for a, b in zip(without.losses, with_cce.losses, strict=True))
-
-
-def check(without: Run, with_cce: Run) -> None:
+def check(runs: dict[str, Run]) -> None:
     """Raise DemoError unless something was rewritten and the losses stayed the same."""
-    if not with_cce.rewrites:
-        reasons = {report["reason"] for report in with_cce.reports} or {"no loss was found"}
+    baseline, exact, sampled = (runs[name] for name in (BASELINE, EXACT, SAMPLED))
+    if not exact.rewrites:
+        reasons = {report["reason"] for report in exact.reports} or {"no loss was found"}
         raise DemoError(f"--cce rewrote nothing: {'; '.join(sorted(map(str, reasons)))}")
-    difference = largest_difference(without, with_cce)
+    difference = exact.difference(baseline)
     if not difference <= TOLERANCE:
         raise DemoError(f"the losses differ by {difference:.1e}, more than {TOLERANCE:.0e}")
+    if not any(report["sampled"] for report in sampled.reports):
+        reasons = {report["exact_because"] for report in sampled.reports}
+        raise DemoError(f"--sample-below sampled nothing: {'; '.join(sorted(map(str, reasons)))}")
 
 
 # ------------------------------------------------------------------------------- reporting
 
 
-def table(without: Run, with_cce: Run) -> Table:
-    """Both runs side by side."""
+def table(runs: dict[str, Run]) -> Table:
+    """The runs side by side."""
     rows = {
         "peak_mib": ("Peak resident memory (MiB)", "{:,.0f}"),
         "step_seconds": ("Median step time (s)", "{:.2f}"),
-        "first_step_seconds": ("First step, with compilation (s)", "{:.1f}"),
+        "first_step_seconds": ("First step, compiles (s)", "{:.1f}"),
         "first_loss": ("First training loss", "{:.6f}"),
         "last_loss": ("Last training loss", "{:.6f}"),
         "validation_loss": ("Validation loss", "{:.6f}"),
     }
     result = Table("", title="Training on the CPU")
-    for heading in ("torch.compile", "with cce_inductor", "ratio"):
+    others = [name for name in runs if name != BASELINE]
+    for heading in (BASELINE, *(column for name in others for column in (name, "ratio"))):
         result.add_column(heading, justify="right")
-    plain, cce = without.summary(), with_cce.summary()
+
+    def add_row(label: str, first: str, cells: list[tuple[str, str]]) -> None:
+        result.add_row(label, first, *(cell for pair in cells for cell in pair))
+
+    summaries = {name: run.summary() for name, run in runs.items()}
     for key, (label, style) in rows.items():
-        ratio = f"{cce[key] / plain[key]:.3f}"
-        result.add_row(label, style.format(plain[key]), style.format(cce[key]), ratio)
-    result.add_row("Rewrites", str(without.rewrites), str(with_cce.rewrites), "")
-    difference = largest_difference(without, with_cce)
-    result.add_row("Largest training loss difference", "", f"{difference:.1e}", "")
+        first = summaries[BASELINE][key]
+        numbers = [summaries[name][key] for name in others]
+        cells = [(style.format(number), f"{number / first:.3f}") for number in numbers]
+        add_row(label, style.format(first), cells)
+    add_row("Rewrites", str(runs[BASELINE].rewrites), [(str(runs[o].rewrites), "") for o in others])
+    differences = [runs[name].difference(runs[BASELINE]) for name in others]
+    add_row("Largest loss difference", "", [(f"{each:.1e}", "") for each in differences])
+    shares = [runs[name].share_visited for name in others]
+    shown = ["" if share is None else f"{share:.2f}" for share in shares]
+    add_row("Share of gradient computed", "", [(share, "") for share in shown])
     return result
 
 
@@ -225,11 +254,11 @@ def title(batch_size: int) -> str:
     )
 
 
-def draw(without: Run, with_cce: Run, heading: str, path: Path) -> None:
+def draw(runs: dict[str, Run], heading: str, path: Path) -> None:
     """Draw memory over the whole run, and over a few steps in its middle."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     whole, zoomed = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    for run, label in ((without, "torch.compile"), (with_cce, "with cce_inductor")):
+    for label, run in runs.items():
         seconds = [sample.seconds for sample in run.samples]
         memory = [sample.mib for sample in run.samples]
         whole.plot(seconds, memory, label=label, linewidth=0.8)
@@ -251,17 +280,24 @@ def draw(without: Run, with_cce: Run, heading: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write_numbers(path: Path, arguments: list[str], without: Run, with_cce: Run) -> None:
+def write_numbers(path: Path, arguments: list[str], runs: dict[str, Run]) -> None:
     """Write everything but the memory samples as JSON."""
     numbers: dict[str, Any] = {
         "arguments": arguments,
         "python": platform.python_version(),
         "torch": version("torch"),
         "cpus": os.cpu_count(),
-        "largest_loss_difference": largest_difference(without, with_cce),
+        "runs": {
+            name: {
+                **run.summary(),
+                "largest_loss_difference": run.difference(runs[BASELINE]),
+                "share_visited": run.share_visited,
+                "steps": run.steps,
+                "reports": run.reports,
+            }
+            for name, run in runs.items()
+        },
     }
-    for name, run in (("without", without), ("with", with_cce)):
-        numbers[name] = {**run.summary(), "steps": run.steps, "reports": run.reports}
     path.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
@@ -287,17 +323,17 @@ def main() -> None:
         )
     arguments = script_arguments(args.steps, args.batch_size)
     prepare(arguments)
-    print(f"1/2: {args.steps} steps with torch.compile", flush=True)
-    without = measure(arguments)
-    print(f"2/2: {args.steps} steps with torch.compile and --cce", flush=True)
-    with_cce = measure([*arguments, "--cce"])
+    runs = {}
+    for number, (name, options) in enumerate(OPTIONS.items(), 1):
+        print(f"{number}/{len(OPTIONS)}: {args.steps} steps, {name}", flush=True)
+        runs[name] = measure([*arguments, *options])
 
-    Console().print(table(without, with_cce))
-    draw(without, with_cce, title(args.batch_size), args.picture)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table(runs))
+    draw(runs, title(args.batch_size), args.picture)
     numbers = args.picture.with_suffix(".json")
-    write_numbers(numbers, arguments, without, with_cce)
+    write_numbers(numbers, arguments, runs)
     print(f"wrote {args.picture} and {numbers}")
-    check(without, with_cce)
+    check(runs)
 
 
 if __name__ == "__main__":

@@ -457,6 +457,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--autocast is for a model in float32")
     if args.cce and not args.compile:
         parser.error("--cce rewrites what torch.compile compiles, so it needs --compile")
+    if args.sample_below and not args.cce:
+        parser.error("--sample-below is an option of --cce")
     if args.resume and args.out is None:
         parser.error("--resume needs --out, the directory of the checkpoint")
     return args
@@ -504,6 +506,7 @@ def add_training_arguments(group: argparse._ArgumentGroup) -> None:
         help="use torch.compile",
     )
     add("--cce", action="store_true", help="install cce_inductor before compiling")
+    add("--sample-below", type=float, default=0.0, help="option of cce_inductor; 0 is exact")
 
 
 def add_output_arguments(group: argparse._ArgumentGroup) -> None:
@@ -524,7 +527,7 @@ def main() -> None:
     if args.cce:
         import cce_inductor
 
-        cce_inductor.install()
+        cce_inductor.install(sample_below=args.sample_below)
 
     trainer = Trainer(args, corpus)
     checkpoint = args.out and args.out / "checkpoint.pt"
