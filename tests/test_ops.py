@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import cce_inductor.operators.ops  # noqa: F401  (registers the operators)
-from cce_inductor.kernels.blockwise.engine import TILE
+from cce_inductor.kernels.head import TILE
 
 OPS = torch.ops.cce_inductor
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
