@@ -13,6 +13,7 @@ from cce_inductor.kernels.blockwise.projection import ProjectionGradient, TileGr
 from cce_inductor.kernels.blockwise.pullback import as_large_as
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.visits import Visit, Visits
+from cce_inductor.kernels.blockwise.workspace import BlockRows
 from cce_inductor.kernels.head import Gradients, Head, Wanted
 from cce_inductor.kernels.names import LOGIT, Name, OperandKind
 
@@ -81,7 +82,7 @@ class BackwardLane:
         rows: the rows of a block.
     """
 
-    def __init__(self, shared: SharedGradients, rows: int):
+    def __init__(self, shared: SharedGradients, rows: BlockRows):
         self._shared, self._rows = shared, rows
         self._tiles = {
             name: TileGradient(each, rows, shared.variate if name == LOGIT else None)
@@ -92,7 +93,7 @@ class BackwardLane:
     def compute(self, group: int) -> None:
         shared = self._shared
         for number, tile in shared.head.strided(group):
-            visits = list(shared.visits.blocks(number, self._rows))
+            visits = list(shared.visits.blocks(number, self._rows.block))
             if not visits and shared.variate is None:
                 for each in self._tiles.values():
                     each.skip(tile)

@@ -38,7 +38,7 @@ from cce_inductor.kernels.blockwise.pullback import Pullback
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.selected import Selected
 from cce_inductor.kernels.blockwise.visits import EveryRow, Sample
-from cce_inductor.kernels.blockwise.workspace import rows_of_block
+from cce_inductor.kernels.blockwise.workspace import block_rows
 from cce_inductor.kernels.head import Gradients, Head, Wanted
 from cce_inductor.kernels.names import LOGIT
 from cce_inductor.kernels.program.text import Program
@@ -104,7 +104,7 @@ def _statistics(input: Tensor, head: Head, kept: KeptRows, indices: Indices) -> 
     projections = {name: Projection(head, each, kept) for name, each in every.items()}
     shared = Statistics(head, indices, kept)
     count = lanes.lane_count(kept.device, head.groups, 1, head.workspace_bytes)
-    rows = rows_of_block(head, list(every.values()), kept.count, count, backward=False)
+    rows = block_rows(head, list(every.values()), kept.count, count, backward=False)
     lanes.run([ForwardLane(shared, projections, rows) for _ in range(count)], head.groups)
     return shared.results()
 
@@ -227,6 +227,6 @@ def _computed(shared: SharedGradients) -> Gradients:
     hidden = every[0].linear_weight.shape[1]
     lane_bytes = 2 * kept.count * hidden * head.logit_dtype.itemsize
     count = lanes.lane_count(kept.device, head.groups, lane_bytes, head.workspace_bytes)
-    rows = rows_of_block(head, every, kept.count, count, backward=True)
+    rows = block_rows(head, every, kept.count, count, backward=True)
     lanes.run([BackwardLane(shared, rows) for _ in range(count)], head.groups)
     return shared.results()

@@ -11,7 +11,7 @@ from cce_inductor.kernels import all_statistics
 from cce_inductor.kernels.all_statistics import ByStatistic, Indices
 from cce_inductor.kernels.blockwise.projection import Projection, Tile
 from cce_inductor.kernels.blockwise.rows import KeptRows
-from cce_inductor.kernels.blockwise.workspace import row_blocks
+from cce_inductor.kernels.blockwise.workspace import BlockRows, row_blocks
 from cce_inductor.kernels.head import Head, tile_count
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.schedule import schedule
@@ -70,7 +70,7 @@ class ForwardLane:
         rows: the rows of a block.
     """
 
-    def __init__(self, shared: Statistics, projections: Mapping[Name, Projection], rows: int):
+    def __init__(self, shared: Statistics, projections: Mapping[Name, Projection], rows: BlockRows):
         self._shared, self._rows = shared, rows
         self._tiles = {name: Tile(each, rows) for name, each in projections.items()}
         program = shared.head.program
@@ -84,7 +84,7 @@ class ForwardLane:
         for number, tile in shared.head.neighbours(group):
             for each in self._tiles.values():
                 each.begin(tile)
-            for block in row_blocks(shared.kept.count, self._rows):
+            for block in row_blocks(shared.kept.count, self._rows.block):
                 values = shared.kept.operands(shared.head, block, tile)
                 for name, each in self._tiles.items():
                     values[name] = each.logits(block)

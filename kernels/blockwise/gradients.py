@@ -120,7 +120,7 @@ class WeightGradient:
     def __init__(self, d_weight: Tensor, input: Tensor, workspace: Workspace, *, is_exact: bool):
         self._d_weight, self._product = d_weight, workspace.product
         # A single product needs no sum that is wider than the gradient.
-        is_whole = input.shape[0] <= workspace.rows and d_weight.dtype == input.dtype
+        is_whole = input.shape[0] <= workspace.rows.product and d_weight.dtype == input.dtype
         self._is_one_product = is_exact and is_whole and not self._product.exact
         dtype = input.dtype if self._is_one_product else self._product.wide
         self._buffer = input.new_empty(0, dtype=dtype)

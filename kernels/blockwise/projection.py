@@ -11,7 +11,7 @@ from cce_inductor.kernels.blockwise.control_variate import ControlVariate, TileT
 from cce_inductor.kernels.blockwise.gradients import InputGradient, WeightGradient
 from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
-from cce_inductor.kernels.blockwise.workspace import Workspace
+from cce_inductor.kernels.blockwise.workspace import BlockRows, Workspace
 from cce_inductor.kernels.head import Factors, Head
 from cce_inductor.kernels.names import LOGIT
 
@@ -43,7 +43,7 @@ class Tile:
         backward: whether gradients are computed.
     """
 
-    def __init__(self, projection: Projection, rows: int, *, backward: bool = False):
+    def __init__(self, projection: Projection, rows: BlockRows, *, backward: bool = False):
         self._projection, self._head = projection, projection.head
         self._workspace = Workspace(self._head, projection.factors, rows, backward=backward)
 
@@ -129,10 +129,13 @@ class TileGradient(Tile):
         variate: stands in for the pairs that are not computed; None if all are.
     """
 
-    def __init__(self, projection: ProjectionGradient, rows: int, variate: ControlVariate | None):
+    def __init__(
+        self, projection: ProjectionGradient, rows: BlockRows, variate: ControlVariate | None
+    ):
         super().__init__(projection, rows, backward=True)
         self._shared, self._variate = projection, variate
         self._d_input = self._d_weight = None
+        self._end_of_collected = 0
         if projection.wants_input:
             self._d_input = InputGradient(projection.input, self._workspace)
         if projection.d_weight is not None:
@@ -158,9 +161,22 @@ class TileGradient(Tile):
         operand = self._workspace.operand(dz)
         if self._d_input is not None:
             self._d_input.add(operand, self._weight, rows, heavy)
+        if not isinstance(rows, slice):
+            self._multiply(self._input.t())
+            return
+        self._end_of_collected = rows.stop
+        if self._workspace.is_full:
+            self._multiply_collected()
+
+    def _multiply_collected(self) -> None:
+        """Add to the gradient of the weight what was collected of adjacent rows."""
+        stop = self._end_of_collected
+        self._multiply(self._shared.input_t[:, stop - self._workspace.collected : stop])
+
+    def _multiply(self, input_t: Tensor) -> None:
+        operands = self._workspace.take_operands()
         if self._d_weight is not None:
-            input_t = self._shared.input_t[:, rows] if isinstance(rows, slice) else self._input.t()
-            self._d_weight.add(operand, input_t)
+            self._d_weight.add(operands, input_t)
 
     def add_terms(self, number: int) -> list[TileTerm]:
         """Add what stands in for the pairs of the tile that are not computed, and return it."""
@@ -178,6 +194,8 @@ class TileGradient(Tile):
 
     def end(self) -> None:
         """End the tile."""
+        if self._workspace.collected:
+            self._multiply_collected()
         if self._d_input is not None:
             self._d_input.end_tile()
         if self._d_weight is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +14,26 @@ from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.schedule import schedule
 
 ROWS_IN_CACHE = 512
-"""The rows of a block that one thread computes alone: 2 MiB of float32 logits stay in its cache.
-Products of a narrower dtype have all rows at once if they can, because a sum of several products
-costs time for what rounding takes away."""
+"""The rows of a block that one thread computes alone: 2 MiB of float32 logits stay in its cache."""
 
 
-def rows_of_block(
+class BlockRows(NamedTuple):
+    """How many rows of a tile a lane computes at a time.
+
+    Attributes:
+        block: the rows of a block of logits.
+        product: the rows whose gradients are multiplied together for the gradient of the weight:
+            several blocks of them where the gradients are converted to a narrower dtype.
+    """
+
+    block: int
+    product: int
+
+
+def block_rows(
     head: Head, every: Sequence[Factors], rows: int, lanes: int, *, backward: bool
-) -> int:
-    """Return how many rows of a tile a lane computes at a time, so that all lanes together have
+) -> BlockRows:
+    """Return how many rows a lane computes at a time, so that all lanes together have
     `Head.workspace_bytes`: at least 1, at most `rows`.
 
     Args:
@@ -31,14 +43,18 @@ def rows_of_block(
         lanes: the number of lanes.
         backward: whether gradients are computed.
     """
+    sizes = [_Sizes(head, factors, backward) for factors in every]
     blocks = _block_count(head, len(every), backward=backward)
     row_bytes = blocks * _width(head) * head.logit_dtype.itemsize
-    row_bytes += sum(_Sizes(head, factors, backward).row_bytes for factors in every)
-    most = head.workspace_bytes // (lanes * max(1, row_bytes))
-    is_wide = all(operand_dtype(each.compute_dtype) == head.logit_dtype for each in every)
-    if lanes > 1 and is_wide:
+    row_bytes += sum(each.row_bytes for each in sizes)
+    lane_bytes = head.workspace_bytes // lanes
+    most = lane_bytes // max(1, row_bytes)
+    if head.linear_weight.device.type == "cpu":
         most = min(most, ROWS_IN_CACHE * -(-torch.get_num_threads() // lanes))
-    return max(1, min(rows, most))
+    block = max(1, min(rows, most))
+    operand_bytes = sum(each.operand_bytes for each in sizes)
+    more = max(0, lane_bytes - block * row_bytes) // (block * operand_bytes) if operand_bytes else 0
+    return BlockRows(block, block * min(1 + more, -(-rows // block)))
 
 
 def row_blocks(rows: int, rows_of_block: int) -> Iterator[slice]:
@@ -53,7 +69,8 @@ class _Sizes:
     Attributes:
         dtype: the dtype in which the factors are multiplied.
         width: the columns of a tile.
-        with_operand: whether the gradient of the block is converted to another dtype.
+        operand_bytes: the bytes for each row of the gradient in that dtype, 0 if it is the dtype of
+            the logits.
         capacity_of_weight: the elements of a tile's weight gradient, 0 without gradients.
         longest: the longest row of a result.
         row_bytes: the bytes for each row of the block.
@@ -62,11 +79,12 @@ class _Sizes:
     def __init__(self, head: Head, factors: Factors, backward: bool):
         hidden = factors.linear_weight.shape[1]
         self.dtype, self.width = operand_dtype(factors.compute_dtype), _width(head)
-        self.with_operand = backward and self.dtype != head.logit_dtype
+        is_converted = backward and self.dtype != head.logit_dtype
+        self.operand_bytes = self.width * self.dtype.itemsize if is_converted else 0
         self.capacity_of_weight = hidden * self.width if backward else 0
         self.longest = max(self.width, hidden) if backward else self.width
         scratch = self.longest * WideProduct.scratch_itemsize(self.dtype, factors.input.device)
-        self.row_bytes = scratch + self.width * self.dtype.itemsize * self.with_operand
+        self.row_bytes = scratch + self.operand_bytes
 
 
 class Workspace:
@@ -75,25 +93,27 @@ class Workspace:
     Args:
         head: the program.
         factors: the matrix product.
-        rows: the rows of a block.
+        rows: the rows of a block, and of a product for the gradient of the weight.
         backward: whether gradients are computed.
 
     Attributes:
-        rows: the rows of a block.
+        rows: the same.
         product: the matrix product, with its scratch.
     """
 
-    def __init__(self, head: Head, factors: Factors, rows: int, *, backward: bool):
+    def __init__(self, head: Head, factors: Factors, rows: BlockRows, *, backward: bool):
         sizes, device = _Sizes(head, factors, backward), factors.input.device
         self.rows = rows
 
-        def buffer(dtype: torch.dtype) -> Tensor:
+        def buffer(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(rows * sizes.width, dtype=dtype, device=device)
 
-        capacity = max(rows * sizes.longest, sizes.capacity_of_weight)
+        capacity = max(rows.block * sizes.longest, sizes.capacity_of_weight)
         self.product = WideProduct(sizes.dtype, capacity, device)
-        self._logits = None if self.product.allocates else buffer(self.product.wide)
-        self._operand = buffer(sizes.dtype) if sizes.with_operand else None
+        allocates = self.product.allocates
+        self._logits = None if allocates else buffer(rows.block, self.product.wide)
+        self._operands = buffer(rows.product, sizes.dtype) if sizes.operand_bytes else None
+        self._collected: Tensor | None = None
 
     def logits(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return a block of logits, [rows, tile] in the accumulation dtype.
@@ -109,10 +129,30 @@ class Workspace:
         return logits.add_(bias)
 
     def operand(self, dz: Tensor) -> Tensor:
-        """Return `dz` in the compute dtype."""
-        if self._operand is None:
+        """Return `dz` in the compute dtype, and collect it until `take_operands`."""
+        if self._operands is None:
+            self._collected = dz
             return dz
-        return self._operand[: dz.numel()].view(dz.shape).copy_(dz)
+        start, width = self.collected, dz.shape[1]
+        every = self._operands[: len(self._operands) // width * width].view(-1, width)
+        self._collected = every[: start + len(dz)]
+        return self._collected[start:].copy_(dz)
+
+    @property
+    def collected(self) -> int:
+        """The number of rows that `operand` has collected."""
+        return 0 if self._collected is None else len(self._collected)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room to collect another block."""
+        return self.collected + self.rows.block > self.rows.product
+
+    def take_operands(self) -> Tensor:
+        """Return what `operand` has collected, [rows, tile], and begin anew."""
+        assert self._collected is not None, "at least one block"
+        collected, self._collected = self._collected, None
+        return collected
 
 
 def _width(head: Head) -> int:

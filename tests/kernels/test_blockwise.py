@@ -684,21 +684,45 @@ def test_the_first_of_equal_maxima_in_distant_tiles():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_workspace_of_one_byte_holds_one_row(dtype):
     input, head = case(CROSS_ENTROPY, dtype=dtype, workspace_bytes=1)
-    rows = engine.rows_of_block(head, list(head.factors(input).values()), ROWS, 1, backward=True)
-    assert rows == 1
-    assert list(row_blocks(2, rows)) == [slice(0, 1), slice(1, 2)]
+    rows = engine.block_rows(head, list(head.factors(input).values()), ROWS, 1, backward=True)
+    assert rows == (1, 1)
+    assert list(row_blocks(2, rows.block)) == [slice(0, 1), slice(1, 2)]
 
 
 def test_workspace_holds_no_more_rows_than_there_are():
     input, head = case(CROSS_ENTROPY, workspace_bytes=2**40)
     every = list(head.factors(input).values())
-    assert engine.rows_of_block(head, every, 12, 1, backward=False) == 12
+    assert engine.block_rows(head, every, 12, 1, backward=False) == (12, 12)
+    assert engine.block_rows(head, every, 12, 1, backward=True) == (12, 12)
+
+
+@pytest.mark.parametrize(("dtype", "product"), [(torch.float32, 512), (torch.bfloat16, 20 * 512)])
+def test_blocks_stay_in_the_cache_and_narrow_products_take_many(dtype, product):
+    input, head = case(CROSS_ENTROPY, dtype=dtype, workspace_bytes=64 * MIB)
+    every = list(head.factors(input).values())
+    assert engine.block_rows(head, every, 10_000, 1, backward=True) == (512, product)
+
+
+@pytest.mark.parametrize("workspace_bytes", [2**14, 2**15, 2**16, 2**18])
+def test_products_of_several_blocks(workspace_bytes):
+    """The last product may have fewer rows than the others, and the last block as well."""
+    input, head = case(
+        CROSS_ENTROPY, rows=50, dtype=torch.bfloat16, workspace_bytes=workspace_bytes
+    )
+    block, product = engine.block_rows(
+        head, list(head.factors(input).values()), 50, 1, backward=True
+    )
+    assert (1 < block < product < 50) == (workspace_bytes == 2**15)
+    want, got = expected(input, head), computed(input, head)
+    for ours, theirs in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        error = (ours.double() - theirs).norm()
+        assert error <= TOLERANCE[torch.bfloat16] * theirs.double().norm()
 
 
 def test_workspace_holds_the_blocks_of_all_heads():
     fields = {"workspace_bytes": 2**18, "dtype": torch.bfloat16}
     one, several = (
-        engine.rows_of_block(head, list(head.factors(input).values()), 10**6, 1, backward=True)
+        engine.block_rows(head, list(head.factors(input).values()), 10**6, 1, backward=True)
         for input, head in (
             case("t0 = exp(z); sum(t0); sum(z)", **fields),
             case("t0 = logaddexp(z, p12); sum(t0); sum(z)", **fields),
