@@ -59,7 +59,7 @@ OPTIONS = {
     EXACT: ["--cce"],
     SAMPLED: ["--cce", "--sample-below", str(SAMPLE_BELOW)],
 }
-"""What the runs have not in common, by their names."""
+"""The options in which the runs differ, by the name of the run."""
 
 COMPILED_STEPS = 3  # the first steps, excluded from the step time because they compile
 ZOOMED_STEPS = 3  # steps in the right half of the picture
@@ -194,7 +194,7 @@ def measure(arguments: list[str]) -> Run:
 
 
 def check(runs: dict[str, Run]) -> None:
-    """Raise DemoError unless something was rewritten and the losses stayed the same."""
+    """Raise DemoError unless losses with exact gradients agree, and another run was sampled."""
     baseline, exact, sampled = (runs[name] for name in (BASELINE, EXACT, SAMPLED))
     if not exact.rewrites:
         reasons = {report["reason"] for report in exact.reports} or {"no loss was found"}

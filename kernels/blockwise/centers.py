@@ -51,7 +51,7 @@ class Centers:
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         """Return what a tensor [kept rows, ...] has for the rows of each cluster,
-        [clusters, size, ...]."""
+        [clusters, size, ...]. A single cluster is all rows in their order, without a copy."""
         return tensor[self.rows] if len(self.rows) > 1 else tensor.unsqueeze(0)
 
     def _operand(self, name: Name) -> Tensor:

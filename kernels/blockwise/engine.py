@@ -183,7 +183,7 @@ def _every_row(head: Head, kept: KeptRows, pullback: Pullback, tile_lse: Tensor)
     if masses is None:
         return EveryRow(kept.count, pullback)
     is_rounded = operand_dtype(head.compute_dtype) != head.logit_dtype
-    heavy = masses.heavy_pairs() if is_rounded else None
+    heavy = masses.heavy_pairs(head.linear_weight) if is_rounded else None
     return EveryRow(kept.count, pullback, masses.massless_tiles(), heavy)
 
 

@@ -68,7 +68,7 @@ class InputGradient:
         self._gathered = input.new_empty(0, dtype=workspace.product.wide)
 
     def add(self, dz: Tensor, weight: Tensor, rows: slice | Tensor, heavy: Tensor | None) -> None:
-        """Add the product of some rows of the current tile; see `Visit` for `heavy`."""
+        """Add the product of some rows of the current tile; see `Visit.heavy`."""
         if self._sum is None:
             self._sum = torch.empty_like(self._like, dtype=self._product.wide)
         if isinstance(rows, slice):
@@ -107,8 +107,9 @@ class InputGradient:
 class WeightGradient:
     """``dz.T @ input`` of one tile at a time, summed over the blocks of rows and rounded once.
 
-    The product is ``input.T @ dz``, [hidden, tile], of which only the sum is transposed: the
-    libraries are slower if each block of ``dz`` is.
+    Where the gradient has the dtype of the sum, [tile, hidden] is summed in its own memory. Else
+    the product is ``input.T @ dz``, [hidden, tile]: transposing each block of ``dz`` costs a third
+    of the speed in low precision.
 
     Args:
         d_weight: [vocabulary, hidden], of which each tile writes its own rows.
@@ -119,39 +120,46 @@ class WeightGradient:
 
     def __init__(self, d_weight: Tensor, input: Tensor, workspace: Workspace, *, is_exact: bool):
         self._d_weight, self._product = d_weight, workspace.product
+        self._is_wide = d_weight.dtype == input.dtype == workspace.product.wide
         # A single product needs no sum that is wider than the gradient.
         is_whole = input.shape[0] <= workspace.rows.product and d_weight.dtype == input.dtype
-        self._is_one_product = is_exact and is_whole and not self._product.exact
-        dtype = input.dtype if self._is_one_product else self._product.wide
-        self._buffer = input.new_empty(0, dtype=dtype)
+        self._is_one_product = is_exact and is_whole and not self._is_wide
+        self._dtype = input.dtype if self._is_one_product else workspace.product.wide
+        self._buffer = input.new_empty(0, dtype=self._dtype)
 
     def begin(self, columns: slice | Tensor) -> None:
         """Begin a tile of the vocabulary."""
         self._columns, self._is_empty = columns, True
+        if self._is_wide and isinstance(columns, slice):
+            self._total = self._d_weight[columns]
+            return
         width = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
         hidden = self._d_weight.shape[1]
         if len(self._buffer) < hidden * width:
             self._buffer = self._buffer.new_empty(hidden * width)
-        self._total = self._buffer[: hidden * width].view(hidden, width)
+        shape = (width, hidden) if self._is_wide else (hidden, width)
+        self._total = self._buffer[: hidden * width].view(shape)
 
     def add(self, dz: Tensor, input_t: Tensor) -> None:
         """Add the product of some rows of the tile, whose input is [hidden, rows]."""
+        first, second = (dz.t(), input_t.t()) if self._is_wide else (input_t, dz)
         if self._is_one_product:
-            torch.mm(input_t, dz, out=self._total)
+            torch.mm(first, second, out=self._total)
         else:
-            self._product(self._total, input_t, dz, beta=int(not self._is_empty))
+            self._product(self._total, first, second, beta=int(not self._is_empty))
         self._is_empty = False
 
     def add_outer(self, columns: Tensor, input: Tensor) -> None:
         """Add the product of a few rows, [columns, rows] and [rows, hidden], in the dtype of the
         sum."""
-        self._total.t().addmm_(columns, input, beta=int(not self._is_empty))
+        total = self._total if self._is_wide else self._total.t()
+        total.addmm_(columns, input, beta=int(not self._is_empty))
         self._is_empty = False
 
     def end(self) -> None:
         """Write the tile's rows of the gradient."""
-        total = self._total.t()
-        if isinstance(self._columns, slice):
-            self._d_weight[self._columns].copy_(total)
-        else:
+        total = self._total if self._is_wide else self._total.t()
+        if not isinstance(self._columns, slice):
             self._d_weight.index_copy_(0, self._columns, total.to(self._d_weight.dtype))
+        elif not self._is_wide:
+            self._d_weight[self._columns].copy_(total)

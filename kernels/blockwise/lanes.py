@@ -94,9 +94,12 @@ class _Schedule:
             return None if self._failed else next(self._groups, None)
 
 
+_pool_lock = threading.Lock()
+
+
 def _pool(lanes: int, threads: int) -> ThreadPoolExecutor:
     """Return threads for `lanes` lanes, in which PyTorch uses `threads` threads each."""
-    with _making:
+    with _pool_lock:
         return _new_pool(lanes, threads)
 
 
@@ -113,21 +116,19 @@ def _new_pool(lanes: int, threads: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(lanes, "cce_inductor", begin)
     for done in [pool.submit(ready.wait) for _ in range(lanes)]:
         done.result()
-    # They also changed the number that threads to come begin with. A thread changes its own number
-    # with that one, and the caller's must stay as it is.
+    # They also changed the number that new threads begin with. `set_num_threads` changes that of
+    # the calling thread as well, so a thread of its own restores it. The first number in the list
+    # was read before any was changed.
     restoring = threading.Thread(target=torch.set_num_threads, args=[before[0]])
     restoring.start()
     restoring.join()
     return pool
 
 
-_making = threading.Lock()
-
-
 def _begin_child() -> None:
     """Forget the threads in a child process, which has none but the one that forked."""
-    global _making
-    _making = threading.Lock()
+    global _pool_lock
+    _pool_lock = threading.Lock()
     _new_pool.cache_clear()
 
 

@@ -1,4 +1,8 @@
-"""What the share of a row's softmax in each tile says about the tile's part of the gradient."""
+"""How much of a row's softmax each tile has, and what that says about the tile's gradient.
+
+A tile without mass has no gradient, and is skipped. A tile with little mass has little of the row's
+gradient: its product with the weight may be rounded before it is added to those of other tiles.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,15 @@ from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.cotangent import Cotangent
 from cce_inductor.kernels.statistics.indexed import NOWHERE
 
-LIGHT = 1 / 16
-"""The largest share of a row's gradient in a tile whose product may be rounded before it is added
-to others. The rounding of such parts, each independent of the others, adds at most
-``sqrt(1 + LIGHT) - 1``, 3%, to what the rounding of the sum costs."""
+LIGHT = 1 / 32
+"""The largest share of a row's mass in a tile whose product may be rounded before it is added to
+others. With the mass m of each such tile, these roundings add the sum of m**2, at most `LIGHT`, to
+the square of what rounding the result costs, if the result is as large as a row of the weight. The
+limit is lower if all rows of the weight have a large part in common, because that part cancels in
+a gradient whose sum is 0 (`_spread`)."""
+
+SAMPLE = 512
+"""The most rows of the weight from which the common part is estimated."""
 
 MOST_HEAVY = 0.5
 """If a larger share of the pairs is heavy, all are treated as such: gathering rows costs time."""
@@ -72,12 +81,28 @@ class Masses:
             massless[index.div(TILE, rounding_mode="floor")] = False
         return massless.tolist()
 
-    def heavy_pairs(self) -> Tensor | None:
-        """Return which tiles hold an index of a row, or more than `LIGHT` of what its softmax has
-        in the other tiles, bool [rows, tiles]; None if most do."""
-        rows, tiles = self.log_mass.shape
-        held = sampling.held_pairs([] if self.index is None else [self.index], rows, tiles)
+    def heavy_pairs(self, linear_weight: Tensor) -> Tensor | None:
+        """Return which pairs of a row and a tile are heavy, bool [rows, tiles]; None if all are
+        better treated as such.
+
+        Heavy are pairs that hold an index of the row, and pairs with more than `LIGHT` of the mass
+        that the row has in tiles without an index; less if the rows of the weight are similar.
+        """
+        if self.index is None:  # Nothing makes the result as large as a row of the weight.
+            return None
+        held = sampling.held_pairs([self.index], *self.log_mass.shape)
         mass = self.log_mass.exp().masked_fill(held, 0.0)
-        is_light = mass <= LIGHT * mass.sum(1, keepdim=True)  # False for nan
+        least = LIGHT * _spread(linear_weight)
+        is_light = mass <= least * mass.sum(1, keepdim=True)  # False for nan
         heavy = held | ~is_light
         return heavy if heavy.double().mean() <= MOST_HEAVY else None
+
+
+def _spread(linear_weight: Tensor) -> float:
+    """Return the share of the rows' squares that is left without their mean, from 0 to 1; nan if
+    the weight is not finite."""
+    step = -(-linear_weight.shape[0] // SAMPLE)
+    rows = linear_weight[::step].float()
+    total = rows.square().sum()
+    common = len(rows) * rows.mean(0).square().sum()
+    return float((1 - common / total).clamp(min=0.0))

@@ -27,32 +27,33 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 class WideProduct:
     """``out = beta * out + a @ b`` with `out` in the accumulation dtype of `a` and `b`.
 
-    No intermediate result is rounded to the operands' dtype, unless that is asked for.
+    No intermediate result is rounded to the operands' dtype, unless that is asked for. float32 is
+    multiplied by oneDNN where that is possible, and everything else by `torch.mm`.
 
     Args:
         dtype: the operands' dtype, as `operand_dtype` returns it.
-        capacity: elements of the largest `out`; scratch for it is allocated once, and only when
-            `dtype` is narrower than its accumulation dtype.
+        capacity: elements of the largest `out`; scratch for it is allocated once if `dtype` is
+            narrower than its accumulation dtype.
 
     Attributes:
         wide: the dtype of `out`.
         exact: whether that is also the dtype of the operands.
-        allocates: whether each product has memory of its own.
+        by_onednn: whether oneDNN multiplies, which returns its results in new memory.
     """
 
     def __init__(self, dtype: torch.dtype, capacity: int, device: torch.device):
         wide = self.wide = accumulation_dtype(dtype)
         self.exact = dtype == wide
-        self.allocates = onednn.multiplies(dtype, device)
+        self.by_onednn = onednn.applies(dtype, device)
         elements = 0 if self.exact else capacity
         self._rounded = torch.empty(elements, dtype=dtype, device=device)
         self._widened = torch.empty(elements, dtype=wide, device=device)
 
     @staticmethod
     def scratch_itemsize(dtype: torch.dtype, device: torch.device) -> int:
-        """Return the bytes of scratch for each element of the largest `out`."""
+        """Return the bytes of scratch, or of oneDNN's results, for each element of `out`."""
         wide = accumulation_dtype(dtype)
-        if onednn.multiplies(dtype, device):
+        if onednn.applies(dtype, device):
             return wide.itemsize
         return 0 if dtype == wide else dtype.itemsize + wide.itemsize
 
@@ -62,10 +63,10 @@ class WideProduct:
         Args:
             a, b: [m, k] and [k, n].
             bias: [n].
-            memory: at least ``m * n`` elements for the result; None if `allocates`.
+            memory: at least ``m * n`` elements for the result; None if `by_onednn`.
         """
-        if self.allocates:
-            return onednn.linear(a, b.t(), bias)
+        if self.by_onednn:
+            return onednn.multiply(a, b.t(), bias)
         assert memory is not None, "memory for the result"
         shape = a.shape[0], b.shape[1]
         out = _view(memory, shape)
@@ -85,10 +86,11 @@ class WideProduct:
             out: [m, n]; it is not read if `beta` is 0.
             a, b: [m, k] and [k, n].
             beta: 0 or 1.
-            recovered: the rows of the product that must not be rounded; None for all.
+            recovered: the numbers of the rows of the product that are not rounded to the operands'
+                dtype, int64; None for all rows.
         """
-        if self.allocates:
-            onednn.linear(a, b.t(), onto=out if beta else out.zero_())
+        if self.by_onednn:
+            onednn.add_product(out if beta else out.zero_(), a, b.t())
             return
         if self.exact:
             if beta:

@@ -95,8 +95,9 @@ class ProjectionGradient(Projection):
 
     @functools.cached_property
     def input_t(self) -> Tensor:
-        """The input, transposed in memory, [hidden, rows]."""
-        return self.input.t().contiguous()
+        """The input, [hidden, rows], transposed in memory if its products are faster then."""
+        is_wide = self.dtype == self.head.logit_dtype
+        return self.input.t() if is_wide else self.input.t().contiguous()
 
     @property
     def is_wanted(self) -> bool:
@@ -155,7 +156,7 @@ class TileGradient(Tile):
             self._d_weight.begin(self._columns)
 
     def add(self, dz: Tensor, rows: slice | Tensor, heavy: Tensor | None) -> None:
-        """Add what the gradient of some rows of the tile contributes; see `Visit` for `heavy`."""
+        """Add what the gradient of some rows of the tile contributes; see `Visit.heavy`."""
         if self._shared.d_bias is not None:
             self._shared.d_bias[self._columns] += dz.sum(0)
         operand = self._workspace.operand(dz)

@@ -33,8 +33,8 @@ class Visit:
         rows: a slice of the kept rows, or their numbers, each once.
         pullback: the gradient.
         block: the rows among those of the pullback.
-        heavy: the numbers of those that have much of their gradient in the tile, counted from the
-            first of the block; None for all.
+        heavy: places in the block, int64, of the rows whose product for the gradient of the input
+            is not rounded; None for all rows.
     """
 
     rows: slice | Tensor
@@ -51,21 +51,21 @@ class EveryRow(Visits):
         rows: the number of rows.
         pullback: the gradient.
         skipped: for each tile, whether its gradient is zero; empty if none is.
-        heavy: which rows have much of their gradient in a tile, bool [rows, tiles]; None for all.
+        heavy_pairs: see `Masses.heavy_pairs`.
     """
 
     rows: int
     pullback: Pullback
     skipped: Sequence[bool] = ()
-    heavy: Tensor | None = None
+    heavy_pairs: Tensor | None = None
 
     def blocks(self, number: int, most: int) -> Iterator[Visit]:
         if self.skipped and self.skipped[number]:
             return
         for block in row_blocks(self.rows, most):
             heavy = None
-            if self.heavy is not None:
-                heavy = self.heavy[block, number].nonzero().squeeze(1)
+            if self.heavy_pairs is not None:
+                heavy = self.heavy_pairs[block, number].nonzero().squeeze(1)
             yield Visit(block, self.pullback, block, heavy)
 
 

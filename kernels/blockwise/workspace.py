@@ -88,7 +88,8 @@ class _Sizes:
 
 
 class Workspace:
-    """Buffers for the blocks of one matrix product, allocated once and handed out as views.
+    """Buffers for the blocks of one matrix product, allocated once and handed out as views. Only
+    the results of oneDNN have memory of their own.
 
     Args:
         head: the program.
@@ -110,8 +111,8 @@ class Workspace:
 
         capacity = max(rows.block * sizes.longest, sizes.capacity_of_weight)
         self.product = WideProduct(sizes.dtype, capacity, device)
-        allocates = self.product.allocates
-        self._logits = None if allocates else buffer(rows.block, self.product.wide)
+        by_onednn = self.product.by_onednn
+        self._logits = None if by_onednn else buffer(rows.block, self.product.wide)
         self._operands = buffer(rows.product, sizes.dtype) if sizes.operand_bytes else None
         self._collected: Tensor | None = None
 

@@ -15,9 +15,12 @@ TILES, HIDDEN, ROWS = 40, 48, 96
 LN2 = math.log(2)
 
 
-def masses(log_mass, index=None):
-    index = None if index is None else torch.tensor(index)
-    return Masses(torch.tensor(log_mass, dtype=torch.float64), index, torch.float32)
+def heavy_pairs(log_mass, index=None, weight=None):
+    """Return what `Masses.heavy_pairs` does for rows without an index, and a centered weight."""
+    log_mass = torch.as_tensor(log_mass, dtype=torch.float64)
+    index = torch.full((len(log_mass), 1), NOWHERE) if index is None else torch.tensor(index)
+    weight = torch.eye(8) - 1 / 8 if weight is None else weight
+    return Masses(log_mass, index, torch.float32).heavy_pairs(weight)
 
 
 def test_a_pair_is_heavy_from_its_share_of_what_the_row_has_beside_its_indices():
@@ -26,28 +29,40 @@ def test_a_pair_is_heavy_from_its_share_of_what_the_row_has_beside_its_indices()
     peaked[7] = 0.0
     confident = [-30.0 - math.log(TILES)] * TILES
     confident[3], confident[9] = 0.0, -30.0
-    heavy = masses([even, peaked, confident], [[5 * TILE], [NOWHERE], [3 * TILE + 1]]).heavy_pairs()
+    heavy = heavy_pairs([even, peaked, confident], [[5 * TILE], [NOWHERE], [3 * TILE + 1]])
     assert [row.nonzero().flatten().tolist() for row in heavy] == [[5], [7], [3, 9]]
 
 
 def test_light_pairs_have_little_together():
     generator = torch.Generator().manual_seed(0)
     log_mass = (4 * torch.randn(200, TILES, generator=generator)).double().log_softmax(1)
-    heavy = Masses(log_mass, None, torch.float32).heavy_pairs()
+    heavy = heavy_pairs(log_mass)
     light = log_mass.exp().masked_fill(heavy, 0.0)
     assert light.max() <= LIGHT
     assert light.square().sum(1).max() <= LIGHT
 
 
 def test_all_are_heavy_if_most_are():
-    assert masses([[-LN2, -LN2], [-LN2, -LN2]]).heavy_pairs() is None
-    assert masses([[math.nan] * TILES] * 4).heavy_pairs() is None
+    assert heavy_pairs([[-LN2, -LN2], [-LN2, -LN2]]) is None
+    assert heavy_pairs([[math.nan] * TILES] * 4) is None
 
 
 def test_nan_is_heavy():
     rows = [[-math.log(TILES)] * TILES] * 3
     rows[1] = [math.nan] * TILES
-    assert masses(rows).heavy_pairs().sum(1).tolist() == [0, TILES, 0]
+    assert heavy_pairs(rows).sum(1).tolist() == [0, TILES, 0]
+
+
+def test_all_are_heavy_without_an_index():
+    even = torch.full((3, TILES), -math.log(TILES), dtype=torch.float64)
+    assert Masses(even, None, torch.float32).heavy_pairs(torch.eye(8)) is None
+
+
+def test_more_are_heavy_if_the_rows_of_the_weight_are_similar():
+    even = [[-math.log(TILES)] * TILES]
+    assert not heavy_pairs(even).any()
+    for weight in (torch.ones(8, 8) + 0.1 * torch.eye(8), torch.zeros(8, 8), torch.eye(8) / 0):
+        assert heavy_pairs(even, weight=weight) is None
 
 
 def random_head(kind, dtype=torch.bfloat16):
@@ -55,13 +70,18 @@ def random_head(kind, dtype=torch.bfloat16):
 
     Args:
         kind: of the rows: ``even``, their logits have a standard deviation of 1; ``peaked``, of 8;
-            ``confident``, the target has nearly all of the mass; ``wrong``, another entry has.
+            ``confident``, the target has nearly all of the mass; ``wrong``, another entry has;
+            ``similar``, the rows of the weight have a large part in common.
     """
     generator = torch.Generator().manual_seed(0)
     scale = 8 if kind == "peaked" else 1
     input = scale * torch.randn(ROWS, HIDDEN, generator=generator)
     weight = torch.randn(TILES * TILE, HIDDEN, generator=generator) / HIDDEN**0.5
     target = torch.randint(TILES * TILE, (ROWS,), generator=generator)
+    if kind == "similar":
+        common = torch.nn.functional.normalize(torch.randn(HIDDEN, generator=generator), dim=0)
+        input -= input @ common[:, None] * common
+        weight += 8 * common
     likely = {"confident": target, "wrong": target.roll(1)}.get(kind)
     if likely is not None:
         weight[likely] *= 4
@@ -89,10 +109,10 @@ def stored_gradients(input, head, upstream, dtype):
     return [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("kind", ["even", "peaked", "confident", "wrong"])
+@pytest.mark.parametrize("kind", ["even", "peaked", "confident", "wrong", "similar"])
 def test_rounding_light_pairs_costs_no_precision(kind, monkeypatch):
-    """Compared with bfloat16 logits that are stored. Where little else is rounded, it would if all
-    pairs were."""
+    """Compared with bfloat16 logits that are stored. If all pairs were rounded, it would cost
+    precision in the kinds where little else is rounded."""
     input, head = random_head(kind)
     row = torch.linspace(0.5, 1.5, ROWS, dtype=torch.float64)
     row[head.operands[0] == IGNORED] = 0.0
@@ -108,9 +128,9 @@ def test_rounding_light_pairs_costs_no_precision(kind, monkeypatch):
     assert all(a <= 1.05 * b for a, b in zip(ours, stored, strict=True)), (ours, stored)
     with monkeypatch.context() as patch:
         nothing = torch.zeros(ROWS, TILES, dtype=torch.bool)
-        patch.setattr(Masses, "heavy_pairs", lambda self: nothing[: len(self.log_mass)])
+        patch.setattr(Masses, "heavy_pairs", lambda self, _: nothing[: len(self.log_mass)])
         rounded = errors(gradients(input, head, upstream))
-    assert (rounded[0] > 1.1 * ours[0]) == (kind in ("even", "wrong"))
+    assert (rounded[0] > 1.1 * ours[0]) == (kind in ("even", "wrong", "similar"))
 
 
 def test_heavy_pairs_are_few():
@@ -119,6 +139,6 @@ def test_heavy_pairs_are_few():
     seen = []
     original = Masses.heavy_pairs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Masses, "heavy_pairs", lambda self: seen.append(original(self)) or seen[-1])
+        patch.setattr(Masses, "heavy_pairs", lambda *args: seen.append(original(*args)) or seen[-1])
         gradients(input, head, [torch.ones(ROWS), -torch.ones(ROWS)])
     assert torch.equal(seen[0].sum(1), (head.operands[0] != IGNORED).long())

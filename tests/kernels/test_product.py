@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cce_inductor.kernels.blockwise.product import WideProduct, operand_dtype
 from cce_inductor.kernels.head import accumulation_dtype
@@ -58,10 +59,23 @@ def test_wide_operands_are_multiplied_once(dtype, beta, inner, onednn):
     product = WideProduct(dtype, out.numel(), CPU)
     assert product.exact
     itemsize = WideProduct.scratch_itemsize(dtype, CPU)
-    assert itemsize == (dtype.itemsize if product.allocates else 0)
+    assert itemsize == (dtype.itemsize if product.by_onednn else 0)
     want = 3.0 * beta + a.double() @ b.double()
     product(out, a, b, beta=beta)
     torch.testing.assert_close(out, want.to(dtype))
+
+
+class FastStrides(TorchDispatchMode):
+    """Checks that oneDNN gets no operands for which it is slow."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            weight = args[1]
+            assert weight.is_contiguous() or weight.t().is_contiguous()
+            self.products += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("view", ["row", "column", "step", "same"])
@@ -76,17 +90,21 @@ def test_operands_of_any_strides(view):
     a = torch.stack([a, a])[1, :, ::2].t()
     b = b[:33]
     out = torch.empty(a.shape[0], b.shape[1])
-    WideProduct(torch.float32, out.numel(), CPU)(out, a, b, beta=0)
+    with FastStrides() as fast:
+        WideProduct(torch.float32, out.numel(), CPU)(out, a, b, beta=0)
+    assert fast.products > 0
     torch.testing.assert_close(out, a.contiguous() @ b.contiguous())
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("bias", ["none", "contiguous", "step", "same"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_rounded_once(dtype, with_bias, onednn):
+def test_rounded_once(dtype, bias, onednn):
     a, b = operands(dtype)
-    bias = b[0] if with_bias else None
+    bias = {"none": None, "contiguous": b[0], "step": b.t()[:, 0], "same": b[0, :1].expand(50)}[
+        bias
+    ]
     product = WideProduct(dtype, 33 * 50, CPU)
-    memory = None if product.allocates else torch.empty(33 * 50, dtype=product.wide)
+    memory = None if product.by_onednn else torch.empty(33 * 50, dtype=product.wide)
     out = product.rounded(a, b, bias, memory)
     exact = a.double() @ b.double() + (0 if bias is None else bias.double())
     assert out.dtype == product.wide
