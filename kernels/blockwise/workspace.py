@@ -147,7 +147,8 @@ class Workspace:
     @property
     def is_full(self) -> bool:
         """Whether there is no room to collect another block."""
-        return self.collected + self.rows.block > self.rows.product
+        is_converted = self._operands is not None
+        return not is_converted or self.collected + self.rows.block > self.rows.product
 
     def take_operands(self) -> Tensor:
         """Return what `operand` has collected, [rows, tile], and begin anew."""

@@ -720,6 +720,38 @@ def test_products_of_several_blocks(workspace_bytes):
         assert error <= TOLERANCE[torch.bfloat16] * theirs.double().norm()
 
 
+@pytest.mark.parametrize("narrow", ["first", "others"])
+def test_heads_of_different_dtypes(narrow):
+    """Of one, the gradients of several blocks make one product; of the other, those of each block."""
+    input, head = case(PROGRAMS["mixture of three heads"], rows=50, workspace_bytes=300_000)
+    others = {position for name in head.program.products for position in name.positions}
+    dtypes = [torch.bfloat16, torch.float32]
+    first, other = dtypes if narrow == "first" else dtypes[::-1]
+    operands = [
+        operand.to(other if position in others else first)
+        if operand.is_floating_point()
+        else operand
+        for position, operand in enumerate(head.operands)
+    ]
+    bias = None if head.linear_bias is None else head.linear_bias.to(first)
+    head = dataclasses.replace(
+        head,
+        linear_weight=head.linear_weight.to(first),
+        linear_bias=bias,
+        operands=operands,
+        compute_dtype=first,
+    )
+    input = input.to(first)
+    block, product = engine.block_rows(
+        head, list(head.factors(input).values()), len(input), 1, backward=True
+    )
+    assert block < product
+    want, got = expected(input, head), computed(input, head)
+    for ours, theirs in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        error = (ours.double() - theirs).norm()
+        assert error <= TOLERANCE[torch.bfloat16] * theirs.double().norm()
+
+
 def test_workspace_holds_the_blocks_of_all_heads():
     fields = {"workspace_bytes": 2**18, "dtype": torch.bfloat16}
     one, several = (
