@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 
-LONGEST_SUM = 192
-"""The most terms of a dot product that oneDNN adds one after another. MKL adds as many. Left to
-itself, oneDNN adds up to three times as many, which rounds more than `torch.mm` does."""
+ROWS = (1024, 512, 256, 128, 64)
+"""The numbers of rows of products that oneDNN computes. It keeps about 1 MiB for each combination
+of sizes, of up to a thousand. So there are few sizes here, and `torch.mm` multiplies the rest."""
 
-PART = 2**19
-"""The most elements of a product that `add_product` has in memory at a time, if a row has fewer."""
+TERMS = 128
+"""The terms of a dot product that oneDNN adds one after another. MKL adds up to 192. Left to
+itself, oneDNN adds three times as many, which rounds more than `torch.mm` does."""
+
+ELEMENTS = 2**19
+"""The most elements of a product that `add_product` has in memory, if it has more than the least
+number of rows."""
 
 
 def applies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -41,39 +45,59 @@ def multiply(
         weight: [n, k], of any strides. It is copied unless its transpose is contiguous.
         bias: [n].
     """
-    total = None
-    for a, b in _pieces(input, weight):
-        product = _linear(a, b, bias if total is None else None)
-        total = product if total is None else total.add_(product)
-    return torch.nn.functional.linear(input, weight, bias) if total is None else total
+    pieces = _pieces(weight)
+    if pieces and len(input) in ROWS:
+        return _sum(input, weight, pieces, bias)
+    product = input.new_zeros(len(input), len(weight))
+    add_product(product, input, weight)
+    return product if bias is None else product.add_(bias)
 
 
 def add_product(onto: torch.Tensor, input: torch.Tensor, weight: torch.Tensor) -> None:
     """Add ``input @ weight.t()`` to `onto` [m, n]; see `multiply`."""
-    rows = max(1, PART // max(1, weight.shape[0]))
-    for a, b in _pieces(input, weight):
-        for part, out in zip(a.split(rows), onto.split(rows), strict=True):
-            out.add_(_linear(part, b, None))
+    pieces = _pieces(weight)
+    sizes = [size for size in ROWS if size * len(weight) <= ELEMENTS or size == ROWS[-1]]
+    start = 0
+    for size in sizes if pieces else ():
+        while len(input) - start >= size:
+            rows = slice(start, start + size)
+            onto[rows].add_(_sum(input[rows], weight, pieces))
+            start += size
+    if start < len(input):
+        onto[start:].addmm_(input[start:], weight.t())
 
 
-def _pieces(
-    input: torch.Tensor, weight: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield pieces of equal length of both, along k: none if they are empty, which oneDNN refuses.
+def _sum(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    pieces: list[torch.Tensor],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``input @ weight.t() + bias`` as a sum over the pieces and what they leave out."""
+    first, *others = zip(input.split(TERMS, 1), pieces, strict=False)
+    total = _linear(*first, bias)
+    for a, b in others:
+        total.add_(_linear(a, b))
+    done = len(pieces) * TERMS
+    if done < input.shape[1]:
+        total.addmm_(input[:, done:], weight[:, done:].t())
+    return total
+
+
+def _pieces(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Return the weight [n, k] in pieces of `TERMS`, without what is left of k.
 
     For a weight that is neither contiguous nor the transpose of a contiguous one, oneDNN may take
     600 times as long.
     """
-    size = input.shape[1]
-    if size == 0:
-        return
-    count = -(-size // LONGEST_SUM)
-    length = -(-size // count)
-    for a, b in zip(input.split(length, 1), weight.split(length, 1), strict=True):
-        yield a, b if b.t().is_contiguous() else b.contiguous()
+    count = weight.shape[1] // TERMS
+    pieces = weight[:, : count * TERMS].split(TERMS, 1) if count else ()
+    return [each if each.t().is_contiguous() else each.contiguous() for each in pieces]
 
 
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     if bias is not None:
         bias = bias.contiguous()  # oneDNN ignores its strides.
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
