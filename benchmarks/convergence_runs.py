@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+import sampled
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +46,7 @@ AGAIN = "exact again"
 ROUNDED = "exact rounded"
 FILTERED = "filtered"
 SAMPLED = ("sampled 1/64", "sampled 1/32", "sampled 1/16")
-RECOMMENDED = "sampled 1/32"  # see docs/sampling.md
+RECOMMENDED = f"sampled {sampled.RECOMMENDED}"
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Batches = list[tuple[Tensor, Tensor]]

@@ -41,6 +41,7 @@ import psutil
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from sampled import RECOMMENDED
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "examples/train_gpt.py"  # relative to ROOT, the current folder of all runs
@@ -52,12 +53,11 @@ MODEL = {"layers": 4, "heads": 4, "width": 256, "block-size": BLOCK_SIZE}
 TRAINING = {"device": "cpu", "dtype": "float32", "lr": 2e-3, "warmup": 10, "eval-batches": 2}
 
 SAMPLING_INTERVAL = 0.01  # seconds
-SAMPLE_BELOW = 1 / 32  # see docs/sampling.md
 BASELINE, EXACT, SAMPLED = "torch.compile", "cce_inductor", "sampled"
 OPTIONS = {
     BASELINE: [],
     EXACT: ["--cce"],
-    SAMPLED: ["--cce", "--sample-below", str(SAMPLE_BELOW)],
+    SAMPLED: ["--cce", "--sample-below", str(float(RECOMMENDED))],
 }
 """The options in which the runs differ, by the name of the run."""
 

@@ -39,7 +39,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,14 +49,13 @@ import torch.nn.functional as F
 from measure import EXACT_MEMORY, environment, peak_memory, timed, use_default_heap
 from rich.console import Console
 from rich.table import Table
+from sampled import SAMPLED, add_sample_below
 from torch import Tensor
 from trained_head import trained_head
 
 BASELINE = "compile"
 OURS = "cce_inductor"
-SAMPLED = "cce_inductor_sampled"
 IGNORE_INDEX = -100
-RECOMMENDED = 1 / 32  # of `sample_below`, see docs/sampling.md
 LOGITS_DEVIATION = {"random": 1.0, "peaked": 8.0}
 TRAINED = "trained"
 REFERENCE_BLOCK = 4096
@@ -614,12 +612,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--head", type=Path, help="file of a trained head; default: train one, and keep it"
     )
-    parser.add_argument(
-        "--sample-below",
-        type=lambda text: float(Fraction(text)),
-        default=RECOMMENDED,
-        help=f"of {SAMPLED}; may be a fraction like 1/64",
-    )
+    add_sample_below(parser)
     parser.add_argument("--workspace-mib", type=int, default=64, help="workspace_bytes, in MiB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

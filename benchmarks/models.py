@@ -23,7 +23,6 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, field
-from fractions import Fraction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,11 @@ import torch
 from measure import EXACT_MEMORY, environment, peak_memory, timed, use_default_heap
 from rich.console import Console
 from rich.table import Table
+from sampled import SAMPLED, add_sample_below
 
 MODELS = ("llama", "gemma2", "gpt2")
-BASELINE, OURS, SAMPLED = "compile", "cce_inductor", "cce_inductor_sampled"
+BASELINE, OURS = "compile", "cce_inductor"
 METHODS = ("eager", BASELINE, OURS, SAMPLED)
-RECOMMENDED = 1 / 32  # of `sample_below`, see docs/sampling.md
 MIB = 1 << 20
 TOLERANCE = 1e-4  # largest relative difference of a gradient from eager's
 
@@ -259,12 +258,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument(
-        "--sample-below",
-        type=lambda text: float(Fraction(text)),
-        default=RECOMMENDED,
-        help=f"of {SAMPLED}; may be a fraction like 1/64",
-    )
+    add_sample_below(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--picture", type=Path, help="draw peak memory to this file")

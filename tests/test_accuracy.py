@@ -300,7 +300,7 @@ SPELLINGS = {
     "plain": Spelling(),
     "float": Spelling(upcast),
     "softcap": Spelling(lambda logits: upcast(torch.tanh(logits / 30.0) * 30.0)),
-    "blocked": Spelling(upcast, options={"workspace_bytes": 2**18}),
+    "blocked": Spelling(upcast, options={"workspace_bytes": 2**17}),
     "log_softmax": Spelling(loss=log_softmax_and_gather),
     "z-loss": Spelling(upcast, z_loss),
     "entropy": Spelling(upcast, entropy),

@@ -12,6 +12,7 @@ from cce_inductor.kernels.blockwise.product import WideProduct, operand_dtype
 from cce_inductor.kernels.head import TILE, Factors, Head
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.schedule import schedule
+from cce_inductor.torch_internals import onednn
 
 ROWS_IN_CACHE = 512
 """The rows of a block that one thread computes alone: 2 MiB of float32 logits stay in its cache."""
@@ -49,6 +50,9 @@ def block_rows(
     row_bytes += sum(each.row_bytes for each in sizes)
     lane_bytes = head.workspace_bytes // lanes
     most = lane_bytes // max(1, row_bytes)
+    if most < onednn.ROWS[-1]:  # oneDNN multiplies no block of so few rows.
+        row_bytes -= sum(each.onednn_bytes for each in sizes)
+        most = min(onednn.ROWS[-1] - 1, lane_bytes // max(1, row_bytes))
     if head.linear_weight.device.type == "cpu":
         most = min(most, ROWS_IN_CACHE * -(-torch.get_num_threads() // lanes))
     block = max(1, min(rows, most))
@@ -74,6 +78,7 @@ class _Sizes:
         capacity_of_weight: the elements of a tile's weight gradient, 0 without gradients.
         longest: the longest row of a result.
         row_bytes: the bytes for each row of the block.
+        onednn_bytes: how many of them are for results of oneDNN.
     """
 
     def __init__(self, head: Head, factors: Factors, backward: bool):
@@ -85,6 +90,8 @@ class _Sizes:
         self.longest = max(self.width, hidden) if backward else self.width
         scratch = self.longest * WideProduct.scratch_itemsize(self.dtype, factors.input.device)
         self.row_bytes = scratch + self.operand_bytes
+        by_onednn = onednn.applies(self.dtype, factors.input.device)
+        self.onednn_bytes = scratch if by_onednn else 0
 
 
 class Workspace:

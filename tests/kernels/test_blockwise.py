@@ -723,7 +723,7 @@ def test_products_of_several_blocks(workspace_bytes):
 @pytest.mark.parametrize("narrow", ["first", "others"])
 def test_heads_of_different_dtypes(narrow):
     """Of one, the gradients of several blocks make one product; of the other, those of each block."""
-    input, head = case(PROGRAMS["mixture of three heads"], rows=50, workspace_bytes=300_000)
+    input, head = case(PROGRAMS["mixture of three heads"], rows=50, workspace_bytes=320_000)
     others = {position for name in head.program.products for position in name.positions}
     dtypes = [torch.bfloat16, torch.float32]
     first, other = dtypes if narrow == "first" else dtypes[::-1]

@@ -67,16 +67,16 @@ def test_wide_operands_are_multiplied_once(dtype, beta, inner, rows, onednn):
     torch.testing.assert_close(out, want.to(dtype), rtol=1e-5, atol=1e-4)
 
 
-class FastStrides(TorchDispatchMode):
-    """Checks that oneDNN gets no operands for which it is slow."""
+class OneDNN(TorchDispatchMode):
+    """Records the input and weight of each product that oneDNN computes."""
 
-    products = 0
+    def __init__(self):
+        super().__init__()
+        self.operands = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.mkldnn._linear_pointwise.default:
-            weight = args[1]
-            assert weight.is_contiguous() or weight.t().is_contiguous()
-            self.products += 1
+            self.operands.append(args[:2])
         return func(*args, **(kwargs or {}))
 
 
@@ -92,30 +92,26 @@ def test_operands_of_any_strides(view):
     a = torch.stack([a, a])[1, :, ::2].t()
     b = b[:300]
     out = torch.empty(a.shape[0], b.shape[1])
-    with FastStrides() as fast:
+    with OneDNN() as used:
         WideProduct(torch.float32, out.numel(), CPU)(out, a, b, beta=0)
-    assert fast.products > 0
+    assert used.operands
+    # It is slow for other strides.
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for _, weight in used.operands)
     torch.testing.assert_close(out, a.contiguous() @ b.contiguous(), rtol=1e-5, atol=1e-4)
 
 
 def test_onednn_computes_few_sizes():
     """It keeps memory for each of them."""
     sizes = set()
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.mkldnn._linear_pointwise.default:
-                sizes.add((args[0].shape, args[1].shape))
-            return func(*args, **(kwargs or {}))
-
     if not WideProduct(torch.float32, 1, CPU).by_onednn:
         pytest.skip("oneDNN does not multiply float32 here")
     for rows in range(1, 700, 7):
         a, b = operands(torch.float32, m=rows, k=2 * TERMS, n=50)
         product = WideProduct(torch.float32, rows * 50, CPU)
-        with Sizes():
+        with OneDNN() as used:
             product.rounded(a, b, None, None)
             product(torch.empty(2 * TERMS, 50), a.t(), a @ b, beta=0)
+        sizes |= {(input.shape, weight.shape) for input, weight in used.operands}
     assert 1 < len(sizes) <= 2 * len(ROWS)
 
 
