@@ -15,6 +15,7 @@ from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangent, Cotangents
+from cce_inductor.kernels.statistics.numerics import Exponential, exp_
 
 ByStatistic = dict[Statistic, Numbers]
 Indices = Mapping[Statistic, Tensor]
@@ -62,6 +63,7 @@ def cotangents(
     results: Sequence[Tensor],
     indices: Indices,
     dtype: torch.dtype,
+    exp: Exponential = exp_,
 ) -> dict[Name, Cotangent]:
     """Return the cotangent of each value that a statistic with a gradient reads.
 
@@ -71,9 +73,10 @@ def cotangents(
         results: the forward's results, as many as `grads`.
         indices: what `prepared_indices` returns.
         dtype: the dtype of the values.
+        exp: computes exponentials in place.
     """
     rows, device = results[0].shape[0], results[0].device
-    by_value = Cotangents(rows, device, dtype)
+    by_value = Cotangents(rows, device, dtype, exp)
     by_statistic: ByStatistic = {s: tuple(results[place]) for place, s in program.places}
     for place, statistic in program.places:
         grad = grads[place.start]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.text import Program
+from cce_inductor.kernels.statistics.numerics import Exponential, exp_, exp_of_rounded_
 
 TILE = 1024
 """Vocabulary entries of a tile: wide enough for products to run at full speed."""
@@ -105,6 +106,11 @@ class Head:
     @property
     def logit_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.compute_dtype)
+
+    @property
+    def exp(self) -> Exponential:
+        """The exponential function, as precise as the logits are."""
+        return exp_ if self.compute_dtype == self.logit_dtype else exp_of_rounded_
 
     def factors(self, input: Tensor) -> dict[Name, Factors]:
         """Return the factors of every matrix product that the program reads: those of ``z``, with

@@ -143,7 +143,7 @@ def compute_gradients(
         head.program, _kept_indices(head, kept), head.vocabulary
     )
     cotangents = all_statistics.cotangents(
-        head.program, kept_grads, kept_results, indices, head.logit_dtype
+        head.program, kept_grads, kept_results, indices, head.logit_dtype, head.exp
     )
     # Statistics without a gradient are dropped, with the heads that only they read.
     program = head.program.with_gradient([grad is not None for grad in grads])

@@ -100,7 +100,10 @@ class ForwardLane:
         for statistic in self._in_order:
             index = self._shared.indices.get(statistic)
             numbers[statistic] = statistic.of_tile(
-                self._values_of(statistic, values), tile, None if index is None else index[block]
+                self._values_of(statistic, values),
+                tile,
+                None if index is None else index[block],
+                self._shared.head.exp,
             )
         parts = all_statistics.parts(numbers)
         for normalizer, of_tiles in self._shared.of_tiles.items():

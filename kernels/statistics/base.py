@@ -16,6 +16,7 @@ from torch import Tensor
 from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.output import Output
 from cce_inductor.kernels.statistics.cotangent import Cotangents
+from cce_inductor.kernels.statistics.numerics import Exponential
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 
 Numbers = tuple[Tensor, ...]
@@ -93,7 +94,9 @@ class Statistic(Output):
         """Return the results from stored values [rows, vocabulary]: the specification."""
 
     @abc.abstractmethod
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         """Return the numbers of one tile.
 
         Args:
@@ -101,6 +104,7 @@ class Statistic(Output):
             tile: the columns' range in the vocabulary.
             index: [rows, k] int64 for a statistic that reads the values at indices (`indexed`);
                 None for all others.
+            exp: computes exponentials in place.
         """
 
     def part(self, numbers: Numbers, required: Sequence[Numbers]) -> Numbers:

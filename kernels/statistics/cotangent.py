@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.names import LOGIT, Name
-from cce_inductor.kernels.statistics.numerics import finite_or_zero, split
+from cce_inductor.kernels.statistics.numerics import Exponential, finite_or_zero, split
 
 
 class Cotangents(dict[Name, "Cotangent"]):
@@ -22,11 +22,12 @@ class Cotangents(dict[Name, "Cotangent"]):
         rows: the number of rows.
         device: the device of the rows.
         dtype: the dtype of the values.
+        exp: computes exponentials in place.
     """
 
-    def __init__(self, rows: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, rows: int, device: torch.device, dtype: torch.dtype, exp: Exponential):
         super().__init__()
-        self.rows, self.device, self.dtype = rows, device, dtype
+        self.rows, self.device, self.dtype, self.exp = rows, device, dtype, exp
 
     def __missing__(self, name: Name) -> Cotangent:
         self[name] = made = Cotangent(name, self)
@@ -162,7 +163,7 @@ class Cotangent:
             )
         else:
             shift = self.shift[block].unsqueeze(1)
-            cotangent = (value.sub_(shift) if overwrite else value - shift).exp_()
+            cotangent = self._all.exp(value.sub_(shift) if overwrite else value - shift)
             probability = cotangent
             if self.means:
                 probability = cotangent * self._column(self.residual[block])
@@ -191,7 +192,7 @@ class Cotangent:
             cotangent += distance.mul_(probability).mul_(self._column(grad_mean[block]))
         for grad_mean, lse, x in self.probabilities:
             near, rest = split(lse[block], self.dtype)
-            mass = (values[x] - near.unsqueeze(1)).exp_()
+            mass = self._all.exp(values[x] - near.unsqueeze(1))
             cotangent += mass.mul_(self._column(grad_mean[block] * rest.neg().exp()))
         for grad_dot, other in self.factors:
             cotangent += values[other] * self._column(grad_dot[block])

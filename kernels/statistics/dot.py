@@ -10,7 +10,7 @@ from torch import Tensor
 from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
-from cce_inductor.kernels.statistics.numerics import center_of, row_sum
+from cce_inductor.kernels.statistics.numerics import Exponential, center_of, row_sum
 from cce_inductor.kernels.statistics.sum import Sum
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 
@@ -32,7 +32,9 @@ class Dot(Statistic, name="dot"):
         q, y = (values[name] for name in self.values)
         return ((q * y).sum(1),)
 
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         q, y = values
         center = center_of(q.abs(), y)
         return center, row_sum((y - center.unsqueeze(1)).mul_(q))

@@ -11,6 +11,7 @@ from torch import Tensor
 from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents, columns_in
+from cce_inductor.kernels.statistics.numerics import Exponential
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 
 NOWHERE = -1
@@ -68,7 +69,9 @@ class Indexed(Statistic):
         at_index = x.gather(1, index.clamp(min=0)).where(index != NOWHERE, 0.0)
         return (at_index.squeeze(1) if self.is_flat else at_index,)
 
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         assert index is not None
         inside, columns = columns_in(index, tile)
         return (values[0].gather(1, columns).where(inside, -0.0),)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
-from cce_inductor.kernels.statistics.numerics import logsumexp, row_sum, subtrahend
+from cce_inductor.kernels.statistics.numerics import Exponential, logsumexp, row_sum, subtrahend
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 
 
@@ -27,10 +27,12 @@ class LogSumExp(Statistic, name="logsumexp"):
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         return (torch.logsumexp(values[self.value], 1),)
 
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         (x,) = values
         greatest = x.amax(1)
-        return greatest, row_sum(x.sub_(subtrahend(greatest).unsqueeze(1)).exp_())
+        return greatest, row_sum(exp(x.sub_(subtrahend(greatest).unsqueeze(1))))
 
     def part(self, numbers: Numbers, required: Sequence[Numbers]) -> Numbers:
         greatest, total = numbers

@@ -11,6 +11,7 @@ from torch import Tensor
 from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
+from cce_inductor.kernels.statistics.numerics import Exponential
 from cce_inductor.kernels.statistics.template_lines import MINUS_INFINITY, TemplateLines
 
 
@@ -21,7 +22,9 @@ class Max(Statistic, name="max"):
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         return tuple(values[self.value].max(1))
 
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         greatest, first = values[0].max(1)
         return greatest, first + tile.start
 

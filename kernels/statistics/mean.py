@@ -12,7 +12,13 @@ from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
-from cce_inductor.kernels.statistics.numerics import center_of, logsumexp, row_sum, subtrahend
+from cce_inductor.kernels.statistics.numerics import (
+    Exponential,
+    center_of,
+    logsumexp,
+    row_sum,
+    subtrahend,
+)
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 
 
@@ -33,9 +39,11 @@ class Mean(Statistic, name="mean"):
         x, y = (values[name] for name in self.values)
         return ((torch.softmax(x, 1) * y).sum(1),)
 
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         x, y = values
-        mass = (x - subtrahend(x.amax(1)).unsqueeze(1)).exp_()
+        mass = exp(x - subtrahend(x.amax(1)).unsqueeze(1))
         center = center_of(mass, y)
         return center, row_sum(mass.mul_(y - center.unsqueeze(1)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
-from cce_inductor.kernels.statistics.numerics import row_sum
+from cce_inductor.kernels.statistics.numerics import Exponential, row_sum
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 
 
@@ -21,7 +21,9 @@ class Sum(Statistic, name="sum"):
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         return (values[self.value].sum(1),)
 
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         return (row_sum(values[0]),)
 
     def nothing(self, rows: int, device: torch.device, index: Tensor | None) -> Numbers:

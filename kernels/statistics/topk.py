@@ -12,6 +12,7 @@ from torch import Tensor
 from cce_inductor.kernels.names import Name
 from cce_inductor.kernels.statistics.base import Numbers, Statistic, Upstream
 from cce_inductor.kernels.statistics.cotangent import Cotangents
+from cce_inductor.kernels.statistics.numerics import Exponential
 
 MOST_K = 1024
 """The largest k."""
@@ -35,7 +36,9 @@ class TopK(Statistic, name="topk"):
     def reference(self, values: Mapping[Name, Tensor], operands: Sequence[Tensor]) -> Numbers:
         return tuple(values[self.value].topk(self.k, 1))
 
-    def of_tile(self, values: Sequence[Tensor], tile: slice, index: Tensor | None) -> Numbers:
+    def of_tile(
+        self, values: Sequence[Tensor], tile: slice, index: Tensor | None, exp: Exponential
+    ) -> Numbers:
         (x,) = values
         greatest, where = x.topk(min(self.k, x.shape[1]), 1)
         missing = (x.shape[0], self.k - greatest.shape[1])

@@ -27,6 +27,7 @@ from cce_inductor.kernels.program.schedule import schedule
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
+from cce_inductor.kernels.statistics.numerics import exp_
 
 ALIGNMENT = 16
 """Bytes. The arguments of a kernel and the rows that it writes begin at multiples of this."""
@@ -135,7 +136,7 @@ def tile_statistics(*arguments: Any) -> list[Tensor]:
             read = [values[name] for name in statistic.values]
             if statistic.overwrites:
                 read = [value.clone() for value in read]
-            numbers = statistic.of_tile(read, columns, index)
+            numbers = statistic.of_tile(read, columns, index, exp_)
             for stored, each in zip(by_statistic[statistic], numbers, strict=True):
                 if is_indexed:
                     stored += each

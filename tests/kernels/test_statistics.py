@@ -25,6 +25,7 @@ from cce_inductor.kernels.blockwise import engine
 from cce_inductor.kernels.head import TILE
 from cce_inductor.kernels.output import Output
 from cce_inductor.kernels.statistics.base import Statistic
+from cce_inductor.kernels.statistics.numerics import exp_
 from cce_inductor.kernels.statistics.template_lines import TemplateLines
 from cce_inductor.kernels.triton import tiled
 
@@ -96,6 +97,7 @@ def part_of(program, values, indices, columns):
             [values[name][:, columns].clone() for name in statistic.values],
             columns,
             indices.get(statistic),
+            exp_,
         )
         for statistic in program.statistics
     }
