@@ -25,7 +25,10 @@ class Options:
         workspace_bytes: the bound on the block of logits that exists at a time; on CUDA, on the
             block of their gradients. A block has at least 1,024 columns on the CPU and 8,192 on
             CUDA (128 MiB for 8,192 tokens in bfloat16). Each block reads and writes the float32
-            sum of the input's gradient, which would cost the most if blocks were narrow.
+            sum of the input's gradient, which would cost the most if blocks were narrow. On the
+            CPU, what exceeds the default of 64 MiB holds logits from the forward to the backward,
+            which then computes only the others again: more memory, and less time. Only if the
+            number of tokens does not change.
         sample_below: 0 computes exact gradients. Otherwise the gradient of a pair of a row and a
             block of 1,024 vocabulary entries that holds less of the row's softmax than this is
             computed with a probability of mass / `sample_below`, and weighted by the inverse. The

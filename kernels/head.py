@@ -67,6 +67,8 @@ class Head:
         workspace_bytes: the most memory for a block of logits and the blocks computed from it.
         sample_below: pairs of a row and a tile that hold less of the row's softmax than this are
             sampled in the backward (see `kernels.sampling`); 0 computes everything.
+        stored_tiles: the number of tiles, from the first, whose logits the forward stores for the
+            backward (see `kernels.stored`).
         order: [vocabulary] int64, the order in which the vocabulary is divided into tiles; None if
             it is divided as it lies.
     """
@@ -79,11 +81,13 @@ class Head:
     compute_dtype: torch.dtype
     workspace_bytes: int
     sample_below: float = 0.0
+    stored_tiles: int = 0
     order: Tensor | None = None
 
     SCHEMA: ClassVar[str] = (
         "Tensor linear_weight, Tensor? linear_bias, Tensor[] operands, str program, "
-        "bool skip_ignored, ScalarType compute_dtype, SymInt workspace_bytes, float sample_below"
+        "bool skip_ignored, ScalarType compute_dtype, SymInt workspace_bytes, float sample_below, "
+        "int stored_tiles"
     )
     """The attributes, as arguments in an operator's schema."""
 

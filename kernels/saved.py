@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from cce_inductor.kernels import sampling
-from cce_inductor.kernels.head import Head, tile_count
+from cce_inductor.kernels.head import TILE, Head, tile_count
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
+from cce_inductor.kernels.stored import stored_dtype
 
 
 def saved_normalizers(head: Head) -> tuple[LogSumExp, ...]:
@@ -21,8 +22,9 @@ def saved_normalizers(head: Head) -> tuple[LogSumExp, ...]:
 def saved_tensors(head: Head, rows: Any) -> list[tuple[tuple[Any, ...], torch.dtype]]:
     """Return the shape and dtype of every tensor that is saved.
 
-    These are the parts of `saved_normalizers` in the logit dtype. If the gradient is sampled, the
-    order of the vocabulary follows, [vocabulary].
+    These are the parts of `saved_normalizers` in the logit dtype. The order of the vocabulary
+    follows, [vocabulary], if the gradient is sampled, and the logits of `Head.stored_tiles` if
+    there are some, [tiles, rows, TILE].
     """
     shape = rows, tile_count(head.vocabulary)
     saved: list[tuple[tuple[Any, ...], torch.dtype]] = [
@@ -30,4 +32,6 @@ def saved_tensors(head: Head, rows: Any) -> list[tuple[tuple[Any, ...], torch.dt
     ]
     if sampling.applies(head):
         saved.append(((head.vocabulary,), torch.int64))
+    if head.stored_tiles:
+        saved.append(((head.stored_tiles, rows, TILE), stored_dtype(head)))
     return saved

@@ -58,6 +58,7 @@ def arguments_of(program, dtype=torch.float32, bias=True, vocabulary=VOCABULARY,
         kwargs.get("compute_dtype", dtype),
         kwargs.get("workspace_bytes", 2**20),
         0.0,
+        kwargs.get("stored_tiles", 0),
     )
 
 
@@ -70,6 +71,7 @@ CASES = {
     ),
     "float16": arguments_of(PROGRAMS["softcap"], torch.float16),
     "skips ignored rows": arguments_of(PROGRAMS["softcap"], skip_ignored=True),
+    "stores logits": arguments_of(CROSS_ENTROPY, stored_tiles=1),
     "computed in bfloat16": arguments_of(CROSS_ENTROPY, compute_dtype=torch.bfloat16),
 }
 
@@ -94,8 +96,8 @@ def backward_arguments(arguments, mask=None):
     plain = detached(arguments)
     results = OPS.reduce_rows(*plain)
     grads = [torch.ones_like(r) if r.is_floating_point() else None for r in results]
-    if "logsumexp" in plain[4]:
-        grads[-1] = None
+    saved = ("logsumexp" in plain[4]) + (plain[-1] > 0)
+    grads[len(grads) - saved :] = [None] * saved
     return (grads, results, *plain, mask or output_mask(arguments))
 
 
@@ -182,7 +184,7 @@ def test_symbolic_sizes():
     program = "logsumexp(z); target(z, r0, -100); gather(z, r1); topk(z, 2)"
     with mode:
         results = OPS.reduce_rows(
-            input, weight, None, [target, index], program, False, torch.float32, 2**20, 0.0
+            input, weight, None, [target, index], program, False, torch.float32, 2**20, 0.0, 0
         )
     lse, _, gathered, top, where, tiles = results
     assert str(lse.shape[0]) == str(input.shape[0])

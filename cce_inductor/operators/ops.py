@@ -26,6 +26,7 @@ from cce_inductor.kernels.names import LOGIT, NAMESPACE, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.saved import saved_tensors
+from cce_inductor.kernels.stored import with_stored_tiles
 from cce_inductor.operators import inductor
 from cce_inductor.operators.compiled import run_compiled
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
@@ -174,6 +175,19 @@ def _reduce(
         index = statistic.index_of(operands)
         shape = (count,) if statistic.is_flat else (count, index.shape[-1])
         flat[statistic.index.position] = index.reshape(shape)
+    head = Head(
+        linear_weight,
+        linear_bias,
+        flat,
+        parsed,
+        skip_ignored,
+        compute_dtype or input.dtype,
+        workspace_bytes,
+        sample_below if isinstance(vocabulary, int) else 0.0,
+    )
+    tensors = [each for each in (input, linear_weight, linear_bias, *flat) if each is not None]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        head = with_stored_tiles(head, count)
     results = torch.ops.cce_inductor.reduce_rows(
         input.reshape(count, input.shape[-1]),
         linear_weight,
@@ -181,9 +195,10 @@ def _reduce(
         flat,
         program,
         skip_ignored,
-        compute_dtype or input.dtype,
-        workspace_bytes,
-        sample_below if isinstance(vocabulary, int) else 0.0,
+        head.compute_dtype,
+        head.workspace_bytes,
+        head.sample_below,
+        head.stored_tiles,
     )
     results = results[: sum(len(each.result_dtypes) for each in parsed.statistics)]
     return [r.reshape(*rows, r.shape[1] if r.dim() == 2 else 1) for r in results]

@@ -26,9 +26,9 @@ class LossReport:
             compilation, or -1 if it is known only at run time. None if the projection was not
             found.
         logits_dtype: the dtype of the projection's result. None if it was not found.
-        bytes_saved: the bytes of one copy of the logits if the loss was rewritten, else 0. Also 0
-            if they are known only at run time. A training step saves more than that: the gradient
-            of the logits, and the float32 copy if there was one.
+        bytes_saved: the bytes of one copy of the logits if the loss was rewritten, without those
+            that are stored, else 0. Also 0 if they are known only at run time. A training step
+            saves more than that: the gradient of the logits, and the float32 copy if there was one.
         deferred: whether the function also returns these logits, as `DeferredLogits`.
         logits_bytes: the bytes of the logits, or of the loss's input if the projection was not
             found. None if they are known only at run time.
@@ -36,6 +36,8 @@ class LossReport:
         advice: what can be changed so that the loss is rewritten, None if nothing is known.
         sampled: whether its gradient is sampled (`Options.sample_below`), if it has one.
         exact_because: why it is not although `sample_below` is greater than 0, else None.
+        stored_bytes: the bytes of the logits that the forward stores for the backward, because
+            `Options.workspace_bytes` has room for them.
     """
 
     rewritten: bool
@@ -51,6 +53,7 @@ class LossReport:
     advice: str | None = None
     sampled: bool = False
     exact_because: str | None = None
+    stored_bytes: int = 0
 
     @classmethod
     def of_failure(cls, node: Node, reason: Reason) -> LossReport:
@@ -78,6 +81,10 @@ class LossReport:
             if self.logits_bytes is not None:
                 saved = format_bytes(self.bytes_saved)
             lines.append(f"  not stored any more: {saved}")
+            if self.stored_bytes:
+                lines.append(
+                    f"  still stored, as workspace_bytes allows: {format_bytes(self.stored_bytes)}"
+                )
             if self.sampled:
                 lines.append("  its gradient is sampled")
             elif self.exact_because is not None:

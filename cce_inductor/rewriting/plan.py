@@ -8,19 +8,22 @@ is not available there gets an operator of its own.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from cce_inductor.kernels import sampling
+from cce_inductor.kernels import sampling, stored
+from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.names import Name, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.text import Program, Step
 from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.target import Target
+from cce_inductor.options import Options
 from cce_inductor.patterns.language.examples import example
 from cce_inductor.patterns.language.expression import Apply, Leaf, Operand
 from cce_inductor.patterns.language.logits import (
@@ -112,6 +115,37 @@ class Group:
         return sampling.reason_against(
             self.program, self.logits.vocabulary, self._dtype_examples, device, wanted
         )
+
+    def stored_bytes(self, options: Options) -> int:
+        """Return the bytes of the logits that the forward stores for the backward."""
+        logits, projection = self.logits, self.logits.projection
+        like = example(projection.node)
+        if self.gradients_off or not like.requires_grad:
+            return 0
+        bias = example(projection.linear_bias)
+        head = Head(
+            like.new_empty(logits.vocabulary, 0),
+            None if bias is None else bias.new_empty(logits.vocabulary),
+            self._dtype_examples,
+            self.program,
+            self.skip_ignored,
+            logits.compute_dtype,
+            options.workspace_bytes,
+            options.sample_below,
+        )
+        rows = math.prod(self._rows.shape)
+        return stored.stored_bytes(stored.with_stored_tiles(head, rows), rows)
+
+    @property
+    def _rows(self) -> torch.Tensor:
+        """A tensor with the rows that the operator reads, and nothing of the vocabulary."""
+        rows: torch.Tensor = example(self.logits.projection.node)
+        for operation in self.logits.row_operations:
+            args, kwargs = torch.fx.map_arg(
+                (operation.args_for(rows, self.logits.vocabulary), dict(operation.kwargs)), example
+            )
+            rows = operation.target(*args, **kwargs)
+        return rows.select(self.logits.vocabulary_dim, 0)
 
     @property
     def _dtype_examples(self) -> list[torch.Tensor]:

@@ -86,6 +86,7 @@ def _report(
     """
     samples = reason is None and options.sample_below > 0 and bool(groups)
     against = [group.reason_against_sampling() for group in groups] if samples else []
+    stored = sum(group.stored_bytes(options) for group in groups) if reason is None else 0
     path = logits.path if logits is not None else ()
     shape = dtype = None
     size: int | None = 0
@@ -102,7 +103,8 @@ def _report(
         loss=" > ".join((*path, operation)),
         logits_shape=shape,
         logits_dtype=dtype,
-        bytes_saved=_bytes_of(logits, others) if reason is None else 0,
+        bytes_saved=max(0, _bytes_of(logits, others) - stored) if reason is None else 0,
+        stored_bytes=stored,
         deferred=deferred,
         logits_bytes=size,
         advice=None if reason is None else reason.advice_for(options, size),

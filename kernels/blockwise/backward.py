@@ -28,6 +28,7 @@ class SharedGradients:
         visits: which rows of each tile are computed.
         variate: stands in for those that are not; None if all are.
         wanted: which gradients are asked for.
+        stored: the logits that the forward has stored, [tiles, rows, TILE]; None for none.
     """
 
     def __init__(
@@ -38,11 +39,14 @@ class SharedGradients:
         visits: Visits,
         variate: ControlVariate | None,
         wanted: Wanted,
+        stored: Tensor | None = None,
     ):
         self.head, self.kept, self.visits, self.variate = head, kept, visits, variate
         self._wanted = wanted
         self.projections = {
-            name: ProjectionGradient(head, each, kept, **wanted_of(name, wanted))
+            name: ProjectionGradient(
+                head, each, kept, stored if name == LOGIT else None, **wanted_of(name, wanted)
+            )
             for name, each in head.factors(input).items()
         }
         self._operands = self.operand_gradients()

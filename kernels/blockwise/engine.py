@@ -39,11 +39,12 @@ from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.selected import Selected
 from cce_inductor.kernels.blockwise.visits import EveryRow, Sample
 from cce_inductor.kernels.blockwise.workspace import block_rows
-from cce_inductor.kernels.head import Gradients, Head, Wanted
+from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted
 from cce_inductor.kernels.names import LOGIT
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.cotangent import placed
 from cce_inductor.kernels.statistics.indexed import Indexed
+from cce_inductor.kernels.stored import stored_dtype
 
 
 def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
@@ -88,21 +89,31 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
         }
         by_statistic = all_statistics.results(by_statistic, indices)
         return [kept.restore(by_statistic[each][0]) for each in program.statistics]
-    if not sampling.applies(head):
-        return [kept.restore(result) for result in _statistics(input, head, kept, indices)]
-    order = vocabulary_order(input, head, kept)
-    head = dataclasses.replace(head, order=order)
-    place = order.argsort()
-    indices = {each: placed(index, place) for each, index in indices.items()}
-    results = _statistics(input, head, kept, indices)
-    return [*(kept.restore(result) for result in results), order]
+    order = stored = None
+    if sampling.applies(head):
+        order = vocabulary_order(input, head, kept)
+        head = dataclasses.replace(head, order=order)
+        place = order.argsort()
+        indices = {each: placed(index, place) for each, index in indices.items()}
+    if head.stored_tiles:
+        shape = head.stored_tiles, input.shape[0], TILE
+        stored = input.new_empty(shape, dtype=stored_dtype(head))
+    results = _statistics(input, head, kept, indices, stored)
+    saved = [each for each in (order, stored) if each is not None]
+    return [*(kept.restore(result) for result in results), *saved]
 
 
-def _statistics(input: Tensor, head: Head, kept: KeptRows, indices: Indices) -> list[Tensor]:
-    """Return the results for the kept rows. The indices are places in the head's order."""
+def _statistics(
+    input: Tensor, head: Head, kept: KeptRows, indices: Indices, stored: Tensor | None
+) -> list[Tensor]:
+    """Return the results for the kept rows, and store the logits of the first tiles in `stored`.
+    The indices are places in the head's order."""
     every = head.factors(input)
-    projections = {name: Projection(head, each, kept) for name, each in every.items()}
     shared = Statistics(head, indices, kept)
+    projections = {
+        name: Projection(head, each, kept, stored if name == LOGIT else None)
+        for name, each in every.items()
+    }
     count = lanes.lane_count(kept.device, head.groups, 1, head.workspace_bytes)
     rows = block_rows(head, list(every.values()), kept.count, count, backward=False)
     lanes.run([ForwardLane(shared, projections, rows) for _ in range(count)], head.groups)
@@ -134,7 +145,9 @@ def compute_gradients(
         wanted: which gradients are asked for.
     """
     kept = KeptRows(input.shape[0], head)
-    order = None
+    order = stored = None
+    if head.stored_tiles:
+        *results, stored = results
     if sampling.applies(head):
         *results, order = results
     kept_results = [kept.select(result) for result in results]
@@ -164,7 +177,7 @@ def compute_gradients(
             variate = ControlVariate(input, ordered, kept, sample, cotangents)
             return _computed(SharedGradients(input, ordered, kept, sample, variate, wanted))
         every = EveryRow(kept.count, pullback)
-    return _computed(SharedGradients(input, pulled, kept, every, None, wanted))
+    return _computed(SharedGradients(input, pulled, kept, every, None, wanted, stored))
 
 
 def _every_row(head: Head, kept: KeptRows, pullback: Pullback, tile_lse: Tensor) -> EveryRow:

@@ -12,7 +12,7 @@ from cce_inductor.kernels.blockwise.gradients import InputGradient, WeightGradie
 from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import BlockRows, Workspace
-from cce_inductor.kernels.head import Factors, Head
+from cce_inductor.kernels.head import TILE, Factors, Head
 from cce_inductor.kernels.names import LOGIT
 
 
@@ -23,13 +23,15 @@ class Projection:
         head: the program that reads the logits.
         factors: the matrix product.
         kept: the rows that are computed.
+        stored: memory for the logits of the first tiles, which the forward writes and the backward
+            reads, [tiles, rows, TILE]; None for none.
 
     Attributes:
         input: the kept rows in the dtype of the product, [rows, hidden].
     """
 
-    def __init__(self, head: Head, factors: Factors, kept: KeptRows):
-        self.head, self.factors, self.kept = head, factors, kept
+    def __init__(self, head: Head, factors: Factors, kept: KeptRows, stored: Tensor | None):
+        self.head, self.factors, self.kept, self.stored = head, factors, kept, stored
         self.dtype = operand_dtype(factors.compute_dtype)
         self.input = kept.select(factors.input).to(self.dtype)
 
@@ -50,15 +52,22 @@ class Tile:
     def begin(self, tile: slice) -> None:
         """Begin a tile of the vocabulary."""
         self._tile, self._columns = tile, self._head.columns(tile)
+        number, width = tile.start // TILE, tile.stop - tile.start
+        stored = self._projection.stored
+        self._stored = None
+        if stored is not None and number < len(stored):
+            self._stored = stored[number, :, :width]
         factors = self._projection.factors
         self._weight = factors.linear_weight[self._columns].to(self._projection.dtype)
         bias = factors.linear_bias
         self._bias = None if bias is None else bias[self._columns]
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        """Return some rows of the tile, in the logit dtype."""
+        """Return some rows of the tile, in the logit dtype, and store them if there is memory."""
         self._input = self._projection.input[rows]
         logits = self._workspace.logits(self._input, self._weight, self._bias)
+        if self._stored is not None:
+            self._stored[rows].copy_(logits)
         return logits.to(self._head.logit_dtype)
 
 
@@ -79,12 +88,13 @@ class ProjectionGradient(Projection):
         head: Head,
         factors: Factors,
         kept: KeptRows,
+        stored: Tensor | None,
         *,
         wants_input: bool,
         wants_weight: bool,
         wants_bias: bool,
     ):
-        super().__init__(head, factors, kept)
+        super().__init__(head, factors, kept, stored)
         weight = factors.linear_weight
         self.wants_input = wants_input
         self.d_input: Tensor | None = None
@@ -154,6 +164,12 @@ class TileGradient(Tile):
         super().begin(tile)
         if self._d_weight is not None:
             self._d_weight.begin(self._columns)
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """Return some rows of the tile, in the logit dtype, as they are stored or computed."""
+        if self._stored is None:
+            return super().logits(rows)
+        return self._workspace.copy(self._stored[rows]).to(self._head.logit_dtype)
 
     def add(self, dz: Tensor, rows: slice | Tensor, heavy: Tensor | None) -> None:
         """Add what the gradient of some rows of the tile contributes; see `Visit.heavy`."""

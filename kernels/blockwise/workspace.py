@@ -136,6 +136,12 @@ class Workspace:
         self.product(logits, input, weight.t(), beta=0)
         return logits.add_(bias)
 
+    def copy(self, logits: Tensor) -> Tensor:
+        """Return a copy of a block of logits in the accumulation dtype."""
+        if self._logits is None:
+            return logits.to(self.product.wide, copy=True)
+        return self._logits[: logits.numel()].view(logits.shape).copy_(logits)
+
     def operand(self, dz: Tensor) -> Tensor:
         """Return `dz` in the compute dtype, and collect it until `take_operands`."""
         if self._operands is None:

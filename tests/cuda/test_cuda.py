@@ -135,7 +135,7 @@ def test_program(name):
         for at, operand in zip(wanted, rest, strict=True):
             given[at] = operand
         return torch.ops.cce_inductor.reduce_rows(
-            input, weight, bias, given, text, False, dtype, 2**26, 0.0
+            input, weight, bias, given, text, False, dtype, 2**26, 0.0, 0
         )[:count]
 
     results = torch.compile(fn, fullgraph=True)(*leaves)

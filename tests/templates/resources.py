@@ -41,7 +41,7 @@ def statistics(program: str, dtype: torch.dtype) -> tuple[Callable[..., Any], In
 
     def forward(input: Any, weight: Any, target: Any) -> Any:
         return torch.ops.cce_inductor.reduce_rows(
-            input, weight, None, [target], program, True, dtype, 2**30, 0.0
+            input, weight, None, [target], program, True, dtype, 2**30, 0.0, 0
         )[:2]
 
     return forward, [((ROWS, HIDDEN), dtype), ((VOCABULARY, HIDDEN), dtype), ((ROWS,), torch.int64)]
@@ -66,6 +66,7 @@ def gradient(
             dtype,
             workspace_bytes,
             0.0,
+            0,
             [True, True, False, False],
         )
 

@@ -193,7 +193,7 @@ def operator(kind, shapes, weight=F32, compute=BF16, workspace_bytes=2**20, bias
     rows, hidden, vocabulary = shapes
     inputs = [((rows, hidden), weight), ((vocabulary, hidden), weight), ((rows,), torch.int64)]
     inputs += [((vocabulary,), weight)] * bias
-    constants = (CROSS_ENTROPY, True, compute, workspace_bytes, 0.0)
+    constants = (CROSS_ENTROPY, True, compute, workspace_bytes, 0.0, 0)
 
     def forward(input, weight, target, *rest):
         (bias,) = rest or (None,)
@@ -266,7 +266,7 @@ OTHER_PROGRAMS = {
 def test_other_programs_do_not_spill(name, kind):
     text, wants_scale = OTHER_PROGRAMS[name]
     statistics = Program.parse(text).statistics
-    constants = (text, True, BF16, 2**30, 0.0)
+    constants = (text, True, BF16, 2**30, 0.0, 0)
 
     def forward(input, weight, target, scale):
         operands = [target, scale]

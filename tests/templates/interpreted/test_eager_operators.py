@@ -41,6 +41,7 @@ def reduce_rows(input, head):
         head.compute_dtype,
         head.workspace_bytes,
         head.sample_below,
+        head.stored_tiles,
     )
 
 

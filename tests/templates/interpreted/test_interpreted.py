@@ -78,6 +78,7 @@ def compiled(input, head, upstream, **options):
             head.compute_dtype,
             head.workspace_bytes,
             head.sample_below,
+            head.stored_tiles,
         )[:count]
 
     inductor.register()
