@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cce_inductor.kernels.blockwise.product import WideProduct, operand_dtype
 from cce_inductor.kernels.head import accumulation_dtype
+from cce_inductor.torch_internals import onednn
 from cce_inductor.torch_internals.onednn import ROWS, TERMS
 
 CPU = torch.device("cpu")
@@ -45,17 +46,34 @@ def test_bfloat16_loses_nothing_of_its_own_size(beta):
     assert (exact.bfloat16() - exact).norm() / exact.norm() > 50 * error
 
 
+@pytest.fixture
+def zen_5(monkeypatch):
+    """As on a processor on which oneDNN multiplies float32."""
+    monkeypatch.setattr(onednn, "_amd_family", lambda: onednn.ZEN_5)
+
+
 @pytest.fixture(params=[True, False], ids=["onednn", "no onednn"])
-def onednn(request):
+def either_library(request, zen_5):
     with torch.backends.mkldnn.flags(enabled=request.param):
-        yield request.param
+        yield
+
+
+def test_onednn_multiplies_where_it_is_faster(monkeypatch):
+    families = {}
+    for family in (0, 25, 26):
+        monkeypatch.setattr(onednn, "_amd_family", lambda family=family: family)
+        families[family] = onednn.applies(torch.float32, CPU)
+        assert not onednn.applies(torch.bfloat16, CPU)
+        assert not onednn.applies(torch.float32, torch.device("cuda"))
+    has_512_bits = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert families == {0: False, 25: False, 26: has_512_bits}
 
 
 @pytest.mark.parametrize("rows", [33, 64, 300])
 @pytest.mark.parametrize("inner", [0, 64, 128, 300])
 @pytest.mark.parametrize("beta", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wide_operands_are_multiplied_once(dtype, beta, inner, rows, onednn):
+def test_wide_operands_are_multiplied_once(dtype, beta, inner, rows, either_library):
     a, b = operands(dtype, m=rows, k=inner)
     out = torch.full((rows, 50), 3.0, dtype=dtype)
     product = WideProduct(dtype, out.numel(), CPU)
@@ -81,7 +99,7 @@ class OneDNN(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("view", ["row", "column", "step", "same"])
-def test_operands_of_any_strides(view):
+def test_operands_of_any_strides(view, zen_5):
     a, b = operands(torch.float32, m=300, k=400, n=150)
     b = {
         "row": b,
@@ -92,19 +110,22 @@ def test_operands_of_any_strides(view):
     a = torch.stack([a, a])[1, :, ::2].t()
     b = b[:300]
     out = torch.empty(a.shape[0], b.shape[1])
+    product = WideProduct(torch.float32, out.numel(), CPU)
+    if not product.by_onednn:
+        pytest.skip("oneDNN has no faster products here")
     with OneDNN() as used:
-        WideProduct(torch.float32, out.numel(), CPU)(out, a, b, beta=0)
+        product(out, a, b, beta=0)
     assert used.operands
     # It is slow for other strides.
     assert all(weight.is_contiguous() or weight.t().is_contiguous() for _, weight in used.operands)
     torch.testing.assert_close(out, a.contiguous() @ b.contiguous(), rtol=1e-5, atol=1e-4)
 
 
-def test_onednn_computes_few_sizes():
+def test_onednn_computes_few_sizes(zen_5):
     """It keeps memory for each of them."""
     sizes = set()
     if not WideProduct(torch.float32, 1, CPU).by_onednn:
-        pytest.skip("oneDNN does not multiply float32 here")
+        pytest.skip("oneDNN has no faster products here")
     for rows in range(1, 700, 7):
         a, b = operands(torch.float32, m=rows, k=2 * TERMS, n=50)
         product = WideProduct(torch.float32, rows * 50, CPU)
@@ -118,7 +139,7 @@ def test_onednn_computes_few_sizes():
 @pytest.mark.parametrize("bias", ["none", "contiguous", "step", "same"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("rows", "inner"), [(33, 64), (64, 256), (64, 300), (300, 128)])
-def test_rounded_once(rows, inner, dtype, bias, onednn):
+def test_rounded_once(rows, inner, dtype, bias, either_library):
     a, b = operands(dtype, m=rows, k=inner)
     bias = {"none": None, "contiguous": b[0], "step": b.t()[:, 0], "same": b[0, :1].expand(50)}[
         bias
