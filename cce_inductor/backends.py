@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.installation import reason_against_inductor
 from cce_inductor.operators.fingerprint import tagged
+from cce_inductor.operators.with_loss import WithLossPass
 from cce_inductor.options import Options
 from cce_inductor.reporting.log import publish
 from cce_inductor.rewriting.rewrite import rewrite
@@ -48,6 +49,9 @@ def cce_inductor(
 
     ours, inductor_options = _split(options)
     patches = {**(list_mode_options(mode) if mode else {}), **inductor_options}
+    before = patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+    if not isinstance(before, WithLossPass):
+        patches["joint_custom_pre_pass"] = WithLossPass(before)
     # Inductor compiles the backward when it first runs, and the key must be right then, too.
     keyed = _with_cache_key(compile_fx_inner, ours)
     compile_keyed = _with_cache_key(compile_fx, ours)
@@ -57,9 +61,7 @@ def cce_inductor(
             publish(
                 module, rewrite(module, ours, reason_against_inductor(), deferral_for(module)), ours
             )
-        return compile_keyed(
-            module, example_inputs, inner_compile=keyed, config_patches=patches or None
-        )
+        return compile_keyed(module, example_inputs, inner_compile=keyed, config_patches=patches)
 
     with on_error(ours.on_error):
         return compile_with_deferral(compiler, module, example_inputs)

@@ -1,9 +1,10 @@
 """install() and uninstall(): the pass in `torch._inductor.config.pre_grad_custom_pass`.
 
-Inductor runs the pass on the graph that Dynamo captured, before autograd. `install` changes three
+Inductor runs the pass on the graph that Dynamo captured, before autograd. `install` changes four
 settings for every thread:
 
 - ``pre_grad_custom_pass`` becomes this pass, which first runs the passes that were there.
+- ``joint_custom_pre_pass`` becomes that of `operators.with_loss`, likewise.
 - ``pre_grad_pass_timing`` (from torch 2.13) becomes "early", before the cache lookup. A compilation
   that a cache answers is then reported like any other, and its key is that of the rewritten graph.
 - ``torch.compiler.config.cache_key_tag`` gets the fingerprint of this package appended, because
@@ -30,6 +31,7 @@ from cce_inductor import surprise
 from cce_inductor.deferred.boundary import compile_with_deferral, deferral_for
 from cce_inductor.heads import defer_all
 from cce_inductor.operators.fingerprint import fingerprint, tagged
+from cce_inductor.operators.with_loss import WithLossPass
 from cce_inductor.options import Options, is_in_force, options_in_force, put_in_force
 from cce_inductor.reporting import reasons
 from cce_inductor.reporting.log import publish
@@ -91,7 +93,10 @@ class _Installation:
         self.rewrite_pass = RewritePass(options, inductor.pre_grad_custom_pass)
         self.user_tag: str = torch.compiler.config.cache_key_tag
         self.undo: list[Callable[[], None]] = [
-            set_config(inductor, "pre_grad_custom_pass", self.rewrite_pass)
+            set_config(inductor, "pre_grad_custom_pass", self.rewrite_pass),
+            set_config(
+                inductor, "joint_custom_pre_pass", WithLossPass(inductor.joint_custom_pre_pass)
+            ),
         ]
         if may_choose_pass_timing(inductor):
             self.undo.append(set_config(inductor, "pre_grad_pass_timing", "early"))

@@ -20,8 +20,9 @@ from cce_inductor.kernels.statistics.numerics import Exponential, exp_, exp_of_r
 TILE = 1024
 """Vocabulary entries of a tile: wide enough for products to run at full speed."""
 
-GROUP = 8
-"""Tiles of a group. Sums over the tiles of a group are added to the sums of other groups."""
+GROUP = 8 * TILE
+"""Vocabulary entries of a group of tiles. Sums over the tiles of a group are added to the sums of
+other groups."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,6 +70,7 @@ class Head:
             sampled in the backward (see `kernels.sampling`); 0 computes everything.
         stored_tiles: the number of tiles, from the first, whose logits the forward stores for the
             backward (see `kernels.stored`).
+        tile: the vocabulary entries of a tile, a multiple of `TILE`.
         order: [vocabulary] int64, the order in which the vocabulary is divided into tiles; None if
             it is divided as it lies.
     """
@@ -82,6 +84,7 @@ class Head:
     workspace_bytes: int
     sample_below: float = 0.0
     stored_tiles: int = 0
+    tile: int = TILE
     order: Tensor | None = None
 
     SCHEMA: ClassVar[str] = (
@@ -129,17 +132,27 @@ class Head:
 
     def tiles(self) -> Iterator[tuple[int, slice]]:
         """Yield each tile's number and its range of the vocabulary."""
-        for number, start in enumerate(range(0, self.vocabulary, TILE)):
-            yield number, slice(start, min(start + TILE, self.vocabulary))
+        for number, start in enumerate(range(0, self.vocabulary, self.tile)):
+            yield number, slice(start, min(start + self.tile, self.vocabulary))
+
+    @property
+    def tile_count(self) -> int:
+        """The number of tiles."""
+        return -(-self.vocabulary // self.tile)
+
+    @property
+    def _tiles_of_group(self) -> int:
+        return max(1, GROUP // self.tile)
 
     @property
     def groups(self) -> int:
         """The number of groups of tiles, each of which one thread computes."""
-        return -(-tile_count(self.vocabulary) // GROUP)
+        return -(-self.tile_count // self._tiles_of_group)
 
     def neighbours(self, group: int) -> Iterator[tuple[int, slice]]:
         """Yield the number and range of each tile of a group of adjacent tiles."""
-        return itertools.islice(self.tiles(), group * GROUP, (group + 1) * GROUP)
+        first = group * self._tiles_of_group
+        return itertools.islice(self.tiles(), first, first + self._tiles_of_group)
 
     def strided(self, group: int) -> Iterator[tuple[int, slice]]:
         """Yield the number and range of each tile of a group of distant tiles.

@@ -159,18 +159,19 @@ def drawn(chances: Tensor, lse: Tensor) -> Tensor:
     return marks.diff(dim=1, prepend=torch.zeros_like(marks[:, :1])) > 0
 
 
-def held_pairs(indices: Sequence[Tensor], rows: int, blocks: int) -> Tensor:
+def held_pairs(indices: Sequence[Tensor], rows: int, blocks: int, width: int = TILE) -> Tensor:
     """Return which pairs hold an index of the row, bool [rows, blocks].
 
     Args:
         indices: places in the order of the vocabulary, [rows, k] each, or `NOWHERE`.
         rows, blocks: the number of rows and blocks.
+        width: the vocabulary entries of a block.
     """
     device = indices[0].device if indices else None
     # The last column is for `NOWHERE`.
     held = torch.zeros(rows, blocks + 1, dtype=torch.bool, device=device)
     for index in indices:
-        block = index.div(TILE, rounding_mode="floor").where(index != NOWHERE, blocks)
+        block = index.div(width, rounding_mode="floor").where(index != NOWHERE, blocks)
         held.scatter_(1, block, True)
     return held[:, :blocks]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cce_inductor.kernels import sampling
-from cce_inductor.kernels.head import TILE, Head, tile_count
+from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
 from cce_inductor.kernels.stored import stored_dtype
 
@@ -24,14 +24,14 @@ def saved_tensors(head: Head, rows: Any) -> list[tuple[tuple[Any, ...], torch.dt
 
     These are the parts of `saved_normalizers` in the logit dtype. The order of the vocabulary
     follows, [vocabulary], if the gradient is sampled, and the logits of `Head.stored_tiles` if
-    there are some, [tiles, rows, TILE].
+    there are some, [tiles, rows, tile].
     """
-    shape = rows, tile_count(head.vocabulary)
+    shape = rows, head.tile_count
     saved: list[tuple[tuple[Any, ...], torch.dtype]] = [
         (shape, head.logit_dtype) for _ in saved_normalizers(head)
     ]
     if sampling.applies(head):
         saved.append(((head.vocabulary,), torch.int64))
     if head.stored_tiles:
-        saved.append(((head.stored_tiles, rows, TILE), stored_dtype(head)))
+        saved.append(((head.stored_tiles, rows, head.tile), stored_dtype(head)))
     return saved

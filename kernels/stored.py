@@ -14,7 +14,7 @@ import torch
 
 from cce_inductor.kernels import sampling
 from cce_inductor.kernels.blockwise.product import operand_dtype
-from cce_inductor.kernels.head import TILE, Head, tile_count
+from cce_inductor.kernels.head import Head
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
 
 
@@ -27,7 +27,9 @@ def stored_dtype(head: Head) -> torch.dtype:
 
 def stored_bytes(head: Head, rows: Any) -> int:
     """Return the bytes of the logits that are stored."""
-    return head.stored_tiles and int(head.stored_tiles * rows * TILE * stored_dtype(head).itemsize)
+    if not head.stored_tiles:
+        return 0
+    return int(head.stored_tiles * head.tile * rows * stored_dtype(head).itemsize)
 
 
 def with_stored_tiles(head: Head, rows: Any) -> Head:
@@ -47,6 +49,6 @@ def with_stored_tiles(head: Head, rows: Any) -> Head:
     if sampling.applies(head) or not head.program.normalizers:
         return head
     of_tile = stored_bytes(dataclasses.replace(head, stored_tiles=1), rows)
-    tiles = min(room // of_tile, tile_count(head.vocabulary))
+    tiles = min(room // of_tile, head.tile_count)
     rest = head.workspace_bytes - tiles * of_tile
     return dataclasses.replace(head, stored_tiles=tiles, workspace_bytes=rest)

@@ -2,6 +2,7 @@
 
 - `reduce_rows`: the statistics of each row of logits that a program names
 - `reduce_rows_backward`: their gradients, from logits that are computed again
+- `reduce_rows_with_gradients`: both, if the upstream gradients are known beforehand
 
 Rewritten graphs call composite operators, which consist of these two and of small operations on one
 number per row; the compiler and autograd see only those:
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.blockwise import engine
+from cce_inductor.kernels.blockwise.with_gradients import compute_with_gradients
 from cce_inductor.kernels.head import Head, Wanted
 from cce_inductor.kernels.names import LOGIT, NAMESPACE, OperandKind
 from cce_inductor.kernels.program.derivative import derivative
@@ -52,16 +54,25 @@ def reduce_rows(input: Tensor, *head: Any) -> list[Tensor]:
 
 @reduce_rows.register_fake
 def _(input: Tensor, *arguments: Any) -> list[Tensor]:
-    head, rows = Head.of(*arguments), input.shape[0]
-    results = [
+    head = Head.of(*arguments)
+    saved = saved_tensors(head, input.shape[0])
+    return [
+        *_new_statistics(input, head),
+        *(input.new_empty(shape, dtype=dtype) for shape, dtype in saved),
+    ]
+
+
+def _new_statistics(input: Tensor, head: Head) -> list[Tensor]:
+    """Return new tensors for the statistics."""
+    return [
         input.new_empty(shape, dtype=dtype)
         for statistic in head.program.statistics
         for shape, dtype in zip(
-            statistic.result_shapes(rows, head.operands), statistic.result_dtypes, strict=True
+            statistic.result_shapes(input.shape[0], head.operands),
+            statistic.result_dtypes,
+            strict=True,
         )
     ]
-    saved = saved_tensors(head, rows)
-    return [*results, *(input.new_empty(shape, dtype=dtype) for shape, dtype in saved)]
 
 
 @torch.library.custom_op(
@@ -92,12 +103,43 @@ def _(
     grads: Sequence[Tensor | None], results: Sequence[Tensor], input: Tensor, *arguments: Any
 ) -> list[Tensor]:
     head, output_mask = Head.of(*arguments[:-1]), arguments[-1]
+    return _new_gradients(input, head, output_mask)
+
+
+def _new_gradients(input: Tensor, head: Head, output_mask: Sequence[bool]) -> list[Tensor]:
+    """Return new tensors for the gradients that a mask selects."""
     primals = (input, head.linear_weight, head.linear_bias, *head.operands)
     return [
         primal.new_empty(primal.shape)
         for primal, wanted in zip(primals, output_mask, strict=True)
         if wanted and primal is not None
     ]
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::reduce_rows_with_gradients",
+    mutates_args=(),
+    schema=f"(Tensor?[] grads, Tensor input, {Head.SCHEMA}, bool[] output_mask) -> Tensor[]",
+)
+def reduce_rows_with_gradients(
+    grads: Sequence[Tensor | None], input: Tensor, *arguments: Any
+) -> list[Tensor]:
+    """See `kernels.blockwise.with_gradients.compute_with_gradients`.
+
+    The statistics are followed by the gradients that the last argument selects, as in
+    `reduce_rows_backward`. `operators.with_loss` writes it into graphs that have a backward, so it
+    needs no formula for autograd.
+    """
+    head, wanted = Head.of(*arguments[:-1]), Wanted.of(arguments[-1])
+    with _without_autocast(input):
+        statistics, gradients = compute_with_gradients(grads, input, head, wanted)
+        return [*statistics, *gradients.computed()]
+
+
+@reduce_rows_with_gradients.register_fake
+def _(grads: Sequence[Tensor | None], input: Tensor, *arguments: Any) -> list[Tensor]:
+    head, output_mask = Head.of(*arguments[:-1]), arguments[-1]
+    return [*_new_statistics(input, head), *_new_gradients(input, head, output_mask)]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

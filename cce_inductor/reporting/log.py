@@ -6,6 +6,7 @@ import collections
 import itertools
 import logging
 import threading
+from collections.abc import Collection
 
 import torch
 from torch.fx import GraphModule
@@ -45,6 +46,20 @@ class ReportLog:
                 self._count -= 1
             self._count += len(reports)
             self._entries.extend((compile_id, attempt, report) for report in reports)
+
+    def gradients_with_losses(self, locations: Collection[str | None]) -> None:
+        """Complete the reports of the compilation that is under way: `LossReport.with_loss`.
+
+        Args:
+            locations: those of the losses whose forward computes the gradient as well.
+        """
+        trace = torch._guards.CompileContext.current_trace_id()
+        compile_id = trace.compile_id if trace else None
+        with self._lock:
+            for place, (entry_id, attempt, report) in enumerate(self._entries):
+                if entry_id == compile_id and report.rewritten:
+                    report = report.with_gradient(made_with_loss=report.location in locations)
+                    self._entries[place] = entry_id, attempt, report
 
     def all(self) -> list[LossReport]:
         with self._lock:

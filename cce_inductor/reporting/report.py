@@ -38,6 +38,9 @@ class LossReport:
         exact_because: why it is not although `sample_below` is greater than 0, else None.
         stored_bytes: the bytes of the logits that the forward stores for the backward, because
             `Options.workspace_bytes` has room for them.
+        with_loss: whether the forward computes the gradient as well, and the backward only
+            multiplies it by the gradient of the loss. None if that is not known, because a cache
+            answered or the graph was not compiled.
     """
 
     rewritten: bool
@@ -54,6 +57,14 @@ class LossReport:
     sampled: bool = False
     exact_because: str | None = None
     stored_bytes: int = 0
+    with_loss: bool | None = None
+
+    def with_gradient(self, *, made_with_loss: bool) -> LossReport:
+        """Return the report with `with_loss`. If it is true, no logits are stored any more."""
+        if not made_with_loss:
+            return dataclasses.replace(self, with_loss=False)
+        saved = self.bytes_saved + self.stored_bytes
+        return dataclasses.replace(self, with_loss=True, stored_bytes=0, bytes_saved=saved)
 
     @classmethod
     def of_failure(cls, node: Node, reason: Reason) -> LossReport:
@@ -85,6 +96,8 @@ class LossReport:
                 lines.append(
                     f"  still stored, as workspace_bytes allows: {format_bytes(self.stored_bytes)}"
                 )
+            if self.with_loss:
+                lines.append("  its gradient is computed with the loss")
             if self.sampled:
                 lines.append("  its gradient is sampled")
             elif self.exact_because is not None:

@@ -2,8 +2,8 @@
 
 By `install`, until `uninstall`:
 
-- Inductor's options ``pre_grad_custom_pass`` and ``pre_grad_pass_timing``, and ``cache_key_tag`` of
-  ``torch.compiler.config`` (`set_config`);
+- Inductor's options ``pre_grad_custom_pass``, ``pre_grad_pass_timing`` and
+  ``joint_custom_pre_pass``, and ``cache_key_tag`` of ``torch.compiler.config`` (`set_config`);
 - the function by which `torch.compile` calls Inductor (`wrap_inductor`);
 - with ``eager_heads=True``, ``torch.nn.Linear.forward`` (`heads.defer_all`).
 

@@ -28,7 +28,8 @@ class SharedGradients:
         visits: which rows of each tile are computed.
         variate: stands in for those that are not; None if all are.
         wanted: which gradients are asked for.
-        stored: the logits that the forward has stored, [tiles, rows, TILE]; None for none.
+        stored: the logits that the forward has stored, [tiles, rows, tile]; None for none.
+        d_weight: what the gradient of the weight is added to; None for a new tensor.
     """
 
     def __init__(
@@ -40,12 +41,18 @@ class SharedGradients:
         variate: ControlVariate | None,
         wanted: Wanted,
         stored: Tensor | None = None,
+        d_weight: Tensor | None = None,
     ):
         self.head, self.kept, self.visits, self.variate = head, kept, visits, variate
         self._wanted = wanted
         self.projections = {
             name: ProjectionGradient(
-                head, each, kept, stored if name == LOGIT else None, **wanted_of(name, wanted)
+                head,
+                each,
+                kept,
+                stored if name == LOGIT else None,
+                d_weight if name == LOGIT else None,
+                **wanted_of(name, wanted),
             )
             for name, each in head.factors(input).items()
         }

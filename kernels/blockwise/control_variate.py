@@ -22,7 +22,7 @@ from torch import Tensor
 from cce_inductor.kernels.blockwise.centers import Centers, value_of
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.visits import Sample
-from cce_inductor.kernels.head import Head, tile_count
+from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.sampling import program_of
@@ -97,7 +97,7 @@ class ControlVariate:
     def _term(self, name: Name, softmax: Name | None, factor: Tensor, input: Tensor) -> Term:
         """Return a term, given the hidden states of each cluster, [clusters, size, hidden]."""
         if softmax is None:
-            amount = factor.expand(-1, tile_count(self._head.vocabulary))
+            amount = factor.expand(-1, self._head.tile_count)
         else:
             amount = factor * self._sample.masses[softmax] * (1.0 - self._sample.weight)
         by_cluster = self._centers.of_rows(amount.to(self._head.logit_dtype))

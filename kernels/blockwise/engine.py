@@ -1,11 +1,11 @@
 """Statistics of logits in blocks of rows and vocabulary, with ordinary tensor operations.
 
-The vocabulary is cut into tiles of `TILE` entries and is the outermost loop, in the forward and in
-the backward; rows are cut when a tile's logits for all of them would not fit the workspace. Each of
-a few lanes computes tiles of its own, and has one block of logits at a time, with the blocks that
-the program computes from it. Row statistics are float64 vectors: the loss of a confident row is the
-small difference of two large numbers, and float32 would round it more than log_softmax of stored
-logits does.
+The vocabulary is cut into tiles of `Head.tile` entries and is the outermost loop, in the forward
+and in the backward; rows are cut when a tile's logits for all of them would not fit the workspace.
+Each of a few lanes computes tiles of its own, and has one block of logits at a time, with the
+blocks that the program computes from it. Row statistics are float64 vectors: the loss of a
+confident row is the small difference of two large numbers, and float32 would round it more than
+log_softmax of stored logits does.
 
 With `Head.sample_below`, the forward divides the vocabulary in the order of its probabilities at
 the mean hidden state, and the backward computes a sample of the pairs of a row and a tile.
@@ -39,7 +39,7 @@ from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.selected import Selected
 from cce_inductor.kernels.blockwise.visits import EveryRow, Sample
 from cce_inductor.kernels.blockwise.workspace import block_rows
-from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted
+from cce_inductor.kernels.head import Gradients, Head, Wanted
 from cce_inductor.kernels.names import LOGIT
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.cotangent import placed
@@ -60,12 +60,14 @@ def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
         raise statistic.error(int(index[valid.logical_not()].flatten()[0]), vocabulary)
 
 
-def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
+def compute_statistics(input: Tensor, head: Head, stored: Tensor | None = None) -> list[Tensor]:
     """Return the statistics of each row.
 
     Args:
         input: [rows, hidden], any floating dtype and strides.
         head: the projection, and what is computed from its result.
+        stored: memory for the logits of `Head.stored_tiles`, as `saved_tensors` says; None for
+            new memory.
 
     Returns:
         The results of the program's statistics, in order: float64 [rows] or [rows, k], int64 for
@@ -89,14 +91,14 @@ def compute_statistics(input: Tensor, head: Head) -> list[Tensor]:
         }
         by_statistic = all_statistics.results(by_statistic, indices)
         return [kept.restore(by_statistic[each][0]) for each in program.statistics]
-    order = stored = None
+    order = None
     if sampling.applies(head):
         order = vocabulary_order(input, head, kept)
         head = dataclasses.replace(head, order=order)
         place = order.argsort()
         indices = {each: placed(index, place) for each, index in indices.items()}
-    if head.stored_tiles:
-        shape = head.stored_tiles, input.shape[0], TILE
+    if head.stored_tiles and stored is None:
+        shape = head.stored_tiles, input.shape[0], head.tile
         stored = input.new_empty(shape, dtype=stored_dtype(head))
     results = _statistics(input, head, kept, indices, stored)
     saved = [each for each in (order, stored) if each is not None]
@@ -134,6 +136,7 @@ def compute_gradients(
     input: Tensor,
     head: Head,
     wanted: Wanted,
+    d_weight: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients, from logits that are computed again tile by tile. They are exact, or
     unbiased if `sampling.applies`.
@@ -143,6 +146,9 @@ def compute_gradients(
         results: what `compute_statistics` returned.
         input, head: as in the forward.
         wanted: which gradients are asked for.
+        d_weight: [vocabulary, hidden] in the dtype of the logits, to which the gradient of the
+            weight is added; None for a new tensor. Only if the gradient has a softmax and is not
+            sampled.
     """
     kept = KeptRows(input.shape[0], head)
     order = stored = None
@@ -177,7 +183,7 @@ def compute_gradients(
             variate = ControlVariate(input, ordered, kept, sample, cotangents)
             return _computed(SharedGradients(input, ordered, kept, sample, variate, wanted))
         every = EveryRow(kept.count, pullback)
-    return _computed(SharedGradients(input, pulled, kept, every, None, wanted, stored))
+    return _computed(SharedGradients(input, pulled, kept, every, None, wanted, stored, d_weight))
 
 
 def _every_row(head: Head, kept: KeptRows, pullback: Pullback, tile_lse: Tensor) -> EveryRow:

@@ -12,7 +12,7 @@ from cce_inductor.kernels.all_statistics import ByStatistic, Indices
 from cce_inductor.kernels.blockwise.projection import Projection, Tile
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import BlockRows, row_blocks
-from cce_inductor.kernels.head import Head, tile_count
+from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.schedule import schedule
 from cce_inductor.kernels.saved import saved_normalizers
@@ -34,7 +34,7 @@ class Statistics:
 
     def __init__(self, head: Head, indices: Indices, kept: KeptRows):
         self.head, self.indices, self.kept = head, indices, kept
-        shape = kept.count, tile_count(head.vocabulary)
+        shape = kept.count, head.tile_count
         self.of_tiles = {
             each: torch.empty(shape, dtype=head.logit_dtype, device=kept.device)
             for each in saved_normalizers(head)

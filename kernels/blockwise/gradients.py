@@ -116,10 +116,20 @@ class WeightGradient:
         input: [rows, hidden].
         workspace: the buffers.
         is_exact: whether nothing but products is added.
+        is_added: whether the sums are added to what `d_weight` has, in the dtype of the sums.
     """
 
-    def __init__(self, d_weight: Tensor, input: Tensor, workspace: Workspace, *, is_exact: bool):
+    def __init__(
+        self,
+        d_weight: Tensor,
+        input: Tensor,
+        workspace: Workspace,
+        *,
+        is_exact: bool,
+        is_added: bool,
+    ):
         self._d_weight, self._product = d_weight, workspace.product
+        self._is_added = is_added
         self._is_wide = d_weight.dtype == input.dtype == workspace.product.wide
         # A single product needs no sum that is wider than the gradient.
         is_whole = input.shape[0] <= workspace.rows.product and d_weight.dtype == input.dtype
@@ -129,7 +139,7 @@ class WeightGradient:
 
     def begin(self, columns: slice | Tensor) -> None:
         """Begin a tile of the vocabulary."""
-        self._columns, self._is_empty = columns, True
+        self._columns, self._is_empty = columns, not self._is_added
         if self._is_wide and isinstance(columns, slice):
             self._total = self._d_weight[columns]
             return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels import sampling
-from cce_inductor.kernels.head import TILE, Head
+from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.names import LOGIT, Name
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.cotangent import Cotangent
@@ -42,11 +42,13 @@ class Masses:
         log_mass: the logarithm of what the softmax has in each tile, float64 [rows, tiles].
         index: the columns of the indices, [rows, k], or `NOWHERE`; None without indices.
         dtype: the dtype of the logits.
+        width: the vocabulary entries of a tile.
     """
 
     log_mass: Tensor
     index: Tensor | None
     dtype: torch.dtype
+    width: int
 
     @classmethod
     def of(
@@ -67,7 +69,7 @@ class Masses:
         if only.grad_sum is not None or only.reads_values:
             return None
         index = only.index if only.has_indices else None
-        return cls(tile_lse.double() - only.lse.unsqueeze(1), index, head.logit_dtype)
+        return cls(tile_lse.double() - only.lse.unsqueeze(1), index, head.logit_dtype, head.tile)
 
     def massless_tiles(self) -> list[bool]:
         """Return which tiles have a gradient that is exactly zero: no row's index lies in them, and
@@ -78,7 +80,7 @@ class Masses:
         massless = self.log_mass.amax(0) < math.log(smallest) - math.log(2)
         if self.index is not None:
             index = self.index[self.index != NOWHERE]
-            massless[index.div(TILE, rounding_mode="floor")] = False
+            massless[index.div(self.width, rounding_mode="floor")] = False
         return massless.tolist()
 
     def heavy_pairs(self, linear_weight: Tensor) -> Tensor | None:
@@ -90,7 +92,8 @@ class Masses:
         """
         if self.index is None:  # Nothing makes the result as large as a row of the weight.
             return None
-        held = sampling.held_pairs([self.index], *self.log_mass.shape)
+        rows, tiles = self.log_mass.shape
+        held = sampling.held_pairs([self.index], rows, tiles, self.width)
         mass = self.log_mass.exp().masked_fill(held, 0.0)
         least = LIGHT * _spread(linear_weight)
         is_light = mass <= least * mass.sum(1, keepdim=True)  # False for nan

@@ -12,7 +12,7 @@ from cce_inductor.kernels.blockwise.gradients import InputGradient, WeightGradie
 from cce_inductor.kernels.blockwise.product import operand_dtype
 from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import BlockRows, Workspace
-from cce_inductor.kernels.head import TILE, Factors, Head
+from cce_inductor.kernels.head import Factors, Head
 from cce_inductor.kernels.names import LOGIT
 
 
@@ -24,7 +24,7 @@ class Projection:
         factors: the matrix product.
         kept: the rows that are computed.
         stored: memory for the logits of the first tiles, which the forward writes and the backward
-            reads, [tiles, rows, TILE]; None for none.
+            reads, [tiles, rows, tile]; None for none.
 
     Attributes:
         input: the kept rows in the dtype of the product, [rows, hidden].
@@ -52,7 +52,7 @@ class Tile:
     def begin(self, tile: slice) -> None:
         """Begin a tile of the vocabulary."""
         self._tile, self._columns = tile, self._head.columns(tile)
-        number, width = tile.start // TILE, tile.stop - tile.start
+        number, width = tile.start // self._head.tile, tile.stop - tile.start
         stored = self._projection.stored
         self._stored = None
         if stored is not None and number < len(stored):
@@ -75,12 +75,14 @@ class ProjectionGradient(Projection):
     """The gradients of a matrix product's factors.
 
     Args:
+        onto: what the gradient of the weight is added to; None for a new tensor.
         wants_input, wants_weight, wants_bias: which of them are asked for.
 
     Attributes:
         d_input: the sum of the groups so far, in the accumulation dtype; None before the first.
         d_weight, d_bias: the gradients, of which each tile writes its own entries; None for those
             not asked for.
+        is_added: whether `d_weight` has a gradient to which this one is added.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ProjectionGradient(Projection):
         factors: Factors,
         kept: KeptRows,
         stored: Tensor | None,
+        onto: Tensor | None,
         *,
         wants_input: bool,
         wants_weight: bool,
@@ -98,7 +101,10 @@ class ProjectionGradient(Projection):
         weight = factors.linear_weight
         self.wants_input = wants_input
         self.d_input: Tensor | None = None
-        self.d_weight = weight.new_empty(weight.shape) if wants_weight else None
+        self.is_added = onto is not None
+        self.d_weight = None
+        if wants_weight:
+            self.d_weight = weight.new_empty(weight.shape) if onto is None else onto
         self.d_bias = None
         if wants_bias:
             self.d_bias = torch.zeros(weight.shape[0], dtype=head.logit_dtype, device=weight.device)
@@ -151,7 +157,11 @@ class TileGradient(Tile):
             self._d_input = InputGradient(projection.input, self._workspace)
         if projection.d_weight is not None:
             self._d_weight = WeightGradient(
-                projection.d_weight, projection.input, self._workspace, is_exact=variate is None
+                projection.d_weight,
+                projection.input,
+                self._workspace,
+                is_exact=variate is None,
+                is_added=projection.is_added,
             )
 
     @property
@@ -220,7 +230,7 @@ class TileGradient(Tile):
 
     def skip(self, tile: slice) -> None:
         """Leave out a tile whose gradient is zero."""
-        if self._shared.d_weight is not None:
+        if self._shared.d_weight is not None and not self._shared.is_added:
             self._shared.d_weight[self._head.columns(tile)] = 0
 
     def end_group(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cce_inductor.kernels.blockwise.product import WideProduct, operand_dtype
-from cce_inductor.kernels.head import TILE, Factors, Head
+from cce_inductor.kernels.head import Factors, Head
 from cce_inductor.kernels.program.derivative import derivative
 from cce_inductor.kernels.program.schedule import schedule
 from cce_inductor.torch_internals import onednn
@@ -171,7 +171,7 @@ class Workspace:
 
 
 def _width(head: Head) -> int:
-    return min(TILE, head.vocabulary)
+    return min(head.tile, head.vocabulary)
 
 
 def _block_count(head: Head, products: int, *, backward: bool) -> int:
