@@ -2,9 +2,11 @@
 
 bfloat16 operands are multiplied in bfloat16, which is fast, but the library rounds the result to
 bfloat16. A second product that starts from minus the rounded result returns what the rounding lost
-(the library accumulates in float32), and the sum of both is exact to about 2^-17. The range of
-float16 is too small for that: gradients of a mean over tokens are near its smallest numbers, and
-their parts may exceed its largest. float16 operands are therefore multiplied in float32.
+(the library accumulates in float32), and the sum of both is exact to about 2^-17. On CUDA, the
+library returns what it has accumulated, and nothing is lost. The range of float16 is too small for
+operands: gradients of a mean over tokens are near its smallest numbers, and their parts may exceed
+its largest. float16 operands are therefore multiplied in float32, as precisely as the user lets
+PyTorch multiply float32.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cce_inductor.kernels.blockwise import host
 from cce_inductor.kernels.head import accumulation_dtype
-from cce_inductor.torch_internals import onednn
+from cce_inductor.torch_internals import onednn, wide_products
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,8 +48,10 @@ class WideProduct:
         wide = self.wide = accumulation_dtype(dtype)
         self.exact = dtype == wide
         self.by_onednn = onednn.applies(dtype, device)
+        self._is_returned_wide = wide_products.applies(dtype, device)
         elements = 0 if self.exact else capacity
         self._rounded = torch.empty(elements, dtype=dtype, device=device)
+        elements = 0 if self._is_returned_wide else elements
         self._widened = torch.empty(elements, dtype=wide, device=device)
 
     @staticmethod
@@ -55,7 +60,10 @@ class WideProduct:
         wide = accumulation_dtype(dtype)
         if onednn.applies(dtype, device):
             return wide.itemsize
-        return 0 if dtype == wide else dtype.itemsize + wide.itemsize
+        if dtype == wide:
+            return 0
+        is_returned_wide = wide_products.applies(dtype, device)
+        return dtype.itemsize + (0 if is_returned_wide else wide.itemsize)
 
     def rounded(self, a: Tensor, b: Tensor, bias: Tensor | None, memory: Tensor | None) -> Tensor:
         """Return ``a @ b + bias``, rounded once to the dtype of the operands and `bias`.
@@ -86,8 +94,8 @@ class WideProduct:
             out: [m, n]; it is not read if `beta` is 0.
             a, b: [m, k] and [k, n].
             beta: 0 or 1.
-            recovered: the numbers of the rows of the product that are not rounded to the operands'
-                dtype, int64; None for all rows.
+            recovered: the numbers of the rows of the product that must not be rounded to the
+                operands' dtype, int64; None for all rows.
         """
         if self.by_onednn:
             onednn.add_product(out if beta else out.zero_(), a, b.t())
@@ -97,6 +105,9 @@ class WideProduct:
                 out.addmm_(a, b)
             else:
                 torch.mm(a, b, out=out)
+            return
+        if self._is_returned_wide:
+            (wide_products.add_product if beta else wide_products.multiply)(out, a, b)
             return
         rounded, widened = _view(self._rounded, out.shape), _view(self._widened, out.shape)
         torch.mm(a, b, out=rounded)
@@ -114,7 +125,7 @@ class WideProduct:
 def _lost(rounded: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return what rounding took from ``a @ b``, in the memory of the rounded product."""
     rounded.addmm_(a, b, beta=-1)
-    if not bool(rounded.sum().isfinite()):
+    if host.runs_ahead(rounded.device) or not bool(rounded.sum().isfinite()):
         # An infinite result has no rounding error: inf - inf must not make it nan.
         rounded.nan_to_num_(0.0, 0.0, 0.0)
     return rounded

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cce_inductor.kernels.blockwise.product import WideProduct, operand_dtype
 from cce_inductor.kernels.head import accumulation_dtype
-from cce_inductor.torch_internals import onednn
+from cce_inductor.torch_internals import onednn, wide_products
 from cce_inductor.torch_internals.onednn import ROWS, TERMS
 
 CPU = torch.device("cpu")
@@ -50,6 +50,31 @@ def test_bfloat16_loses_nothing_of_its_own_size(beta):
 def zen_5(monkeypatch):
     """As on a processor on which oneDNN multiplies float32."""
     monkeypatch.setattr(onednn, "_amd_family", lambda: onednn.ZEN_5)
+
+
+@pytest.mark.parametrize("beta", [0, 1])
+def test_what_a_library_returns_wide_is_not_recovered(beta, wide_products_on_cpu):
+    a, b = operands(torch.bfloat16)
+    a[0, 0], a[1, 0] = math.inf, math.nan
+    exact = a.double() @ b.double() + 3.0 * beta
+    out = torch.full(exact.shape, 3.0 if beta else math.nan)
+    product = WideProduct(torch.bfloat16, out.numel(), CPU)
+    product(out, a, b, beta=beta, recovered=torch.tensor([2, 3]))
+    assert wide_products_on_cpu == ["addmm" if beta else "mm"]
+    torch.testing.assert_close(out, exact.float(), equal_nan=True)
+    # The scratch is for logits, which are rounded to the dtype of the operands.
+    assert WideProduct.scratch_itemsize(torch.bfloat16, CPU) == 2
+    rounded = product.rounded(a[2:], b, None, torch.empty(out.numel()))
+    assert rounded.equal((a[2:] @ b).float())
+
+
+def test_which_device_returns_wide_products():
+    cuda = torch.device("cuda")
+    assert not wide_products.applies(torch.float32, cuda)
+    for dtype in (torch.bfloat16, torch.float16):
+        has_kernels = torch.version.cuda is not None
+        assert wide_products.applies(dtype, cuda) == has_kernels
+        assert not wide_products.applies(dtype, CPU)
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "no onednn"])
