@@ -26,6 +26,9 @@ from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.cotangent import Cotangent
 from cce_inductor.kernels.statistics.indexed import NOWHERE
 
+DEVICES = {"cpu", "cuda"}
+"""The types of device on which gradients are sampled."""
+
 MIN_BLOCKS = 8
 """The least number of blocks for which the vocabulary is ordered. Fewer leave little out."""
 
@@ -54,7 +57,7 @@ def reason_against(
         device: the type of the device.
         wanted: the operands whose gradients are asked for.
     """
-    if device != "cpu":
+    if device not in DEVICES:
         return f"there are no sampling kernels for {device}"
     if not isinstance(vocabulary, int):
         return "the size of the vocabulary changes"
@@ -159,15 +162,17 @@ def drawn(chances: Tensor, lse: Tensor) -> Tensor:
     return marks.diff(dim=1, prepend=torch.zeros_like(marks[:, :1])) > 0
 
 
-def held_pairs(indices: Sequence[Tensor], rows: int, blocks: int, width: int = TILE) -> Tensor:
+def held_pairs(
+    indices: Sequence[Tensor], rows: int, blocks: int, width: int = TILE, *, device: torch.device
+) -> Tensor:
     """Return which pairs hold an index of the row, bool [rows, blocks].
 
     Args:
         indices: places in the order of the vocabulary, [rows, k] each, or `NOWHERE`.
         rows, blocks: the number of rows and blocks.
         width: the vocabulary entries of a block.
+        device: the device of the rows.
     """
-    device = indices[0].device if indices else None
     # The last column is for `NOWHERE`.
     held = torch.zeros(rows, blocks + 1, dtype=torch.bool, device=device)
     for index in indices:

@@ -1,5 +1,6 @@
 """`sample_below` from the options to the gradients."""
 
+import functools
 import math
 
 import pytest
@@ -10,10 +11,11 @@ from expecttest import assert_expected_inline
 from torch.utils.checkpoint import checkpoint
 
 import cce_inductor
-from cce_inductor import Options, linear_cross_entropy
+from cce_inductor import Options, backends, linear_cross_entropy
 from cce_inductor.kernels.head import TILE
 from cce_inductor.rewriting.rewrite import rewrite
 from cce_inductor.testing import assert_matches_eager
+from cce_inductor.torch_internals import cuda_graphs
 
 ROWS, HIDDEN, VOCABULARY, BELOW = 64, 24, 10 * TILE, 0.25
 OPTIONS = {"min_logits_bytes": 0, "sample_below": BELOW}
@@ -240,6 +242,74 @@ def test_operand_that_needs_a_gradient():
     cce_inductor.clear_reports()
     gradients(compiled(fn), *tensors(), scale.detach())
     assert report().sampled
+
+
+# CUDA graphs, with the CPU as the device that has them
+
+GRAPHS = "CUDA graphs repeat launches of the same sizes, and samples differ in size"
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
+
+
+def assert_exact(ours, exact):
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert cce_inductor.share_visited() is None
+
+
+def with_argument(input, weight, target):
+    return linear_cross_entropy(input, weight, target, sample_below=BELOW)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("how", ["backend", "install", "argument"])
+def test_exact_in_cuda_graphs(how, mode, graphs_on_cpu):
+    torch._dynamo.reset()
+    exact = gradients(loss, *tensors())
+    if how == "backend":
+        fn = torch.compile(
+            loss, backend=functools.partial(backends.cce_inductor, mode=mode, options=OPTIONS)
+        )
+        ours = gradients(fn, *tensors())
+    elif how == "install":
+        with cce_inductor.installed(min_logits_bytes=0, sample_below=BELOW):
+            ours = gradients(torch.compile(loss, mode=mode), *tensors())
+    else:
+        ours = gradients(torch.compile(with_argument, mode=mode), *tensors())
+    (assert_sampled if mode == "default" else assert_exact)(ours, exact)
+    if how != "argument":
+        assert report().exact_because == (None if mode == "default" else GRAPHS)
+        assert report().sampled == (mode == "default")
+
+
+def test_inductors_options_do_not_matter_in_eager_code(graphs_on_cpu):
+    exact = gradients(loss, *tensors())
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert_sampled(gradients(with_argument, *tensors()), exact)
+
+
+def test_the_report_is_right_for_graphs_that_are_not_compiled(graphs_on_cpu):
+    """They are captured with the same options as those that are."""
+    exact = gradients(loss, *tensors())
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        ours = gradients(compiled(loss), *tensors())
+    assert_exact(ours, exact)
+    assert report().exact_because == GRAPHS
+
+
+@pytest.mark.parametrize("begins", ["before the forward", "before the backward"])
+def test_exact_while_a_graph_is_recorded(begins, monkeypatch):
+    """By whatever means: `torch.cuda.graph`, `make_graphed_callables`, another backend."""
+    exact = gradients(loss, *tensors())
+    input, weight, target = tensors()
+    is_recording = begins == "before the forward"
+    monkeypatch.setattr(cuda_graphs, "is_recording", lambda device: is_recording)
+    result = with_argument(input, weight, target)
+    is_recording = True
+    assert_exact([result.detach(), *torch.autograd.grad(result, [input, weight])], exact)
 
 
 # The same bits

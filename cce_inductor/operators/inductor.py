@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.utils._triton import has_triton
 
+from cce_inductor.kernels import sampling
 from cce_inductor.kernels.head import Head, Wanted
 from cce_inductor.kernels.triton import tiled
 from cce_inductor.kernels.triton.gradient import UntiledError
@@ -90,12 +91,12 @@ def _reduce_rows_backward(
 
 def has_templates(input: Tensor, head: Head) -> bool:
     """Whether the operators have templates for the rows of `input` and a head."""
-    return _has_rows_on_device(input) and _reason_against(input.device, head) is None
+    return _may_be_tiled(input, head) and _reason_against(input.device, head) is None
 
 
 def _is_tiled(input: Tensor, head: Head) -> bool:
     """Return `has_templates`, and warn of a reason against them."""
-    if not _has_rows_on_device(input):
+    if not _may_be_tiled(input, head):
         return False
     why = _reason_against(input.device, head)
     if why is not None:
@@ -103,10 +104,12 @@ def _is_tiled(input: Tensor, head: Head) -> bool:
     return why is None
 
 
-def _has_rows_on_device(input: Tensor) -> bool:
-    """Whether there is something to launch, on a kind of device for which templates exist."""
+def _may_be_tiled(input: Tensor, head: Head) -> bool:
+    """Whether there is something to launch, on a kind of device for which templates exist, and the
+    gradient is exact. The blockwise kernels compute a sampled one, and the statistics that it needs
+    of the forward: that is no reason to warn."""
     is_empty = isinstance(input.shape[0], int) and input.shape[0] == 0
-    return input.device.type in tiled.DEVICES and not is_empty
+    return input.device.type in tiled.DEVICES and not is_empty and not sampling.applies(head)
 
 
 def _reason_against(device: torch.device, head: Head) -> str | None:

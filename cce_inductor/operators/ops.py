@@ -32,6 +32,7 @@ from cce_inductor.kernels.stored import with_stored_tiles
 from cce_inductor.operators import inductor
 from cce_inductor.operators.compiled import run_compiled
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
+from cce_inductor.torch_internals import cuda_graphs
 
 
 def _without_autocast(input: Tensor) -> torch.autocast:
@@ -217,6 +218,8 @@ def _reduce(
         index = statistic.index_of(operands)
         shape = (count,) if statistic.is_flat else (count, index.shape[-1])
         flat[statistic.index.position] = index.reshape(shape)
+    is_in_graph = cuda_graphs.will_record(input.device) or cuda_graphs.is_recording(input.device)
+    samples = isinstance(vocabulary, int) and not is_in_graph
     head = Head(
         linear_weight,
         linear_bias,
@@ -225,7 +228,7 @@ def _reduce(
         skip_ignored,
         compute_dtype or input.dtype,
         workspace_bytes,
-        sample_below if isinstance(vocabulary, int) else 0.0,
+        sample_below if samples else 0.0,
     )
     tensors = [each for each in (input, linear_weight, linear_bias, *flat) if each is not None]
     if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):

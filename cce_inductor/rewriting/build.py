@@ -209,7 +209,10 @@ class Builder:
                 "skip_ignored": (group.skip_ignored, False),
                 "compute_dtype": (logits.compute_dtype, example(input).dtype),
                 "workspace_bytes": (self.options.workspace_bytes, DEFAULT_WORKSPACE_BYTES),
-                "sample_below": (float(self.options.sample_below), 0.0),
+                "sample_below": (
+                    0.0 if group.is_recorded else float(self.options.sample_below),
+                    0.0,
+                ),
             }
             group.results = self.call(
                 torch.ops.cce_inductor.reduce.default,

@@ -42,6 +42,7 @@ from cce_inductor.patterns.language.rows import (
 )
 from cce_inductor.patterns.operations import may_move
 from cce_inductor.rewriting.findings import Consumer, Findings
+from cce_inductor.torch_internals import cuda_graphs
 
 
 class Group:
@@ -101,10 +102,20 @@ class Group:
         """
         derivative(self.program, self._dtype_examples)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the operator is to be recorded for a CUDA graph."""
+        return cuda_graphs.will_record(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return example(self.logits.projection.node).device
+
     def reason_against_sampling(self) -> str | None:
         """Return why the gradient is exact although `sample_below` is greater than 0; None if it is
         sampled."""
-        device = example(self.logits.projection.node).device.type
+        if self.is_recorded:
+            return "CUDA graphs repeat launches of the same sizes, and samples differ in size"
         wanted = [
             name
             for name in self.program.operands
@@ -113,7 +124,7 @@ class Group:
             and example(operand.source).requires_grad
         ]
         return sampling.reason_against(
-            self.program, self.logits.vocabulary, self._dtype_examples, device, wanted
+            self.program, self.logits.vocabulary, self._dtype_examples, self._device.type, wanted
         )
 
     def stored_bytes(self, options: Options) -> int:

@@ -54,10 +54,18 @@ class Centers:
         [clusters, size, ...]. A single cluster is all rows in their order, without a copy."""
         return tensor[self.rows] if len(self.rows) > 1 else tensor.unsqueeze(0)
 
+    def for_rows(self, tensor: Tensor) -> Tensor:
+        """Return what a tensor [clusters, ...] has for the cluster of each kept row,
+        [kept rows, ...]."""
+        number = torch.arange(len(self.rows), device=self.rows.device).unsqueeze(1)
+        cluster = self.rows.new_zeros(self._kept.count)
+        cluster.index_add_(0, self.rows.flatten(), (number * self.is_own).flatten())
+        return tensor[cluster]
+
     def _operand(self, name: Name) -> Tensor:
         """Return an operand for each center: the mean of those of its rows if there is one number
         for each row, else that of its first row."""
-        operand = self._head.operands[name.position].to(self._kept.device)
+        operand = self._head.operands[name.position].to(self._kept.device, non_blocking=True)
         if name.kind is not None and name.kind.varies_over_columns:
             first = self.rows[:, 0]
             return operand[first if self._kept.rows is None else self._kept.rows[first]]
@@ -84,7 +92,7 @@ class Centers:
             value = kind.of_block(operand, slice(None), columns)
             if value.is_floating_point():
                 value = value.to(head.logit_dtype)
-            values[name] = value.to(self._kept.device)
+            values[name] = value.to(self._kept.device, non_blocking=True)
         return values
 
     def of_tiles(self) -> Iterator[dict[Name, Tensor]]:

@@ -157,9 +157,7 @@ class ControlVariate:
             if x == y:
                 of_tile = of_tile - at_center.logsumexp(1)
             parts.append(of_tile.double())
-        of_rows = torch.empty_like(self._sample.weight)
-        by_cluster = torch.stack(parts, 1).unsqueeze(1).expand(*self._centers.rows.shape, -1)
-        of_rows[self._centers.rows[self._centers.is_own]] = by_cluster[self._centers.is_own]
+        of_rows = self._centers.for_rows(torch.stack(parts, 1))
         if x == y:  # A row's values in a tile are about those of its center, plus a constant.
             of_rows = of_rows + self._sample.tile_lse[x].double()
         return (of_rows - mean.unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0)

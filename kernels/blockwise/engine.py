@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cce_inductor.kernels import all_statistics, sampling
 from cce_inductor.kernels.all_statistics import Indices
-from cce_inductor.kernels.blockwise import lanes, selected
+from cce_inductor.kernels.blockwise import host, lanes, selected
 from cce_inductor.kernels.blockwise.backward import (
     BackwardLane,
     SharedGradients,
@@ -43,8 +43,9 @@ from cce_inductor.kernels.head import Gradients, Head, Wanted
 from cce_inductor.kernels.names import LOGIT
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.cotangent import placed
-from cce_inductor.kernels.statistics.indexed import Indexed
+from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
 from cce_inductor.kernels.stored import stored_dtype
+from cce_inductor.torch_internals import cuda_graphs
 
 
 def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
@@ -54,7 +55,7 @@ def check_index(statistic: Indexed, index: Tensor, vocabulary: int) -> None:
     does not wait for it.
     """
     valid = statistic.is_valid(index, vocabulary)
-    if index.device.type != "cpu":
+    if host.runs_ahead(index.device):
         torch._assert_async(valid.all())
     elif not bool(valid.all()):
         raise statistic.error(int(index[valid.logical_not()].flatten()[0]), vocabulary)
@@ -80,8 +81,9 @@ def compute_statistics(input: Tensor, head: Head, stored: Tensor | None = None) 
     kept = KeptRows(input.shape[0], head)
     kept_operands = _kept_indices(head, kept)
     for statistic in program.indexed:
-        check_index(statistic, statistic.index_of(kept_operands).to(torch.int64), vocabulary)
-    indices = all_statistics.prepared_indices(program, kept_operands, vocabulary)
+        index = kept.once(statistic.index_of(kept_operands).to(torch.int64), 0)
+        check_index(statistic, index, vocabulary)
+    indices = _prepared(head, kept, kept_operands)
 
     if selected.applies(head, indices):
         factors = head.factors(input)[LOGIT]
@@ -123,11 +125,17 @@ def _statistics(
 
 
 def _kept_indices(head: Head, kept: KeptRows) -> list[Tensor]:
-    """Return the operands, with only the kept rows of those that are indices."""
+    """Return the operands, with only the computed rows of those that are indices."""
     operands = list(head.operands)
     for statistic in head.program.indexed:
         operands[statistic.index.position] = kept.select(statistic.index_of(head.operands))
     return operands
+
+
+def _prepared(head: Head, kept: KeptRows, kept_operands: Sequence[Tensor]) -> Indices:
+    """Return the indices of the computed rows, given what `_kept_indices` returns."""
+    indices = all_statistics.prepared_indices(head.program, kept_operands, head.vocabulary)
+    return {each: kept.once(index, NOWHERE) for each, index in indices.items()}
 
 
 def compute_gradients(
@@ -157,10 +165,8 @@ def compute_gradients(
     if sampling.applies(head):
         *results, order = results
     kept_results = [kept.select(result) for result in results]
-    kept_grads = [None if grad is None else kept.select(grad) for grad in grads]
-    indices = all_statistics.prepared_indices(
-        head.program, _kept_indices(head, kept), head.vocabulary
-    )
+    kept_grads = [None if grad is None else kept.once(kept.select(grad), 0.0) for grad in grads]
+    indices = _prepared(head, kept, _kept_indices(head, kept))
     cotangents = all_statistics.cotangents(
         head.program, kept_grads, kept_results, indices, head.logit_dtype, head.exp
     )
@@ -214,7 +220,8 @@ def _sample(
     results: Sequence[Tensor],
     wanted: Wanted,
 ) -> Sample | None:
-    """Return the pairs that are computed; None if all are.
+    """Return the pairs that are computed; None if all are, as in a CUDA graph, for which the host
+    must not ask how many pairs there are.
 
     Args:
         head: the head, with its order.
@@ -227,6 +234,8 @@ def _sample(
     names = [name for name in pullback.program.operands if wanted.operands[name.position]]
     if kept.count == 0 or not pullback.program.statistics:
         return None
+    if cuda_graphs.is_recording(kept.device):
+        return None
     why_not = sampling.reason_against(
         pullback.program, head.vocabulary, head.operands, kept.device.type, names
     )
@@ -236,7 +245,7 @@ def _sample(
     lse = {each.value: results[places[each]] for each in program.normalizers}
     saved = results[len(results) - len(lse) :]
     tile_lse = dict(zip(lse, saved, strict=True))
-    return Sample.draw(head, pullback, lse, tile_lse)
+    return Sample.draw(head, kept, pullback, lse, tile_lse)
 
 
 def _computed(shared: SharedGradients) -> Gradients:

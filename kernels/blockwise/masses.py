@@ -93,7 +93,9 @@ class Masses:
         if self.index is None:  # Nothing makes the result as large as a row of the weight.
             return None
         rows, tiles = self.log_mass.shape
-        held = sampling.held_pairs([self.index], rows, tiles, self.width)
+        held = sampling.held_pairs(
+            [self.index], rows, tiles, self.width, device=self.log_mass.device
+        )
         mass = self.log_mass.exp().masked_fill(held, 0.0)
         least = LIGHT * _spread(linear_weight)
         is_light = mass <= least * mass.sum(1, keepdim=True)  # False for nan

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cce_inductor.kernels import sampling, visited
 from cce_inductor.kernels.blockwise.pullback import Pullback
+from cce_inductor.kernels.blockwise.rows import KeptRows
 from cce_inductor.kernels.blockwise.workspace import row_blocks
 from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.names import Name
@@ -80,6 +81,7 @@ class Sample(Visits):
         tile_lse: the logsumexp of each pair, likewise.
         weight: what the gradient of each pair is multiplied by, float64 [rows, tiles]; 0 for a pair
             that is not computed.
+        rows: the numbers of the rows that are computed of each tile.
     """
 
     pullback: Pullback
@@ -87,19 +89,24 @@ class Sample(Visits):
     masses: Mapping[Name, Tensor]
     tile_lse: Mapping[Name, Tensor]
     weight: Tensor
+    rows: Sequence[Tensor]
 
     @classmethod
     def draw(
         cls,
         head: Head,
+        kept: KeptRows,
         pullback: Pullback,
         lse: Mapping[Name, Tensor],
         tile_lse: Mapping[Name, Tensor],
     ) -> Sample | None:
         """Draw a sample. None if so many pairs are expected that all are better computed.
 
+        For the number of pairs of each tile, the host waits once (`blockwise.host`).
+
         Args:
             head: the head, with its order.
+            kept: the rows that are computed if all pairs are.
             pullback: the gradient.
             lse: the logsumexp of each value that has one, float64 [rows].
             tile_lse: its part of each tile, [rows, tiles].
@@ -113,22 +120,29 @@ class Sample(Visits):
         rows, tiles = masses[used[0]].shape
         indexed = [each for each in pullback.cotangents.values() if each.has_indices]
         places = [placed(each.index, place) for each in indexed]
-        held = sampling.held_pairs(places, rows, tiles)
+        held = sampling.held_pairs(places, rows, tiles, device=kept.device)
         chances = sampling.chances(
             list(masses.values()), _active_rows(pullback.cotangents), held, head.sample_below
         )
-        pairs = rows * tiles
-        if float(chances.sum(1).double().sum()) > sampling.MAX_SHARE * sampling.UNIT * pairs:
+        drawn = sampling.drawn(chances, lse[used[0]])
+        numbers = torch.zeros(2 + tiles, dtype=torch.float64, device=kept.device)
+        numbers[0] = chances.sum(1).double().sum() / sampling.UNIT
+        numbers[1] = kept.own_count
+        numbers[2:] = drawn.sum(0)
+        expected, own_rows, *counts = numbers.tolist()
+        total, pairs = round(sum(counts)), round(own_rows) * tiles
+        if expected > sampling.MAX_SHARE * rows * tiles:
             visited.count(pairs, pairs)
             return None
-        drawn = sampling.drawn(chances, lse[used[0]])
-        visited.count(int(drawn.sum()), pairs)
+        visited.count(total, pairs)
         weight = drawn * (sampling.UNIT / chances.where(drawn, sampling.UNIT).double())
-        return cls(pullback, place, masses, tile_lse, weight)
+        computed = drawn.t().nonzero_static(size=total)[:, 1].contiguous()
+        of_tiles = computed.split([round(count) for count in counts])
+        return cls(pullback, place, masses, tile_lse, weight, of_tiles)
 
     def blocks(self, number: int, most: int) -> Iterator[Visit]:
         weight = self.weight[:, number]
-        for rows in weight.nonzero().squeeze(1).split(most):
+        for rows in self.rows[number].split(most):
             if len(rows):
                 pullback = self.pullback.of_pairs(rows, weight[rows], self.place)
                 yield Visit(rows, pullback, slice(0, len(rows)))

@@ -17,10 +17,11 @@ from cases import (
 )
 
 from cce_inductor.kernels import sampling, visited
-from cce_inductor.kernels.blockwise import control_variate, engine
+from cce_inductor.kernels.blockwise import control_variate, engine, host
 from cce_inductor.kernels.head import TILE, Wanted
 from cce_inductor.kernels.names import OperandKind
 from cce_inductor.kernels.program.text import Program
+from cce_inductor.torch_internals import cuda_graphs
 
 VOCABULARY = 9 * TILE + 300
 BELOW = 0.5
@@ -227,6 +228,92 @@ def test_a_row_that_is_not_finite_has_the_same_gradient_as_exact(value):
         assert ours.isnan().any()
 
 
+# As on a device that the host runs ahead of
+
+
+@pytest.mark.parametrize("name", ["target", "two targets", "entropy", "temperature of each row"])
+def test_ignored_rows_have_no_gradient_whatever_their_values(name, draw, like_cuda):
+    """They are not known to the host, and other rows are computed in their place."""
+    programs = {
+        **PROGRAMS,
+        "entropy": "logsumexp(z); mean(z, z); target(z, r0, -100)",
+        "temperature of each row": "t0 = mul.Tensor(z, r3); logsumexp(t0); target(t0, r0, -100)",
+    }
+    input, head = sampled_case(programs[name], rows=25, skip_ignored=True)
+    head.operands[0][1::2] = IGNORED
+    head.operands[11][3::4] = -1
+    assert_unbiased(draw, input, head)
+
+    count = sum(len(each.result_dtypes) for each in head.program.statistics)
+    (lse, *_), exact = expected(input, head)
+    ignored_rows = lse == 0
+    assert 0 < ignored_rows.sum() < len(lse)
+    input[ignored_rows] = math.nan
+    head.operands[3][ignored_rows] = math.nan
+    results, found = gradients(input, head)
+    assert all(each[ignored_rows].eq(0).all() for each in results[:count])
+    assert found[0][ignored_rows].eq(0).all()
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.isfinite().all()
+        assert (ours - theirs).norm() < theirs.norm()
+
+
+def test_no_row_that_is_kept_on_a_device(like_cuda):
+    input, head = sampled_case(CROSS_ENTROPY, skip_ignored=True)
+    head.operands[0][:] = IGNORED
+    visited.share_visited()
+    results, found = gradients(input, head)
+    assert all(result.eq(0).all() for result in results)
+    assert [each.norm() for each in found] == [0, 0, 0]
+    assert visited.share_visited() is None
+    assert [each.norm() for each in gradients(*sampled_case(CROSS_ENTROPY, rows=0))[1]] == [0, 0, 0]
+
+
+def test_the_share_on_a_device_is_that_of_the_kept_rows(like_cuda, monkeypatch):
+    """Of the same rows, because the hash of a row depends on its place among the computed ones."""
+    input, head = sampled_case(CROSS_ENTROPY, rows=40, skip_ignored=True)
+    head.operands[0][20:] = IGNORED
+    shares = []
+    for runs_ahead in (True, False):
+        monkeypatch.setattr(host, "runs_ahead", lambda device, answer=runs_ahead: answer)
+        visited.share_visited()
+        gradients(input, head)
+        shares.append(visited.share_visited())
+    on_device, on_cpu = shares
+    assert on_device == pytest.approx(on_cpu, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["target", "softcap", "entropy"])
+def test_numbers_on_a_device(name, dtype, draw, like_cuda, wide_products_on_cpu):
+    """Products of bfloat16 are those of the library, which are not rounded."""
+    input, head = sampled_case(PROGRAMS[name], dtype=dtype)
+    draw(0)
+    results, found = gradients(input, head)
+    assert bool(wide_products_on_cpu) == (dtype == torch.bfloat16)
+    wide = dataclasses.replace(
+        head,
+        linear_weight=head.linear_weight.double(),
+        linear_bias=head.linear_bias.double(),
+        operands=[each.double() if each.is_floating_point() else each for each in head.operands],
+        compute_dtype=torch.float64,
+    )
+    draw(0)
+    want, exact = gradients(input.double(), wide)
+    rounding = 16 * torch.finfo(dtype).eps
+    for ours, theirs in zip((*results, *found), (*want, *exact), strict=True):
+        assert (ours.double() - theirs).norm() <= rounding * theirs.norm()
+
+
+def test_all_pairs_are_computed_while_a_cuda_graph_is_recorded(like_cuda, monkeypatch):
+    """The forward may have been recorded or not."""
+    input, head = sampled_case(CROSS_ENTROPY, skip_ignored=True)
+    monkeypatch.setattr(cuda_graphs, "is_recording", lambda device: True)
+    found = gradients(input, head)[1]
+    for ours, theirs in zip(found, expected(input, head)[1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # Bounded
 
 
@@ -387,8 +474,9 @@ def test_a_small_vocabulary_is_exact():
 
 def test_other_devices_are_exact():
     program = Program.parse(CROSS_ENTROPY)
-    why = sampling.reason_against(program, VOCABULARY, [], "cuda")
-    assert why == "there are no sampling kernels for cuda"
+    why = sampling.reason_against(program, VOCABULARY, [], "xpu")
+    assert why == "there are no sampling kernels for xpu"
+    assert sampling.reason_against(program, VOCABULARY, [], "cuda") is None
 
 
 @pytest.mark.parametrize("wanted_at", [4, 6])
