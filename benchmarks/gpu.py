@@ -16,7 +16,8 @@ The parts run in this order, the most important decisions first, each in its own
 3. assertion   Does an assertion in the loop over tiles slow the statistics kernel down?
 4. kernels     Which configurations should be the defaults, and how near are they to the library?
 5. blocks      Are the templates faster than a library product followed by one fused pass?
-6. head        Time and memory of the whole loss, beside every other implementation
+6. head        Time and memory of the whole loss, exact and sampled, beside every other
+               implementation
 7. tests       Do the tests in tests/cuda pass?
 8. autocast    The same head with float32 weights
 9. peaked      A head with logits as in a trained model
@@ -302,7 +303,10 @@ def nvidia_smi() -> str:
 
 CAPTION = "A ratio is to torch.compile or to a library product, measured in the same rounds."
 HEADINGS = ("part", "what", "ms", "ratio", "MiB", "more")
-NOTED = ("tflops", "gb_per_s", "forward_ms", "loss", "registers", "spills", "won", "timed")
+NOTED = (
+    *("tflops", "gb_per_s", "forward_ms", "loss", "share_visited"),
+    *("registers", "spills", "won", "timed"),
+)
 """Fields that the last column shows beside a time, in addition to errors."""
 
 

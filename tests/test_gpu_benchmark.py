@@ -68,7 +68,8 @@ def test_every_part_on_the_cpu(tmp_path):
     head = by_name(results, "head")
     exact = head["float64 reference"]["loss"]
     methods = ["eager", "torch.compile", "cce_inductor, 64 MiB", "cce_inductor, 256 MiB"]
-    for name in methods:
+    assert head["cce_inductor_sampled"]["share_visited"] > 0
+    for name in [*methods, "cce_inductor_sampled"]:
         assert head[name]["loss"] == pytest.approx(exact, rel=1e-4)
         assert head[name]["error_weight"] < 1e-2
         assert head[name]["ms"] > head[name]["forward_ms"] > 0

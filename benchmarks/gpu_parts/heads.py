@@ -5,7 +5,8 @@
 - ``peaked``: (16384, 151936, 2048), with logits as in a trained model.
 
 A step computes the loss and both gradients. Memory is the peak of a step above the inputs and the
-gradients. Errors are relative to float64. At the end, each method is profiled.
+gradients. Errors are relative to float64. For the sampled gradient (docs/sampling.md), the share of
+the logits whose gradient was computed is recorded. At the end, each method is profiled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from cce_inductor import share_visited
 
 from .methods import BASELINE, CUDA_ONLY, METHODS, MIB, Loss
 from .problem import SHAPE, Problem, reference, relative_error
@@ -89,6 +92,7 @@ class Head:
         fields: Fields = {"first_step_s": time.perf_counter() - began}
         self.step(loss)
         self.forget()
+        share_visited()  # of the steps until now
         with peak_memory(self.device) as peak:
             result = self.step(loss)
             peak_bytes = peak()
@@ -101,6 +105,7 @@ class Head:
                 "mib_with_gradients": peak_bytes / MIB,
             }
         fields["loss"] = result.item()
+        fields["share_visited"] = share_visited()
         if self.exact:
             exact = self.exact["loss"].item()
             fields["error_loss"] = abs(fields["loss"] - exact) / abs(exact)

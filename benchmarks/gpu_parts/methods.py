@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+from sampled import RECOMMENDED, SAMPLED
 from torch import Tensor
 
 from .problem import Problem
@@ -42,7 +43,7 @@ class Warnings(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
+def ours(workspace_bytes: int, sample_below: float = 0.0) -> Callable[[Problem], Loss]:
     def method(problem: Problem) -> Loss:
         import cce_inductor
         from cce_inductor import backends
@@ -54,6 +55,7 @@ def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
             "min_logits_bytes": 0,
             "on_error": "raise",
             "workspace_bytes": workspace_bytes,
+            "sample_below": sample_below,
         }
         # The name "cce_inductor" is registered only if the package is installed.
         function = torch.compile(problem.loss, backend=backends.cce_inductor, options=options)
@@ -64,6 +66,9 @@ def ours(workspace_bytes: int) -> Callable[[Problem], Loss]:
             if not any(report.rewritten for report in reports):
                 why = "; ".join(str(report.reason) for report in reports)
                 raise FellBackError(f"the loss was left alone: {why or 'it was not found'}")
+            exact = [report.exact_because for report in reports if report.exact_because]
+            if exact:
+                raise FellBackError(f"the gradient is exact, because {exact[0]}")
             if warnings.said:  # from this forward, or from the backward of the step before
                 raise FellBackError("; ".join(warnings.said))
             return result
@@ -110,6 +115,7 @@ METHODS: dict[str, Callable[[Problem], Loss]] = {
     BASELINE: compiled,
     "cce_inductor, 64 MiB": ours(64 * MIB),
     "cce_inductor, 256 MiB": ours(256 * MIB),
+    SAMPLED: ours(64 * MIB, float(RECOMMENDED)),
     "liger_kernel": liger,
     "cut_cross_entropy": cut_cross_entropy,
     "quack": quack,

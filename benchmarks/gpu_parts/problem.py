@@ -14,7 +14,7 @@ PEAKED_LOSS = 2.0
 """The loss of peaked logits in nats, about that of a model trained on code."""
 
 REFERENCE_BLOCK = 4096
-SHAPE = {"cuda": (8192, 128256, 4096), "cpu": (256, 2000, 64)}
+SHAPE = {"cuda": (8192, 128256, 4096), "cpu": (256, 9000, 64)}
 
 
 @dataclass(frozen=True)
