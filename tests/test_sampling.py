@@ -251,7 +251,10 @@ GRAPHS = "CUDA graphs repeat launches of the same sizes, and samples differ in s
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
+    """Nothing comes from a cache, where the decision would be an old one."""
     monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
 
 
 def assert_exact(ours, exact):
