@@ -33,7 +33,7 @@ class Options:
             block of 1,024 vocabulary entries that holds less of the row's softmax than this is
             computed with a probability of mass / `sample_below`, and weighted by the inverse. The
             loss is exact and the gradient unbiased; a larger number saves more time and adds more
-            noise (docs/sampling.md). At most 1.
+            noise (docs/sampling.md). At most 1. With CUDA graphs, all gradients are exact.
         defer_logits: which logits that a compiled function returns are computed only when they are
             used (`DeferredLogits`). ``"with_loss"``: those with a loss that is rewritten.
             ``"auto"``: also those that a loss is expected to follow, because they require a
