@@ -23,7 +23,7 @@ INPUTS = [
 
 
 def arguments(weight, target, sample_below):
-    return weight, None, [target], CROSS_ENTROPY, True, torch.bfloat16, 2**26, sample_below
+    return weight, None, [target], CROSS_ENTROPY, True, torch.bfloat16, 2**26, sample_below, 0
 
 
 def step(sample_below):
