@@ -1,7 +1,7 @@
 """Matrix products that the library of a device returns wider than their operands.
 
-For float16 and bfloat16, cuBLAS can return the float32 sums that it computes in any case. The
-operators with an ``out_dtype`` are new, hardly documented, and not on all devices.
+For float16 and bfloat16, cuBLAS can return the float32 sums that it computes in any case
+(`torch.mm` with ``out_dtype``). Not all devices have that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def applies(dtype: torch.dtype, device: torch.device) -> bool:
 @functools.cache
 def _are_on_cuda() -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return all(has(f"aten::{name}.dtype_out", "CUDA") for name in ("mm", "addmm"))
+    return all(has(f"aten::mm.{overload}", "CUDA") for overload in ("dtype", "dtype_out"))
 
 
 def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -33,4 +33,4 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def add_product(onto: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Add ``a @ b`` to `onto`, float32 [m, n]."""
-    torch.ops.aten.addmm.dtype_out(onto, a, b, onto.dtype, out=onto)
+    onto.add_(torch.ops.aten.mm.dtype(a, b, onto.dtype))

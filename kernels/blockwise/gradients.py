@@ -107,9 +107,9 @@ class InputGradient:
 class WeightGradient:
     """``dz.T @ input`` of one tile at a time, summed over the blocks of rows and rounded once.
 
-    Where the gradient has the dtype of the sum, [tile, hidden] is summed in its own memory. Else
-    the product is ``input.T @ dz``, [hidden, tile]: transposing each block of ``dz`` costs a third
-    of the speed in low precision.
+    Where the gradient has the dtype of the sum, or is a single product of all rows, it is computed
+    in its own memory. Else the product is ``input.T @ dz``, [hidden, tile]: transposing each block
+    of ``dz`` costs a third of the speed in low precision.
 
     Args:
         d_weight: [vocabulary, hidden], of which each tile writes its own rows.
@@ -134,13 +134,13 @@ class WeightGradient:
         # A single product needs no sum that is wider than the gradient.
         is_whole = input.shape[0] <= workspace.rows.product and d_weight.dtype == input.dtype
         self._is_one_product = is_exact and is_whole and not self._is_wide
-        self._dtype = input.dtype if self._is_one_product else workspace.product.wide
-        self._buffer = input.new_empty(0, dtype=self._dtype)
+        self._input = input
+        self._buffer = input.new_empty(0, dtype=workspace.product.wide)
 
     def begin(self, columns: slice | Tensor) -> None:
         """Begin a tile of the vocabulary."""
         self._columns, self._is_empty = columns, not self._is_added
-        if self._is_wide and isinstance(columns, slice):
+        if self._is_in_place:
             self._total = self._d_weight[columns]
             return
         width = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
@@ -152,11 +152,11 @@ class WeightGradient:
 
     def add(self, dz: Tensor, input_t: Tensor) -> None:
         """Add the product of some rows of the tile, whose input is [hidden, rows]."""
-        first, second = (dz.t(), input_t.t()) if self._is_wide else (input_t, dz)
         if self._is_one_product:
-            torch.mm(first, second, out=self._total)
-        else:
-            self._product(self._total, first, second, beta=int(not self._is_empty))
+            torch.mm(dz.t(), self._input, out=self._total)
+            return
+        first, second = (dz.t(), input_t.t()) if self._is_wide else (input_t, dz)
+        self._product(self._total, first, second, beta=int(not self._is_empty))
         self._is_empty = False
 
     def add_outer(self, columns: Tensor, input: Tensor) -> None:
@@ -168,8 +168,15 @@ class WeightGradient:
 
     def end(self) -> None:
         """Write the tile's rows of the gradient."""
+        if self._is_in_place:
+            return
         total = self._total if self._is_wide else self._total.t()
-        if not isinstance(self._columns, slice):
-            self._d_weight.index_copy_(0, self._columns, total.to(self._d_weight.dtype))
-        elif not self._is_wide:
+        if isinstance(self._columns, slice):
             self._d_weight[self._columns].copy_(total)
+        else:
+            self._d_weight.index_copy_(0, self._columns, total.to(self._d_weight.dtype))
+
+    @property
+    def _is_in_place(self) -> bool:
+        """Whether the tile's rows of the gradient are computed in their own memory."""
+        return self._is_one_product or (self._is_wide and isinstance(self._columns, slice))

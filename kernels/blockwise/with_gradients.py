@@ -24,9 +24,11 @@ fewer rows."""
 
 
 def rows_at_once(head: Head) -> int:
-    """Return how many rows have logits that fit the workspace, a multiple of `LEAST_ROWS`."""
+    """Return how many rows have logits that fit the workspace: a multiple of `LEAST_ROWS`, 0 if
+    those do not fit. More than `ROWS_IN_CACHE` take no less time."""
     row_bytes = tile_count(head.vocabulary) * TILE * head.logit_dtype.itemsize
-    return head.workspace_bytes // row_bytes // LEAST_ROWS * LEAST_ROWS
+    fitting = head.workspace_bytes // row_bytes // LEAST_ROWS * LEAST_ROWS
+    return min(fitting, ROWS_IN_CACHE)
 
 
 def _tile_for(head: Head, rows: int) -> int:
