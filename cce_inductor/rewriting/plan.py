@@ -8,7 +8,6 @@ is not available there gets an operator of its own.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from cce_inductor.kernels.statistics.base import Statistic
 from cce_inductor.kernels.statistics.indexed import Indexed
 from cce_inductor.kernels.statistics.target import Target
 from cce_inductor.options import Options
-from cce_inductor.patterns.language.examples import example
+from cce_inductor.patterns.language.examples import example, is_exactly
 from cce_inductor.patterns.language.expression import Apply, Leaf, Operand
 from cce_inductor.patterns.language.logits import (
     Call,
@@ -131,7 +130,7 @@ class Group:
         """Return the bytes of the logits that the forward stores for the backward."""
         logits, projection = self.logits, self.logits.projection
         like = example(projection.node)
-        if self.gradients_off or not like.requires_grad:
+        if self.gradients_off or not like.requires_grad or not isinstance(logits.vocabulary, int):
             return 0
         bias = example(projection.linear_bias)
         head = Head(
@@ -144,19 +143,27 @@ class Group:
             options.workspace_bytes,
             options.sample_below,
         )
-        rows = math.prod(self._rows.shape)
+        rows = self._row_count(like)
         return stored.stored_bytes(stored.with_stored_tiles(head, rows), rows)
 
-    @property
-    def _rows(self) -> torch.Tensor:
-        """A tensor with the rows that the operator reads, and nothing of the vocabulary."""
-        rows: torch.Tensor = example(self.logits.projection.node)
-        for operation in self.logits.row_operations:
+    def _row_count(self, result: torch.Tensor) -> int | torch.SymInt:
+        """Return the number of rows that the operator reads, of the result of the projection.
+
+        The example of a result that was transposed in place shows its last shape. Then all of its
+        rows are counted, also those that are not read.
+        """
+        logits, projection = self.logits, self.logits.projection
+        dim, vocabulary = projection.vocabulary_dim, projection.vocabulary
+        if dim >= result.dim() or not is_exactly(result.shape[dim], vocabulary):
+            return result.numel() // vocabulary
+        # One column for each row is enough.
+        rows = result.new_empty([*result.shape[:dim], 1, *result.shape[dim + 1 :]])
+        for operation in logits.row_operations:
             args, kwargs = torch.fx.map_arg(
-                (operation.args_for(rows, self.logits.vocabulary), dict(operation.kwargs)), example
+                (operation.args_for(rows, 1), dict(operation.kwargs)), example
             )
             rows = operation.target(*args, **kwargs)
-        return rows.select(self.logits.vocabulary_dim, 0)
+        return rows.numel()
 
     @property
     def _dtype_examples(self) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ def heavy_pairs(log_mass, index=None, weight=None):
     log_mass = torch.as_tensor(log_mass, dtype=torch.float64)
     index = torch.full((len(log_mass), 1), NOWHERE) if index is None else torch.tensor(index)
     weight = torch.eye(8) - 1 / 8 if weight is None else weight
-    return Masses(log_mass, index, torch.float32).heavy_pairs(weight)
+    return Masses(log_mass, index, torch.float32, TILE).heavy_pairs(weight)
 
 
 def test_a_pair_is_heavy_from_its_share_of_what_the_row_has_beside_its_indices():
@@ -55,7 +55,7 @@ def test_nan_is_heavy():
 
 def test_all_are_heavy_without_an_index():
     even = torch.full((3, TILES), -math.log(TILES), dtype=torch.float64)
-    assert Masses(even, None, torch.float32).heavy_pairs(torch.eye(8)) is None
+    assert Masses(even, None, torch.float32, TILE).heavy_pairs(torch.eye(8)) is None
 
 
 def test_more_are_heavy_if_the_rows_of_the_weight_are_similar():
