@@ -3,7 +3,8 @@
 The gradient of a training loss is usually known up to one factor before the loss is computed: that
 of a row's logsumexp is ``1 / tokens``, times the gradient of the loss. Then
 `reduce_rows_with_gradients` computes the gradients in the forward, for a loss whose gradient is 1,
-and the backward multiplies them by the factor. So no logits are computed twice.
+and the backward multiplies them by the factor. So no logits are computed twice. The product with
+the factor is another tensor, so this happens only if the gradient of the weight fits the workspace.
 
 Before Inductor divides a graph into forward and backward, its gradients are functions of
 *tangents*, the gradients of the graph's results. The pass looks for a `reduce_rows_backward` whose
@@ -22,7 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from cce_inductor.kernels import sampling
-from cce_inductor.kernels.blockwise.with_gradients import LEAST_ROWS, rows_at_once
+from cce_inductor.kernels.blockwise.with_gradients import rows_at_once
 from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.stored import stored_bytes
 from cce_inductor.operators.fingerprint import sources
@@ -140,7 +141,7 @@ def _is_worth_it(forward: Node, backward: Node) -> bool:
         and bool(program.normalizers)
         and not sampling.applies(head)
         and not any(mask[3:])
-        and rows_at_once(_with_whole_workspace(head, rows)) >= LEAST_ROWS
+        and rows_at_once(_with_whole_workspace(head, rows), wants_weight=mask[1]) > 0
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CROSS_ENTROPY, PROGRAMS, case, expected, upstream_of
+from cases import CROSS_ENTROPY, PROGRAMS, case, expected, head_of, upstream_of
 
 from cce_inductor.kernels.blockwise.product import WideProduct
 from cce_inductor.kernels.blockwise.with_gradients import (
@@ -12,6 +12,7 @@ from cce_inductor.kernels.blockwise.with_gradients import (
     compute_with_gradients,
     rows_at_once,
 )
+from cce_inductor.kernels.blockwise.workspace import ROWS_IN_CACHE
 from cce_inductor.kernels.head import TILE, Wanted
 from cce_inductor.kernels.program.text import Program
 
@@ -33,7 +34,7 @@ def wanted(head, **fields):
 def test_every_program(name):
     """The rows are computed in three parts, the last of which is smaller."""
     input, head = case(PROGRAMS[name], VOCABULARY, ROWS, workspace_bytes=WORKSPACE)
-    assert rows_at_once(head) == LEAST_ROWS
+    assert rows_at_once(head, wants_weight=True) == LEAST_ROWS
     results, gradients = expected(input, head)
     upstream = upstream_of(results)
     found, made = compute_with_gradients(upstream, input, head, wanted(head))
@@ -101,9 +102,22 @@ def test_three_products(monkeypatch):
     )
 
 
-def test_memory_stays_within_the_workspace():
-    """Beside it are the gradients, and blocks of the lanes."""
-    _, head = case(CROSS_ENTROPY, 100 * TILE, dtype=torch.float32, workspace_bytes=2**26)
-    assert rows_at_once(head) == LEAST_ROWS
-    assert rows_at_once(head) * 100 * TILE * 4 <= 2**26
-    assert rows_at_once(dataclasses.replace(head, workspace_bytes=2**25)) == 0
+@pytest.mark.parametrize(
+    ("hidden", "workspace", "wants_weight", "rows"),
+    [
+        (8, WORKSPACE, True, LEAST_ROWS),
+        (8, WORKSPACE - 1, True, 0),
+        (8, 2 * WORKSPACE, True, 2 * LEAST_ROWS),
+        (8, 1, True, 0),
+        (8, 100 * WORKSPACE, True, ROWS_IN_CACHE),
+        (400, WORKSPACE, True, 0),
+        (400, WORKSPACE, False, LEAST_ROWS),
+        (400, VOCABULARY * 400 * 8, True, 2 * LEAST_ROWS),
+    ],
+)
+def test_the_workspace_has_room_for_logits_or_a_copy_of_the_gradient(
+    hidden, workspace, wants_weight, rows
+):
+    weight = torch.empty(VOCABULARY, hidden, dtype=torch.float64)
+    head = head_of(weight, None, [], "logsumexp(z)", workspace_bytes=workspace)
+    assert rows_at_once(head, wants_weight=wants_weight) == rows
