@@ -26,9 +26,10 @@ number of rows."""
 def applies(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `multiply` and `add_product` take tensors of a dtype on a device.
 
-    On x86, `torch.mm` uses MKL for float32, and oneDNN for narrower dtypes. On processors of AMD,
-    MKL computes with vectors of 256 bits. From Zen 5 on, these have units for 512 bits, which
-    oneDNN uses: it multiplies float32 matrices twice as fast. On Zen 4, MKL is the faster one.
+    On x86, `torch.mm` uses MKL for float32, and oneDNN for narrower dtypes. Measured on two
+    processors of AMD: on one of Zen 4, MKL is up to a third faster; on the other, whose
+    architecture was not recorded, oneDNN is twice as fast. That one is taken to be of Zen 5, the
+    first with units for the vectors of 512 bits that oneDNN uses on all processors that know them.
     """
     is_ours = dtype == torch.float32 and device.type == "cpu" and _is_faster()
     return is_ours and bool(torch._C._get_mkldnn_enabled())
