@@ -50,6 +50,8 @@ class ReportLog:
     def gradients_with_losses(self, locations: Collection[str | None]) -> None:
         """Complete the reports of the compilation that is under way: `LossReport.with_loss`.
 
+        It is called once for each graph of a compilation, which may have graphs inside of others.
+
         Args:
             locations: those of the losses whose forward computes the gradient as well.
         """
@@ -58,7 +60,8 @@ class ReportLog:
         with self._lock:
             for place, (entry_id, attempt, report) in enumerate(self._entries):
                 if entry_id == compile_id and report.rewritten:
-                    report = report.with_gradient(made_with_loss=report.location in locations)
+                    is_made = bool(report.with_loss) or report.location in locations
+                    report = report.with_gradient(made_with_loss=is_made)
                     self._entries[place] = entry_id, attempt, report
 
     def all(self) -> list[LossReport]:
