@@ -234,7 +234,7 @@ def kept_rows(head):
 def gradients_of(reduce, reduce_backward, input, head, upstream=None, wanted=None):
     """Return the results, and the gradients of input, weight, bias and operands."""
     results = reduce(input, head)
-    count = sum(len(each.result_dtypes) for each in head.program.statistics)
+    count = head.program.result_count
     with_tiles = len(results) > count
     upstream = upstream or upstream_of(results[:count])
     wanted = wanted or Wanted(True, True, head.linear_bias is not None, wants_gradient(head))

@@ -245,7 +245,7 @@ def _reduce(
         head.sample_below,
         head.stored_tiles,
     )
-    results = results[: sum(len(each.result_dtypes) for each in parsed.statistics)]
+    results = results[: parsed.result_count]
     return [r.reshape(*rows, r.shape[1] if r.dim() == 2 else 1) for r in results]
 
 

@@ -155,6 +155,11 @@ class Program:
         uses = [use for step in self.steps for use in step.uses]
         return {use: use.kind for use in (*uses, *self.roots) if use.kind is not None}
 
+    @property
+    def result_count(self) -> int:
+        """The number of results of all statistics."""
+        return sum(len(each.result_dtypes) for each in self.statistics)
+
     @functools.cached_property
     def products(self) -> tuple[Name, ...]:
         """The operands that are the logits of other heads."""
