@@ -9,7 +9,7 @@ import torch
 from cce_inductor.kernels import sampling
 from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.statistics.logsumexp import LogSumExp
-from cce_inductor.kernels.stored import stored_dtype
+from cce_inductor.kernels.stored import stored_dtype, stored_shape
 
 
 def saved_normalizers(head: Head) -> tuple[LogSumExp, ...]:
@@ -33,5 +33,5 @@ def saved_tensors(head: Head, rows: Any) -> list[tuple[tuple[Any, ...], torch.dt
     if sampling.applies(head):
         saved.append(((head.vocabulary,), torch.int64))
     if head.stored_tiles:
-        saved.append(((head.stored_tiles, rows, head.tile), stored_dtype(head)))
+        saved.append((stored_shape(head, rows), stored_dtype(head)))
     return saved

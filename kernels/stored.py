@@ -8,6 +8,7 @@ unfused code computes 3.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -25,11 +26,21 @@ def stored_dtype(head: Head) -> torch.dtype:
     return dtype if bias is None or bias.dtype == dtype else head.logit_dtype
 
 
+def stored_shape(head: Head, rows: Any) -> tuple[Any, ...]:
+    """Return the shape of the logits that are stored, in blocks of one tile and all rows."""
+    return head.stored_tiles, rows, head.tile
+
+
 def stored_bytes(head: Head, rows: Any) -> int:
     """Return the bytes of the logits that are stored."""
     if not head.stored_tiles:
         return 0
-    return int(head.stored_tiles * head.tile * rows * stored_dtype(head).itemsize)
+    return int(math.prod(stored_shape(head, rows)) * stored_dtype(head).itemsize)
+
+
+def room(workspace_bytes: Any) -> Any:
+    """Return the bytes of a workspace that logits may be stored in; none if it is not positive."""
+    return workspace_bytes - DEFAULT_WORKSPACE_BYTES
 
 
 def with_stored_tiles(head: Head, rows: Any) -> Head:
@@ -42,13 +53,13 @@ def with_stored_tiles(head: Head, rows: Any) -> Head:
         head: a head with a gradient. Only the dtypes, shapes and devices of its tensors matter.
         rows: the number of rows, an int if it is known.
     """
-    room = head.workspace_bytes - DEFAULT_WORKSPACE_BYTES
     is_static = isinstance(rows, int) and isinstance(head.vocabulary, int)
-    if room <= 0 or not is_static or rows == 0 or head.linear_weight.device.type != "cpu":
+    on_cpu = head.linear_weight.device.type == "cpu"
+    if room(head.workspace_bytes) <= 0 or not is_static or rows == 0 or not on_cpu:
         return head
     if sampling.applies(head) or not head.program.normalizers:
         return head
     of_tile = stored_bytes(dataclasses.replace(head, stored_tiles=1), rows)
-    tiles = min(room // of_tile, head.tile_count)
+    tiles = min(room(head.workspace_bytes) // of_tile, head.tile_count)
     rest = head.workspace_bytes - tiles * of_tile
     return dataclasses.replace(head, stored_tiles=tiles, workspace_bytes=rest)

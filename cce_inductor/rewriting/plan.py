@@ -130,7 +130,9 @@ class Group:
         """Return the bytes of the logits that the forward stores for the backward."""
         logits, projection = self.logits, self.logits.projection
         like = example(projection.node)
-        if self.gradients_off or not like.requires_grad or not isinstance(logits.vocabulary, int):
+        has_gradient = like.requires_grad and not self.gradients_off
+        has_room = stored.room(options.workspace_bytes) > 0
+        if not has_gradient or not has_room or not isinstance(logits.vocabulary, int):
             return 0
         bias = example(projection.linear_bias)
         head = Head(

@@ -44,7 +44,7 @@ from cce_inductor.kernels.names import LOGIT
 from cce_inductor.kernels.program.text import Program
 from cce_inductor.kernels.statistics.cotangent import placed
 from cce_inductor.kernels.statistics.indexed import NOWHERE, Indexed
-from cce_inductor.kernels.stored import stored_dtype
+from cce_inductor.kernels.stored import stored_dtype, stored_shape
 from cce_inductor.torch_internals import cuda_graphs
 
 
@@ -100,8 +100,7 @@ def compute_statistics(input: Tensor, head: Head, stored: Tensor | None = None) 
         place = order.argsort()
         indices = {each: placed(index, place) for each, index in indices.items()}
     if head.stored_tiles and stored is None:
-        shape = head.stored_tiles, input.shape[0], head.tile
-        stored = input.new_empty(shape, dtype=stored_dtype(head))
+        stored = input.new_empty(stored_shape(head, input.shape[0]), dtype=stored_dtype(head))
     results = _statistics(input, head, kept, indices, stored)
     saved = [each for each in (order, stored) if each is not None]
     return [*(kept.restore(result) for result in results), *saved]
@@ -232,9 +231,8 @@ def _sample(
         wanted: which gradients are asked for.
     """
     names = [name for name in pullback.program.operands if wanted.operands[name.position]]
-    if kept.count == 0 or not pullback.program.statistics:
-        return None
-    if cuda_graphs.is_recording(kept.device):
+    has_pairs = kept.count > 0 and bool(pullback.program.statistics)
+    if not has_pairs or cuda_graphs.is_recording(kept.device):
         return None
     why_not = sampling.reason_against(
         pullback.program, head.vocabulary, head.operands, kept.device.type, names

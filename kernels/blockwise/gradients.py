@@ -134,8 +134,12 @@ class WeightGradient:
         # A single product needs no sum that is wider than the gradient.
         is_whole = input.shape[0] <= workspace.rows.product and d_weight.dtype == input.dtype
         self._is_one_product = is_exact and is_whole and not self._is_wide
-        self._input = input
         self._buffer = input.new_empty(0, dtype=workspace.product.wide)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the products are ``input.T @ dz``."""
+        return not (self._is_wide or self._is_one_product)
 
     def begin(self, columns: slice | Tensor) -> None:
         """Begin a tile of the vocabulary."""
@@ -147,22 +151,22 @@ class WeightGradient:
         hidden = self._d_weight.shape[1]
         if len(self._buffer) < hidden * width:
             self._buffer = self._buffer.new_empty(hidden * width)
-        shape = (width, hidden) if self._is_wide else (hidden, width)
+        shape = (hidden, width) if self.is_transposed else (width, hidden)
         self._total = self._buffer[: hidden * width].view(shape)
 
     def add(self, dz: Tensor, input_t: Tensor) -> None:
         """Add the product of some rows of the tile, whose input is [hidden, rows]."""
+        first, second = (input_t, dz) if self.is_transposed else (dz.t(), input_t.t())
         if self._is_one_product:
-            torch.mm(dz.t(), self._input, out=self._total)
-            return
-        first, second = (dz.t(), input_t.t()) if self._is_wide else (input_t, dz)
-        self._product(self._total, first, second, beta=int(not self._is_empty))
+            torch.mm(first, second, out=self._total)
+        else:
+            self._product(self._total, first, second, beta=int(not self._is_empty))
         self._is_empty = False
 
     def add_outer(self, columns: Tensor, input: Tensor) -> None:
         """Add the product of a few rows, [columns, rows] and [rows, hidden], in the dtype of the
         sum."""
-        total = self._total if self._is_wide else self._total.t()
+        total = self._total.t() if self.is_transposed else self._total
         total.addmm_(columns, input, beta=int(not self._is_empty))
         self._is_empty = False
 
@@ -170,7 +174,7 @@ class WeightGradient:
         """Write the tile's rows of the gradient."""
         if self._is_in_place:
             return
-        total = self._total if self._is_wide else self._total.t()
+        total = self._total.t() if self.is_transposed else self._total
         if isinstance(self._columns, slice):
             self._d_weight[self._columns].copy_(total)
         else:

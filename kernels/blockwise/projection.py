@@ -198,7 +198,9 @@ class TileGradient(Tile):
     def _multiply_collected(self) -> None:
         """Add to the gradient of the weight what was collected of adjacent rows."""
         stop = self._end_of_collected
-        self._multiply(self._shared.input_t[:, stop - self._workspace.collected : stop])
+        is_transposed = self._d_weight is not None and self._d_weight.is_transposed
+        input_t = self._shared.input_t if is_transposed else self._shared.input.t()
+        self._multiply(input_t[:, stop - self._workspace.collected : stop])
 
     def _multiply(self, input_t: Tensor) -> None:
         operands = self._workspace.take_operands()

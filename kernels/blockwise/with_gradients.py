@@ -16,6 +16,7 @@ from torch import Tensor
 from cce_inductor.kernels.blockwise import engine
 from cce_inductor.kernels.blockwise.workspace import ROWS_IN_CACHE, row_blocks
 from cce_inductor.kernels.head import TILE, Gradients, Head, Wanted, tile_count
+from cce_inductor.kernels.stored import stored_shape
 
 LEAST_ROWS = 128
 """The least number of rows whose logits are stored together, if there are more. Each block of rows
@@ -62,7 +63,7 @@ def compute_with_gradients(
     rows = max(1, min(rows, len(input)))
     head = dataclasses.replace(head, tile=_tile_for(head, rows))
     head = dataclasses.replace(head, stored_tiles=head.tile_count)
-    stored = input.new_empty((head.tile_count, rows, head.tile))
+    stored = input.new_empty(stored_shape(head, rows))
     d_input = torch.empty_like(input) if wanted.input else None
     d_weight = d_bias = None
     parts = []
