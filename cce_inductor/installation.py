@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from cce_inductor import surprise
@@ -38,26 +37,21 @@ from cce_inductor.reporting.log import publish
 from cce_inductor.reporting.notice import warn_at_exit
 from cce_inductor.reporting.reasons import Reason
 from cce_inductor.rewriting.rewrite import rewrite
+from cce_inductor.torch_internals.passes import AddedPass
 from cce_inductor.torch_internals.patches import set_config, wrap_inductor
-from cce_inductor.torch_internals.versions import (
-    may_choose_pass_timing,
-    pass_list,
-    passes_run_always,
-)
+from cce_inductor.torch_internals.versions import may_choose_pass_timing, passes_run_always
 
 _log = logging.getLogger(__name__)
 
 
-class RewritePass(CustomGraphPass):
-    """Runs the passes that were there before, then the rewrite while `install` is in force."""
+class RewritePass(AddedPass):
+    """Runs the rewrite while `install` is in force."""
 
     def __init__(self, options: Options, previous: Any):
+        super().__init__(previous)
         self.options: Options | None = options
-        self.previous = pass_list(previous)
 
-    def __call__(self, graph: Graph) -> None:
-        for previous in self.previous:
-            previous(graph)
+    def run(self, graph: Graph) -> None:
         module = graph.owning_module
         if self.options is not None and isinstance(module, GraphModule):
             deferral = deferral_for(module)
@@ -66,16 +60,8 @@ class RewritePass(CustomGraphPass):
             reports = rewrite(module, self.options, reason_against_inductor(), deferral)
             publish(module, reports, self.options)
 
-    def uuid(self) -> Any | None:
-        """Return a cache key, None if a previous pass has none: what it depends on is unknown."""
-        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.previous]
-        if None in uuids:
-            return None
-        return (fingerprint(self.options) if self.options is not None else "", *uuids)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RewritePass:
-        """Return the pass itself: threads copy options, and `uninstall` must reach every copy."""
-        return self
+    def key(self) -> str:
+        return fingerprint(self.options) if self.options is not None else ""
 
 
 def reason_against_inductor() -> Reason | None:

@@ -14,12 +14,12 @@ upstream gradients are one scalar tangent times something that is known in the f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from cce_inductor.kernels import sampling
@@ -30,7 +30,7 @@ from cce_inductor.operators.fingerprint import sources
 from cce_inductor.reporting.location import location
 from cce_inductor.reporting.log import log
 from cce_inductor.surprise import surprised
-from cce_inductor.torch_internals.versions import pass_list
+from cce_inductor.torch_internals.passes import AddedPass
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 
@@ -56,28 +56,14 @@ _LINEAR = {
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 
 
-class WithLossPass(CustomGraphPass):
-    """Runs the passes that were there before, then `make_gradients_with_losses`.
+class WithLossPass(AddedPass):
+    """Runs `make_gradients_with_losses`."""
 
-    Args:
-        previous: the option that the pass replaces: None, a pass or several.
-    """
-
-    def __init__(self, previous: Any):
-        self._previous = pass_list(previous)
-
-    def __call__(self, graph: Graph) -> None:
-        for previous in self._previous:
-            previous(graph)
+    def run(self, graph: Graph) -> None:
         log.gradients_with_losses(make_gradients_with_losses(graph))
 
-    def uuid(self) -> Any | None:
-        """Return a cache key, None if a previous pass has none: what it depends on is unknown."""
-        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._previous]
-        return None if None in uuids else (sources(), *uuids)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WithLossPass:
-        return self
+    def key(self) -> str:
+        return sources()
 
 
 def make_gradients_with_losses(graph: Graph) -> set[str | None]:
@@ -91,9 +77,7 @@ def make_gradients_with_losses(graph: Graph) -> set[str | None]:
     for backward in graph.find_nodes(op="call_function", target=target):
         try:
             forward = _forward_of(backward)
-            if forward is None or not _is_worth_it(forward, backward):
-                continue
-            if _Joint(graph, forward, backward).join():
+            if forward is not None and _Joint(graph, forward, backward).join():
                 places.add(location(forward))
         except Exception:
             surprised("the logits of a loss are computed again for its gradient")
@@ -120,37 +104,6 @@ def _source(result: Any) -> Any:
     return result
 
 
-def _is_worth_it(forward: Node, backward: Node) -> bool:
-    """Whether the kernels can compute both together, in the workspace and as precisely.
-
-    A gradient that is narrower than its sum would be rounded before it is multiplied by the factor,
-    and once more after it.
-    """
-    input, *arguments = torch.fx.map_arg(forward.args, _value)
-    head, grads, mask = Head.of(*arguments), backward.args[0], backward.args[-1]
-    program = head.program.with_gradient([grad is not None for grad in grads])
-    dtypes = {input.dtype, head.linear_weight.dtype, head.compute_dtype, head.logit_dtype}
-    if head.linear_bias is not None:
-        dtypes.add(head.linear_bias.dtype)
-    rows = input.shape[0]
-    return (
-        input.device.type == "cpu"
-        and isinstance(head.vocabulary, int)
-        and len(dtypes) == 1
-        and not head.program.products
-        and bool(program.normalizers)
-        and not sampling.applies(head)
-        and not any(mask[3:])
-        and rows_at_once(_with_whole_workspace(head, rows), wants_weight=mask[1]) > 0
-    )
-
-
-def _with_whole_workspace(head: Head, rows: Any) -> Head:
-    """Return a head that stores no logits for the backward, with the workspace for them."""
-    whole = head.workspace_bytes + stored_bytes(head, rows)
-    return dataclasses.replace(head, workspace_bytes=whole, stored_tiles=0)
-
-
 def _value(node: Node) -> Any:
     return node.meta["val"]
 
@@ -165,19 +118,36 @@ class _Joint:
 
     def __init__(self, graph: Graph, forward: Node, backward: Node):
         self._graph, self._forward, self._backward = graph, forward, backward
-        self._place = {node: place for place, node in enumerate(graph.nodes)}
-        self._of_tangents = _downstream(node for node in graph.nodes if _is_tangent(node))
-        self._of_forward = _downstream([forward])
+        self._input, *arguments = torch.fx.map_arg(forward.args, _value)
+        head = Head.of(*arguments)
+        # Instead of logits for the backward, the workspace holds those of some rows.
+        whole = head.workspace_bytes + stored_bytes(head, self._input.shape[0])
+        self._head = dataclasses.replace(head, workspace_bytes=whole, stored_tiles=0)
         self._tangents: set[Node] = set()
         self._copies: dict[Node, Node] = {}
 
+    @functools.cached_property
+    def _place(self) -> dict[Node, int]:
+        return {node: place for place, node in enumerate(self._graph.nodes)}
+
+    @functools.cached_property
+    def _of_tangents(self) -> set[Node]:
+        return _downstream(node for node in self._graph.nodes if _is_tangent(node))
+
+    @functools.cached_property
+    def _of_forward(self) -> set[Node]:
+        return _downstream([self._forward])
+
     def join(self) -> bool:
-        """Join them, if the upstream gradients are one tangent times what is known before.
+        """Join them, if the kernels can compute both together and the upstream gradients are one
+        tangent times what is known before.
 
         Returns:
-            Whether they are.
+            Whether they are joined.
         """
         graph, forward, backward = self._graph, self._forward, self._backward
+        if not self._is_computed_together():
+            return False
         upstream = [grad for grad in backward.args[0] if grad is not None]
         if not all(map(self._is_linear, upstream)) or len(self._tangents) != 1:
             return False
@@ -198,6 +168,27 @@ class _Joint:
             _erase_unused(user)
         return True
 
+    def _is_computed_together(self) -> bool:
+        """Whether the kernels can compute both together, in the workspace and as precisely.
+
+        A gradient that is narrower than its sum would be rounded before it is multiplied by the
+        factor, and once more after it.
+        """
+        head, (grads, *_, mask) = self._head, self._backward.args
+        program = head.program.with_gradient([grad is not None for grad in grads])
+        tensors = [self._input, head.linear_weight, head.linear_bias]
+        dtypes = {each.dtype for each in tensors if each is not None}
+        return (
+            self._input.device.type == "cpu"
+            and isinstance(head.vocabulary, int)
+            and dtypes == {head.compute_dtype} == {head.logit_dtype}
+            and not head.program.products
+            and bool(program.normalizers)
+            and not sampling.applies(head)
+            and not any(mask[3:])
+            and rows_at_once(head, wants_weight=mask[1]) > 0
+        )
+
     def _joined(self, tangent: Node) -> tuple[Node, int]:
         """Build the operator that computes both, and return it with its number of statistics."""
         value = _value(tangent)
@@ -206,15 +197,12 @@ class _Joint:
         )
         one.meta["val"] = value.new_ones(())
         self._copies[tangent] = one
-        input, *arguments = torch.fx.map_arg(self._forward.args, _value)
-        head = Head.of(*arguments)
-        count = sum(len(each.result_dtypes) for each in head.program.statistics)
+        count = self._head.program.result_count
         *others, _, sample_below, _ = self._forward.args
         grads = [grad and self._copy(grad) for grad in self._backward.args[0][:count]]
-        workspace_bytes = _with_whole_workspace(head, input.shape[0]).workspace_bytes
         made = self._graph.call_function(
             torch.ops.cce_inductor.reduce_rows_with_gradients.default,
-            (grads, *others, workspace_bytes, sample_below, 0, self._backward.args[-1]),
+            (grads, *others, self._head.workspace_bytes, sample_below, 0, self._backward.args[-1]),
         )
         made.meta = _forward_meta(self._forward)
         made.meta["val"] = [*_value(self._forward)[:count], *_value(self._backward)]
