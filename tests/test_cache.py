@@ -25,6 +25,10 @@ target = torch.randint(50, (6,), generator=generator)
 def loss(input, weight, target):
     return F.cross_entropy(F.linear(input, weight), target)
 
+if how == "function":
+    def loss(input, weight, target):
+        return cce_inductor.linear_cross_entropy(input, weight, target)
+
 if how == "install":
     cce_inductor.install(**options)
     compiled = torch.compile(loss)
@@ -88,3 +92,10 @@ def test_caches(run, how, other_sources):
     assert run(how, sources=other_sources, min_logits_bytes=0)["hits"] == 0
     plain = run("plain")
     assert plain["rewritten"] == []
+
+
+def test_compiled_function_without_install(run, other_sources):
+    cold = run("function")
+    assert cold["hits"] == 0
+    assert run("function")["misses"] == 0
+    assert run("function", sources=other_sources)["hits"] == 0

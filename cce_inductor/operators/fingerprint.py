@@ -30,13 +30,15 @@ def _files() -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(_SUFFIXES))
 
 
-def fingerprint(options: Options) -> str:
+def fingerprint(options: Options | None) -> str:
     """Return a digest of the sources and `options` that is short enough for a cache key."""
-    text = sources() + repr(sorted(dataclasses.asdict(options).items()))
+    text = sources()
+    if options is not None:
+        text += repr(sorted(dataclasses.asdict(options).items()))
     return "cce_inductor-" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def tagged(tag: str, options: Options) -> str:
+def tagged(tag: str, options: Options | None = None) -> str:
     """Return the cache key tag `tag` with the fingerprint appended, once."""
     mark = fingerprint(options)
     return tag if mark in tag else f"{tag} {mark}".strip()

@@ -31,8 +31,10 @@ from cce_inductor.kernels.saved import saved_tensors
 from cce_inductor.kernels.stored import with_stored_tiles
 from cce_inductor.operators import inductor
 from cce_inductor.operators.compiled import run_compiled
+from cce_inductor.operators.fingerprint import tagged
 from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
 from cce_inductor.torch_internals import cuda_graphs
+from cce_inductor.torch_internals.patches import set_config
 
 
 def _without_autocast(input: Tensor) -> torch.autocast:
@@ -319,3 +321,7 @@ for _schema, _implementation in {
 }.items():
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_schema.split("(")[0], _implementation, "CompositeImplicitAutograd")
+
+# The keys of compile caches do not depend on the schemas and formulas above. The tag makes them
+# depend on the sources, even if a function that calls the operators is compiled without `install`.
+set_config(torch.compiler.config, "cache_key_tag", tagged(torch.compiler.config.cache_key_tag))
