@@ -10,7 +10,7 @@ from cce_inductor.surprise import OnError
 DeferLogits = Literal["auto", "with_loss", "always", "never"]
 StaleLogits = Literal["raise", "keep"]
 
-DEFAULT_WORKSPACE_BYTES = 64 * 2**20
+DEFAULT_WORKSPACE_BYTES = 96 * 2**20
 DEFAULT_MIN_LOGITS_BYTES = 16 * 2**20
 
 
@@ -26,9 +26,10 @@ class Options:
             block of their gradients. A block has at least 1,024 columns on the CPU and 8,192 on
             CUDA (128 MiB for 8,192 tokens in bfloat16). Each block reads and writes the float32
             sum of the input's gradient, which would cost the most if blocks were narrow. On the
-            CPU, what exceeds the default of 64 MiB holds logits from the forward to the backward,
-            which then computes only the others again: more memory, and less time. Only if the
-            number of tokens does not change.
+            CPU, it also decides how many matrix products a step takes: three instead of four if
+            the gradient is known up to one factor and the logits of 128 rows fit, which 96 MiB do
+            for 196,608 entries in float32. For other losses of a number of tokens that does not
+            change, what exceeds 96 MiB keeps logits for the backward.
         sample_below: 0 computes exact gradients. Otherwise the gradient of a pair of a row and a
             block of 1,024 vocabulary entries that holds less of the row's softmax than this is
             computed with a probability of mass / `sample_below`, and weighted by the inverse. The

@@ -1,6 +1,6 @@
 """Logits that the forward stores, so that the backward need not compute them again.
 
-The part of a workspace that exceeds the default holds the logits of the first tiles of the
+The part of a workspace that exceeds the default size holds the logits of the first tiles of the
 vocabulary, for all rows. With a share f of the logits, a step computes 4 - f matrix products, where
 unfused code computes 3.
 """

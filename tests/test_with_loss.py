@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import cce_inductor
+from cce_inductor.kernels.blockwise.with_gradients import LEAST_ROWS, compute_with_gradients
 from cce_inductor.kernels.head import TILE
-from cce_inductor.operators import with_loss
+from cce_inductor.operators import ops, with_loss
 
 ROWS, HIDDEN, VOCABULARY = 160, 16, 2 * TILE
 OPERATORS = torch.ops.cce_inductor
@@ -127,7 +128,7 @@ def test_float64():
     ("dtype", "options"),
     [
         (torch.bfloat16, {}),  # Gradients would be rounded twice.
-        (torch.float32, {"workspace_bytes": 128 * VOCABULARY * 4 - 1}),
+        (torch.float32, {"workspace_bytes": LEAST_ROWS * VOCABULARY * 4 - 1}),
     ],
 )
 def test_computed_again(dtype, options):
@@ -162,6 +163,31 @@ def test_a_retained_graph_has_its_backward_twice():
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
     second = torch.autograd.grad(loss, (x, w))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_the_backward_multiplies_the_gradients_in_their_memory(retained, monkeypatch):
+    made = []
+
+    def recorded(*args):
+        statistics, gradients = compute_with_gradients(*args)
+        made.extend(each.data_ptr() for each in (gradients.input, gradients.linear_weight))
+        return statistics, gradients
+
+    monkeypatch.setattr(ops, "compute_with_gradients", recorded)
+    x, w, t = tensors()
+    compiled(mean)(x, w, t).backward(retain_graph=retained)
+    assert (made == [x.grad.data_ptr(), w.grad.data_ptr()]) != retained
+
+
+@pytest.mark.parametrize(("missing", "joined"), [(0, True), (1, False)])
+def test_otherwise_a_copy_must_fit_the_workspace(missing, joined):
+    _, _, t = tensors()
+    x = torch.randn(ROWS, 2 * LEAST_ROWS, requires_grad=True)
+    w = torch.randn(VOCABULARY, 2 * LEAST_ROWS, requires_grad=True)
+    with torch._functorch.config.patch(donated_buffer=False):
+        compiled(mean, workspace_bytes=w.numel() * 4 - missing)(x, w, t).backward()
+    assert cce_inductor.reports()[-1].with_loss is joined
 
 
 def test_without_a_gradient_nothing_more_is_computed():

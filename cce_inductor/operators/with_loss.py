@@ -3,8 +3,8 @@
 The gradient of a training loss is usually known up to one factor before the loss is computed: that
 of a row's logsumexp is ``1 / tokens``, times the gradient of the loss. Then
 `reduce_rows_with_gradients` computes the gradients in the forward, for a loss whose gradient is 1,
-and the backward multiplies them by the factor. So no logits are computed twice. The product with
-the factor is another tensor, so this happens only if the gradient of the weight fits the workspace.
+and the backward multiplies them by the factor. So no logits are computed twice. Inductor multiplies
+in the memory of the gradient, unless the graph is retained for another backward.
 
 Before Inductor divides a graph into forward and backward, its gradients are functions of
 *tangents*, the gradients of the graph's results. The pass looks for a `reduce_rows_backward` whose
@@ -31,6 +31,7 @@ from cce_inductor.reporting.location import location
 from cce_inductor.reporting.log import log
 from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.passes import AddedPass
+from cce_inductor.torch_internals.versions import backward_takes_memory
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 
@@ -186,8 +187,14 @@ class _Joint:
             and bool(program.normalizers)
             and not sampling.applies(head)
             and not any(mask[3:])
-            and rows_at_once(head, wants_weight=mask[1]) > 0
+            and rows_at_once(head) > 0
+            and (backward_takes_memory() or self._weight_bytes() <= head.workspace_bytes)
         )
+
+    def _weight_bytes(self) -> int:
+        """Return the bytes of a copy of the gradient of the weight, 0 if it is not asked for."""
+        weight, (*_, mask) = self._head.linear_weight, self._backward.args
+        return weight.numel() * weight.itemsize if mask[1] else 0
 
     def _joined(self, tangent: Node) -> tuple[Node, int]:
         """Build the operator that computes both, and return it with its number of statistics."""
@@ -205,7 +212,13 @@ class _Joint:
             (grads, *others, self._head.workspace_bytes, sample_below, 0, self._backward.args[-1]),
         )
         made.meta = _forward_meta(self._forward)
-        made.meta["val"] = [*_value(self._forward)[:count], *_value(self._backward)]
+        # Inductor compares the memory of these values: a gradient is not its product.
+        with _value(self._forward)[0].fake_mode:
+            values = [
+                *_value(self._forward)[:count],
+                *map(torch.empty_like, _value(self._backward)),
+            ]
+        made.meta["val"] = values
         return made, count
 
     def _is_linear(self, node: Any) -> bool:
@@ -293,6 +306,7 @@ def _item(made: Node, position: int, like: Node) -> Node:
     with made.graph.inserting_after(made):
         item = made.graph.call_function(operator.getitem, (made, position))
     item.meta = _forward_meta(like)
+    item.meta["val"] = made.meta["val"][position]
     return item
 
 

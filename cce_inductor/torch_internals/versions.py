@@ -87,3 +87,13 @@ def passes_run_always() -> bool:
 
     timing = getattr(torch._inductor.codecache, "resolve_pre_grad_pass_timing", None)
     return timing is None or timing() == "early"
+
+
+def backward_takes_memory() -> bool:
+    """Whether a compiled backward may write its results into tensors that the forward saved.
+
+    A graph whose backward is asked for with ``retain_graph=True`` keeps them and makes copies.
+    """
+    import torch._functorch.config as functorch_config
+
+    return bool(functorch_config.donated_buffer)
