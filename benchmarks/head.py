@@ -53,6 +53,8 @@ from sampled import SAMPLED, add_sample_below
 from torch import Tensor
 from trained_head import trained_head
 
+from cce_inductor.options import DEFAULT_WORKSPACE_BYTES
+
 BASELINE = "compile"
 OURS = "cce_inductor"
 IGNORE_INDEX = -100
@@ -613,7 +615,12 @@ def parse_arguments() -> argparse.Namespace:
         "--head", type=Path, help="file of a trained head; default: train one, and keep it"
     )
     add_sample_below(parser)
-    parser.add_argument("--workspace-mib", type=int, default=64, help="workspace_bytes, in MiB")
+    parser.add_argument(
+        "--workspace-mib",
+        type=int,
+        default=DEFAULT_WORKSPACE_BYTES // MIB,
+        help="workspace_bytes, in MiB",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
