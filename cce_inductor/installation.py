@@ -7,8 +7,8 @@ settings for every thread:
 - ``joint_custom_pre_pass`` becomes that of `operators.with_loss`, likewise.
 - ``pre_grad_pass_timing`` (from torch 2.13) becomes "early", before the cache lookup. A compilation
   that a cache answers is then reported like any other, and its key is that of the rewritten graph.
-- ``torch.compiler.config.cache_key_tag`` gets a fingerprint of the options appended. One of the
-  sources is in it since `operators.ops` was imported.
+- ``torch.compiler.config.cache_key_tag`` gets a fingerprint of the options appended. That of
+  the sources was appended when `operators.ops` was imported.
 
 It also wraps the function with which `torch.compile` calls Inductor, so that a graph need not
 return its logits. `uninstall` restores all of this. What `deferred.boundary` registered with Dynamo
