@@ -22,7 +22,6 @@ from cce_inductor.kernels.head import Head
 from cce_inductor.kernels.names import NAMESPACE
 from cce_inductor.operators import inductor
 from cce_inductor.operators.fingerprint import tagged
-from cce_inductor.options import Options
 from cce_inductor.surprise import surprised
 from cce_inductor.torch_internals.symbols import Description, Size, Versions
 
@@ -135,7 +134,7 @@ def _compiled(
     node = graph.call_function(function, _mapped(Description, placeholder, arguments))
     graph.output(tuple(graph.call_function(getitem, (node, at)) for at in range(len(results))))
     inductor.register()
-    tag = tagged(torch.compiler.config.cache_key_tag, Options())
+    tag = tagged(torch.compiler.config.cache_key_tag)
     with (
         torch.no_grad(),
         torch.compiler.config.patch(cache_key_tag=tag),
